@@ -1,0 +1,52 @@
+# One command each; the first of them sets up .venv with the exact versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := runs/demo
+
+.PHONY: help setup demo demo-long test lint format bench clean
+
+help:
+	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (8 minutes)"
+	@echo "make demo-long  the same with a training of twenty minutes"
+	@echo "make test       all tests"
+	@echo "make lint       style and format checks"
+	@echo "make bench      measurements beside peers, appended to bench/results/"
+	@echo "make setup      only the virtual environment in $(VENV)"
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@echo "setting up $(VENV) (about 5 GB with PyTorch)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	@$(BIN)/gmm-jepa synthesize --out $(DEMO)/speech
+	@$(BIN)/gmm-jepa run --audio $(DEMO)/speech/train.jsonl --heldout-audio $(DEMO)/speech/test.jsonl \
+		--out $(DEMO)/run --preset cpu
+
+demo-long: setup
+	@$(BIN)/gmm-jepa synthesize --out $(DEMO)/speech
+	@$(BIN)/gmm-jepa run --audio $(DEMO)/speech/train.jsonl --heldout-audio $(DEMO)/speech/test.jsonl \
+		--out $(DEMO)/run-long --preset cpu-long
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/python -m bench.em_vs_sklearn
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

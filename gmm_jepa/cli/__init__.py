@@ -1,0 +1,88 @@
+"""The `gmm-jepa` command: finds the command, and turns a user's mistake into one clear line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gmm_jepa.errors import InputError, require
+
+
+class _Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "run": _Command("training", "everything: audio, mixture, training, evaluation, report"),
+    "train": _Command("training", "fit the mixture, or take one, and train the encoder"),
+    "evaluate": _Command("training", "measure a trained run on held-out audio, write its report"),
+    "fit-gmm": _Command("mixture", "fit a Gaussian mixture on the log-mel frames of a corpus"),
+    "validate": _Command("corpus", "read all audio of a corpus and list what cannot be used"),
+    "pack": _Command("corpus", "decode a corpus once into memory-mapped shards"),
+    "synthesize": _Command("corpus", "make a corpus of synthetic speech with phone labels"),
+    "extract": _Command("extract", "write an encoder's features and clusters of new audio"),
+    "doctor": _Command("doctor", "versions, devices and live backends"),
+}
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        0; 2 for a user's mistake; 1 for a missing package or a failed write; 130 if interrupted.
+        An error of the program itself is raised, with its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else EXIT_BAD_INPUT
+    name, *rest = words
+    if name == "--version":
+        print(importlib.import_module("gmm_jepa").__version__)
+        return 0
+    if name not in COMMANDS:
+        return _fail(
+            f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", EXIT_BAD_INPUT
+        )
+
+    try:
+        require("tyro", extra="train")
+        module = importlib.import_module(f"gmm_jepa.cli.{COMMANDS[name].module}")
+        return module.main(name, rest)
+    except InputError as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except (ImportError, OSError) as error:
+        return _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gmm-jepa: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gmm-jepa COMMAND [OPTIONS]",
+            "",
+            "Pretrain speech encoders with GMM-anchored joint-embedding prediction.",
+            "",
+            *lines,
+            "",
+            "gmm-jepa COMMAND --help tells the options of a command.",
+        ]
+    )

@@ -1,0 +1,112 @@
+"""`gmm-jepa validate`, `pack` and `synthesize`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gmm_jepa.cli.parse import parse
+from gmm_jepa.data.corpus import open_corpus, validate_corpus
+from gmm_jepa.data.pack import pack_corpus
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.synthesis import synthesize
+from gmm_jepa.progress import Bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """Read all audio and list what cannot be used; exit code 2 if that is too much."""
+
+    audio: tuple[str, ...]
+    """Folders of audio, JSONL manifests, audio files or packed corpora."""
+    rejects: Path = Path("rejects.jsonl")
+    """Where unusable files and lines are listed, with the reason."""
+    workers: int = 2
+    """Decoding processes."""
+    max_bad_fraction: float = 0.01
+    """Share of unusable inputs that is put up with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """Decode a corpus once into memory-mapped 16-bit shards. Started again, it goes on."""
+
+    audio: tuple[str, ...]
+    """Folders of audio, JSONL manifests or audio files."""
+    out: Path
+    """Folder of the packed corpus; give it as --audio to the other commands."""
+    shard_s: float = 7200.0
+    """Seconds of audio in a shard."""
+    workers: int = 2
+    """Decoding processes."""
+    max_bad_fraction: float = 0.01
+    """Share of unusable inputs that is put up with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeOptions:
+    """Make English speech with espeak-ng: many voices, phone labels at sample accuracy."""
+
+    out: Path
+    """Folder of the corpus: train.jsonl, test.jsonl (other voices) and audio."""
+    minutes: float = 42.5
+    """Minutes of speech to train on."""
+    test_minutes: float = 8.0
+    """Minutes of speech to test on."""
+    seed: int = 0
+    """Of voices, sentences and levels."""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point of the three commands."""
+    return {"validate": _validate, "pack": _pack, "synthesize": _synthesize}[command](arguments)
+
+
+def _validate(arguments: Sequence[str]) -> int:
+    options = parse(ValidateOptions, "validate", arguments)
+    rejects = RejectLog(options.rejects)
+    corpus = open_corpus(options.audio, rejects=rejects)
+    n_found = len(corpus) + rejects.count
+    with Bar("reading audio", "utterance") as progress:
+        usable = validate_corpus(corpus, rejects, workers=options.workers, progress=progress)
+    print(f"{len(usable)} of {n_found} usable, {usable.total_s / 3600:.3f} h")
+    print(rejects.summary())
+    rejects.check(n_found, options.max_bad_fraction)
+    return 0
+
+
+def _pack(arguments: Sequence[str]) -> int:
+    options = parse(PackOptions, "pack", arguments)
+    rejects = RejectLog(options.out.with_name(options.out.name + ".rejects.jsonl"))
+    corpus = open_corpus(options.audio, rejects=rejects)
+    n_found = len(corpus) + rejects.count
+    with Bar("packing", "utterance") as progress:
+        packed = pack_corpus(
+            corpus,
+            options.out,
+            rejects=rejects,
+            shard_s=options.shard_s,
+            workers=options.workers,
+            progress=progress,
+        )
+    print(f"{options.out}: {len(packed)} utterances, {packed.total_s / 3600:.3f} h")
+    if packed.n_clipped_samples:
+        print(f"{packed.n_clipped_samples} samples beyond full scale were clipped")
+    print(rejects.summary())
+    rejects.check(n_found, options.max_bad_fraction)
+    return 0
+
+
+def _synthesize(arguments: Sequence[str]) -> int:
+    options = parse(SynthesizeOptions, "synthesize", arguments)
+    with Bar("synthesising", "s") as progress:
+        train, test = synthesize(
+            options.out,
+            minutes=options.minutes,
+            test_minutes=options.test_minutes,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(f"{train}\n{test}")
+    return 0

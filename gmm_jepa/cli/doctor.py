@@ -1,0 +1,95 @@
+"""`gmm-jepa doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gmm_jepa.cli.parse import parse
+from gmm_jepa.cli.table import format_table
+
+_OPTIONAL = {
+    "triton": "kernels on CUDA",
+    "safetensors": "run folders and mixture files",
+    "soundfile": "reading audio",
+    "soxr": "resampling",
+    "tqdm": "progress bars",
+    "tyro": "the command line",
+    "tensorboard": "TensorBoard events",
+    "matplotlib": "the report",
+    "espeakng-loader": "the synthetic corpus",
+    "torchaudio": "an oracle of the tests",
+    "scikit-learn": "an oracle of the tests",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Tell versions, devices and which backends are live, and why others are not."""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point."""
+    parse(DoctorOptions, command, arguments)
+    sections = {"versions": versions(), "devices": devices(), "backends": backends()}
+    for title, rows in sections.items():
+        print(f"{format_table([(title, ''), *rows])}\n")
+    return 0
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version of what is installed."""
+    rows = [
+        ("gmm-jepa", _version("gmm-jepa") or "not installed"),
+        ("python", sys.version.split()[0]),
+        ("torch", torch.__version__),
+        ("numpy", _version("numpy") or "not installed"),
+    ]
+    for name, purpose in _OPTIONAL.items():
+        rows.append((name, _version(name) or f"not installed ({purpose})"))
+    return rows
+
+
+def devices() -> list[tuple[str, str]]:
+    """The machine's processors and how they are used."""
+    rows = [
+        ("cpu", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"),
+        ("cpu features", torch.backends.cpu.get_cpu_capability()),
+        ("torch threads", str(torch.get_num_threads())),
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append(
+            (f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        )
+    return rows
+
+
+def backends() -> list[tuple[str, str]]:
+    """Each backend of the ops: live, or why not."""
+    cuda = "live" if torch.cuda.is_available() else f"off: {_why_no_cuda()}"
+    return [
+        ("torch on cpu", "live (all ops)"),
+        ("torch on cuda", cuda),
+        ("triton kernels", "off: this version has none"),
+        ("native module", "off: this version has none"),
+    ]
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    return f"no device or driver found (torch is built for CUDA {torch.version.cuda})"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,104 @@
+"""`gmm-jepa run`, `train` and `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gmm_jepa.cli.parse import PresetName, parse
+from gmm_jepa.cli.table import format_table
+from gmm_jepa.config import Recipe, Sources
+from gmm_jepa.evaluate.report import summary_rows
+from gmm_jepa.pipeline import Run, open_run
+from gmm_jepa.train.distributed import Processes, processes
+from gmm_jepa.train.folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Audio in, pretrained encoder and report out. Started again, it goes on where it stopped."""
+
+    audio: tuple[str, ...]
+    """Folders of audio, JSONL manifests, audio files or packed corpora."""
+    out: Path
+    """Folder of the run."""
+    preset: PresetName = "cpu"
+    """Settings to start from; any of them can be overridden below."""
+    weights: tuple[float, ...] = ()
+    """How often an utterance of each source comes per epoch; default: once."""
+    heldout_audio: tuple[str, ...] = ()
+    """Sources to evaluate on; default: a part of the audio is held out."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    """All settings."""
+
+    def sources(self) -> Sources:
+        """The audio of the run."""
+        return Sources(
+            audio=_absolute(self.audio),
+            weights=self.weights,
+            heldout_audio=_absolute(self.heldout_audio),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """Fit the mixture (or take one) and train; no evaluation. Goes on where it stopped."""
+
+    gmm: Path | None = None
+    """A mixture fitted before; default: fit one on the audio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure the newest checkpoint of a run on its held-out audio and write its report."""
+
+    run: Path
+    """Folder of the run."""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point of the three commands."""
+    if command == "evaluate":
+        options = parse(EvaluateOptions, command, arguments)
+        with processes() as peers:
+            folder = RunFolder(options.run)
+            run = Run(folder, *folder.read(), peers)
+            _evaluate(run, peers)
+        return 0
+    options = parse(TrainOptions if command == "train" else RunOptions, command, arguments)
+    with processes() as peers:
+        run = open_run(options.out, options.sources(), options.recipe, peers)
+        if isinstance(options, TrainOptions) and options.gmm is not None:
+            run.take_mixture(options.gmm)
+        audio = run.audio()
+        mixture = run.mixture(audio.train)
+        outcome = run.train(audio.train, mixture)
+        if not outcome.finished:
+            _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
+        elif command == "run":
+            _evaluate(run, peers)
+        else:
+            _say(peers, f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
+        _say(peers, run.rejects.summary())
+    return 0
+
+
+def _evaluate(run: Run, peers: Processes) -> None:
+    if peers.is_main:
+        audio = run.audio()
+        evaluation = run.evaluate(audio, run.mixture(audio.train))
+        print(format_table(summary_rows(evaluation.numbers)))
+        print(f"report: {run.folder.report}")
+
+
+def _say(peers: Processes, line: str) -> None:
+    if peers.is_main:
+        print(line)
+
+
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Path(path).resolve()) for path in paths)

@@ -1,0 +1,271 @@
+"""Which utterances make up which batch: a pure function of (seed, epoch, step).
+
+Nothing is stored per epoch and no list of batches is ever made: a step is sent through a
+counter-based permutation to a batch of some bucket, and the rows of that batch through another
+to utterances. Starting at step 10,000,000 costs what starting at 0 costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gmm_jepa.data.base import hash_parts
+from gmm_jepa.data.buckets import QUANTUM_SAMPLES, optimal_edges, segment_bounds
+from gmm_jepa.data.permute import permute, uniform
+from gmm_jepa.errors import InputError
+
+EMPTY = -1
+
+# Fewer buckets are fewer shapes to compile and fuller batches, so the first number of buckets
+# that pads less than this is taken.
+_TARGET_PADDING = 0.04
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The global batch of one step; the same for any number of ranks.
+
+    Attributes:
+        step: over all epochs.
+        epoch: from 0.
+        utterance: (R,) int64; -1 in an empty row.
+        start_samples: (R,) int64, where in its utterance a row begins.
+        n_samples: (R,) int64; 0 in an empty row.
+        padded_samples: the length of all rows.
+    """
+
+    step: int
+    epoch: int
+    utterance: np.ndarray
+    start_samples: np.ndarray
+    n_samples: np.ndarray
+    padded_samples: int
+
+
+def rank_rows(n_rows: int, rank: int, world_size: int) -> np.ndarray:
+    """Rows of the global batch that a rank takes: every `world_size`-th, as many on every rank.
+
+    Returns:
+        int64; numbers from `n_rows` on stand for empty rows.
+    """
+    return np.arange(rank, -(-n_rows // world_size) * world_size, world_size)
+
+
+class BatchPlan:
+    """All batches of a run.
+
+    Utterances longer than `max_samples` are cut into equal consecutive segments; every segment
+    occurs exactly once per epoch where its weight is 1. With weight w it occurs floor(w) times,
+    and once more in a share w - floor(w) of the epochs. Segments of similar length share batches,
+    whose shapes are few and fixed (`shapes`); the number of batches is the same in every epoch.
+
+    Args:
+        durations_samples: (N,) lengths of the utterances.
+        weights: (N,) occurrences per epoch; None: 1.
+        seed: of the order.
+        batch_samples: padded samples per global batch, at most (but never less than one row).
+        max_samples: the longest segment.
+        min_samples: shorter utterances are left out; at most half of `max_samples`.
+        n_buckets: the most lengths to pad to; as many are used as bring padding under 4 %.
+
+    Raises:
+        InputError: an argument is out of its range, or no utterance is left.
+    """
+
+    def __init__(
+        self,
+        durations_samples: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        seed: int = 0,
+        batch_samples: int,
+        max_samples: int,
+        min_samples: int = 1,
+        n_buckets: int = 32,
+    ):
+        durations = np.asarray(durations_samples, np.int64)
+        weights = np.ones(len(durations)) if weights is None else np.asarray(weights, np.float64)
+        _check(durations, weights, batch_samples, max_samples, min_samples, n_buckets)
+        self.seed = int(seed)
+        utterance, start, n_samples, self.n_too_short = segment_bounds(
+            durations, max_samples, min_samples
+        )
+        weight = weights[utterance]
+        used = weight > 0
+        if not used.any():
+            raise InputError(
+                f"no utterance to train on: {len(durations)} given, {self.n_too_short} shorter "
+                f"than min_samples = {min_samples}, the others of weight 0"
+            )
+        self._real_samples = float(n_samples @ weight)
+        padded = -(-n_samples // QUANTUM_SAMPLES) * QUANTUM_SAMPLES
+        self._choose_buckets(padded[used], weight[used], batch_samples, n_buckets)
+        bucket = np.searchsorted(self._edges, padded).astype(np.int16)
+        order = np.flatnonzero(used)[np.argsort(bucket[used], kind="stable")]
+        self._utterance = _compact(utterance[order])
+        self._start = _compact(start[order])
+        self._n_samples = _compact(n_samples[order])
+        self._fill_slots(weight[order], np.bincount(bucket[used], minlength=len(self._edges)))
+        self._n_bucket_batches, self._rows = _split(self._n_slots, self._edges, batch_samples)
+        self._batch_ends = np.cumsum(self._n_bucket_batches)
+        self.fingerprint = hash_parts(
+            "plan",
+            durations.tobytes(),
+            weights.tobytes(),
+            repr((self.seed, batch_samples, max_samples, min_samples, n_buckets)),
+        )
+
+    def n_batches(self, epoch: int = 0) -> int:
+        """Batches per epoch, the same in every one."""
+        return int(self._batch_ends[-1])
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The shapes that global batches have: (rows, padded samples)."""
+        return [
+            (int(rows), int(edge))
+            for rows, edge, n in zip(self._rows, self._edges, self._n_bucket_batches)
+            if n > 0
+        ]
+
+    @property
+    def n_samples_per_epoch(self) -> int:
+        """Samples of audio in an epoch, without padding; where weights are fractions, expected."""
+        return round(self._real_samples)
+
+    @property
+    def padding(self) -> float:
+        """The share of all samples in batches that is padding, empty rows included."""
+        held = float((self._n_bucket_batches * self._rows * self._edges).sum())
+        return 1.0 - self._real_samples / held
+
+    def batch(self, step: int) -> BatchRows:
+        """The global batch of a step; steps run on over the epochs."""
+        if step < 0:
+            raise IndexError(f"steps begin at 0, got {step}")
+        n_batches = self.n_batches()
+        epoch, within = divmod(int(step), n_batches)
+        number = int(permute(np.array([within]), n_batches, self.seed, epoch, "batches")[0])
+        bucket = int(np.searchsorted(self._batch_ends, number, side="right"))
+        n_here, n_slots = int(self._n_bucket_batches[bucket]), int(self._n_slots[bucket])
+        j = number - (int(self._batch_ends[bucket]) - n_here)
+        positions = np.arange(j * n_slots // n_here, (j + 1) * n_slots // n_here)
+        slots = permute(positions, n_slots, self.seed, epoch, "rows", bucket)
+        segments = self._segments(bucket, slots, epoch)
+        rows = int(self._rows[bucket])
+
+        def column(values: np.ndarray, fill: int) -> np.ndarray:
+            filled = np.full(rows, fill, np.int64)
+            filled[: len(segments)] = values[segments]
+            return filled
+
+        return BatchRows(
+            step=int(step),
+            epoch=epoch,
+            utterance=column(self._utterance, EMPTY),
+            start_samples=column(self._start, 0),
+            n_samples=column(self._n_samples, 0),
+            padded_samples=int(self._edges[bucket]),
+        )
+
+    def _choose_buckets(
+        self, padded: np.ndarray, weight: np.ndarray, batch_samples: int, n_buckets: int
+    ) -> None:
+        """Set the edges: the fewest that pad little enough, empty rows counted."""
+        lengths, inverse = np.unique(padded, return_inverse=True)
+        counts = np.bincount(inverse, weights=weight)
+        below = np.concatenate([[0.0], np.cumsum(counts)])
+        least = np.inf
+        for edges in optimal_edges(lengths, counts, n_buckets):
+            n_slots = np.diff(below[np.searchsorted(lengths, edges, side="right")], prepend=0.0)
+            n_batches, rows = _split(np.ceil(n_slots), edges, batch_samples)
+            held = float((n_batches * rows * edges).sum())
+            if held < least:
+                least, self._edges = held, edges
+            if self._real_samples > (1 - _TARGET_PADDING) * held:
+                return
+
+    def _fill_slots(self, weight: np.ndarray, sizes: np.ndarray) -> None:
+        """Count a bucket's rows per epoch: whole occurrences first, then the drawn ones.
+
+        Args:
+            weight: (M,) of the segments, in the order of the buckets.
+            sizes: (B,) segments per bucket.
+        """
+        self._first = np.cumsum(sizes) - sizes
+        self._n_whole, self._n_drawn = sizes.copy(), np.zeros_like(sizes)
+        self._repeats = self._shares = None
+        if (weight == 1).all():
+            self._n_slots = self._n_whole
+            return
+        whole = np.floor(weight).astype(np.int64)
+        self._repeats = np.concatenate([[0], np.cumsum(whole)])
+        self._shares = np.concatenate([[0.0], np.cumsum(weight - whole)])
+        last = self._first + sizes
+        self._n_whole = self._repeats[last] - self._repeats[self._first]
+        self._n_drawn = np.rint(self._shares[last] - self._shares[self._first]).astype(np.int64)
+        self._n_slots = self._n_whole + self._n_drawn
+        if not self._n_slots.any():
+            raise InputError("weights are so small that no utterance would occur in an epoch")
+
+    def _segments(self, bucket: int, slots: np.ndarray, epoch: int) -> np.ndarray:
+        """Which segments fill these rows of a bucket in an epoch."""
+        first, n_whole = int(self._first[bucket]), int(self._n_whole[bucket])
+        if self._repeats is None:
+            return first + slots
+        segments = np.searchsorted(self._repeats, self._repeats[first] + slots, side="right") - 1
+        drawn = slots >= n_whole
+        if drawn.any():
+            # Systematic sampling: evenly spaced points on the line of summed shares.
+            end = first + self._size(bucket)
+            total = self._shares[end] - self._shares[first]
+            point = slots[drawn] - n_whole + uniform(self.seed, epoch, "drawn", bucket)
+            point = self._shares[first] + point * (total / self._n_drawn[bucket])
+            found = np.searchsorted(self._shares, point, side="right") - 1
+            segments[drawn] = np.clip(found, first, end - 1)
+        return segments
+
+    def _size(self, bucket: int) -> int:
+        ends = (*self._first[1:], len(self._utterance))
+        return int(ends[bucket] - self._first[bucket])
+
+
+def _split(
+    n_slots: np.ndarray, edges: np.ndarray, batch_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batches per bucket and rows per batch: as many rows as fit, spread so that few are empty."""
+    most = np.maximum(1, batch_samples // edges)
+    n_batches = -(-n_slots // most).astype(np.int64)
+    rows = -(-n_slots // np.maximum(1, n_batches)).astype(np.int64)
+    return n_batches, rows
+
+
+def _compact(values: np.ndarray) -> np.ndarray:
+    """The same as int32 where that holds them."""
+    return values.astype(np.int32) if values.max() < 1 << 31 else values
+
+
+def _check(
+    durations: np.ndarray,
+    weights: np.ndarray,
+    batch_samples: int,
+    max_samples: int,
+    min_samples: int,
+    n_buckets: int,
+) -> None:
+    if weights.shape != durations.shape or durations.ndim != 1:
+        raise InputError(
+            f"weights: one per utterance is needed {durations.shape}, got {weights.shape}"
+        )
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise InputError("weights: 0 or more is needed, got a negative one, NaN or infinity")
+    for name, value in (("batch_samples", batch_samples), ("n_buckets", n_buckets)):
+        if value < 1:
+            raise InputError(f"{name} must be 1 or more, got {value}")
+    if not 1 <= min_samples <= max_samples / 2:
+        raise InputError(
+            f"min_samples must be in 1..max_samples/2 (halves of an utterance just too long are "
+            f"kept), got {min_samples} with max_samples = {max_samples}"
+        )

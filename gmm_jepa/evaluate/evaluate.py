@@ -1,0 +1,332 @@
+"""Evaluation on held-out speech: clusters, mixture, embedding, and probes beside their controls."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gmm_jepa import ops
+from gmm_jepa.errors import InputError
+from gmm_jepa.evaluate import clusters, plot_data
+from gmm_jepa.evaluate.embed import (
+    SAMPLE_RATE_HZ,
+    Encoded,
+    FrameTable,
+    Utterance,
+    encode,
+    load_sample,
+    log_mel_table,
+    with_context,
+)
+from gmm_jepa.evaluate.labels import Task, find_tasks, probe_data
+from gmm_jepa.evaluate.probe import LinearProbe, majority, run_probe
+from gmm_jepa.features import LogMelSpec
+from gmm_jepa.files import read_json, write_json, written_aside
+from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.objectives.meters import embedding_meters
+
+if TYPE_CHECKING:
+    from gmm_jepa.gmm import GaussianMixture
+
+FORMAT = 1
+CONTEXT_FRAMES = 3
+TOP_CLUSTERS = 48
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage in words, what of it is done, and all of it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    numbers: dict[str, Any]
+    """Results, as plain JSON values; the keys are described in `evaluate`."""
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What the plots draw (see `plot_data`)."""
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write ``evaluation.json`` and ``plots/data.npz``, each whole or not at all."""
+        run_dir = Path(run_dir)
+        with written_aside(run_dir / "plots" / "data.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, **self.arrays)
+        write_json(run_dir / "evaluation.json", self.numbers)
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> Evaluation | None:
+        """Read what `save` wrote; None where the run was not evaluated.
+
+        Raises:
+            InputError: ``evaluation.json`` is damaged.
+        """
+        run_dir = Path(run_dir)
+        if not (run_dir / "evaluation.json").exists():
+            return None
+        numbers = read_json(run_dir / "evaluation.json")
+        if not isinstance(numbers, dict) or numbers.get("format") != FORMAT:
+            raise InputError(f"{run_dir / 'evaluation.json'}: not an evaluation of format {FORMAT}")
+        arrays: dict[str, NDArray[Any]] = {}
+        if (run_dir / "plots" / "data.npz").exists():
+            with np.load(run_dir / "plots" / "data.npz", allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        return cls(numbers, arrays)
+
+
+class Tracks(NamedTuple):
+    """Per held-out frame (N,): what the cluster head and the mixture say."""
+
+    head: NDArray[np.int64]
+    mixture: NDArray[np.int64]
+    head_entropy: NDArray[np.float32]
+    """Nats."""
+    mixture_entropy: NDArray[np.float32]
+    """Nats: the entropy of the training targets."""
+    kl: NDArray[np.float32]
+    """KL(mixture's posterior || head's), nats."""
+
+
+def evaluate(
+    model: JepaModel,
+    untrained: JepaModel | None,
+    mixture: GaussianMixture,
+    spec: LogMelSpec,
+    train_corpus: Any,
+    heldout_corpus: Any,
+    *,
+    max_train_s: float = 600.0,
+    max_test_s: float = 600.0,
+    temperature: float = 1.0,
+    shift_samples: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a trained model. The online encoder is measured, without masks, in eval mode.
+
+    Args:
+        model: the trained networks, on any device.
+        untrained: the same networks at random initialisation, as a control; None leaves it out.
+        mixture: the fitted anchor.
+        spec: its front end.
+        train_corpus, heldout_corpus: `gmm_jepa.data.Corpus`; the first only trains the probes.
+        max_train_s, max_test_s: seconds of audio that are drawn from them at most.
+        temperature: of the posteriors that were the targets.
+        shift_samples: of the targets' framing (0 unless they were aligned with the encoder).
+        seed: of every choice; one seed, one result on one machine.
+        progress: see `Progress`.
+
+    Returns:
+        numbers: ``sample`` (what was drawn), ``clusters`` (``head``, ``mixture``: entropy in
+        [0, 1], used, effective, top_share, adjacent_consistency; agreement, kl, target_entropy,
+        head_entropy), ``mixture`` (held-out log_likelihood per frame in nats, EM's curve),
+        ``embedding`` (meters of z; ``untrained`` likewise), ``layer_weights``, ``probes`` (one per
+        task, with rows), ``examples``, ``versions``, ``seconds``.
+
+    Raises:
+        InputError: no held-out utterance can be read.
+    """
+    began = time.perf_counter()
+    report = progress or (lambda stage, done, total: None)
+    heldout, bad_heldout = load_sample(heldout_corpus, max_s=max_test_s, seed=seed, heldout=True)
+    if not heldout:
+        raise InputError("heldout_corpus: expected at least one readable utterance, got none")
+    train, bad_train = load_sample(train_corpus, max_s=max_train_s, seed=seed, heldout=False)
+    tasks = find_tasks([*heldout, *train], seed=seed)
+    sample = [*heldout, *train] if tasks else heldout
+
+    encoded = encode(
+        model.online, sample, progress=lambda done, all_: report("encoding", done, all_)
+    )
+    z = _first(encoded.output, len(heldout))
+    anchors = log_mel_table(heldout, spec, np.diff(z.offsets), shift_samples=shift_samples)
+    device = next(model.parameters()).device
+    tracks = _tracks(model, z.values, anchors.values, mixture, temperature, device)
+    numbers: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "sample": {
+            **_describe(heldout, "heldout"),
+            **_describe(train if tasks else [], "train"),
+            "unreadable": bad_heldout + bad_train,
+        },
+        "clusters": _cluster_numbers(tracks, z.offsets, mixture.n_components),
+        "mixture": _mixture_numbers(mixture, anchors.values),
+        "embedding": _embedding_numbers(z.values),
+        "layer_weights": encoded.layer_weights[: len(heldout)].mean(0).tolist(),
+        "probes": _empty_probes(tasks),
+    }
+    arrays = plot_data.clusters(tracks, z.offsets, mixture, top=TOP_CLUSTERS)
+    arrays |= plot_data.scatter(z, heldout, tracks.mixture, name="trained")
+    examples, example_arrays = plot_data.examples(heldout, z.offsets, anchors, tracks)
+    arrays |= example_arrays
+
+    stages = _feature_sets(encoded, untrained, sample, spec, report)
+    for name, table in stages if tasks or untrained is not None else ():
+        if name == "untrained, output z":
+            untrained_z = _first(table, len(heldout))
+            numbers["embedding"]["untrained"] = _embedding_numbers(untrained_z.values)
+            arrays |= plot_data.scatter(untrained_z, heldout, tracks.mixture, name="untrained")
+        report(f"probing {name}", 0, len(tasks))
+        for done, (task, result) in enumerate(zip(tasks, numbers["probes"]), start=1):
+            _add_row(result, name, task, sample, table, seed, device)
+            report(f"probing {name}", done, len(tasks))
+    numbers["probes"] = [result for result in numbers["probes"] if result["rows"]]
+    numbers["examples"] = examples
+    numbers["seconds"] = time.perf_counter() - began
+    return Evaluation(numbers, arrays)
+
+
+def _feature_sets(
+    encoded: Encoded,
+    untrained: JepaModel | None,
+    sample: Sequence[Utterance],
+    spec: LogMelSpec,
+    report: Progress,
+) -> Iterator[tuple[str, FrameTable]]:
+    """The rows of the probe table, one after the other so that few are in memory at once."""
+    yield "trained, all layers", encoded.layers
+    yield "trained, output z", encoded.output
+    n_frames = np.diff(encoded.output.offsets)
+    if untrained is not None:
+        control = encode(
+            untrained.online,
+            sample,
+            progress=lambda done, total: report("encoding, untrained", done, total),
+        )
+        yield "untrained, all layers", control.layers
+        yield "untrained, output z", control.output
+        del control
+    frames = log_mel_table(sample, spec, n_frames)
+    yield "log-mel", frames
+    yield f"log-mel, {CONTEXT_FRAMES} frames each side", with_context(frames, CONTEXT_FRAMES)
+
+
+def _empty_probes(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    return [
+        {"task": task.name, "level": task.level, "split": task.split, "rows": []} for task in tasks
+    ]
+
+
+def _add_row(
+    result: dict[str, Any],
+    name: str,
+    task: Task,
+    sample: Sequence[Utterance],
+    table: FrameTable,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Probe one feature set for one task, into its table."""
+    data = probe_data(task, sample, table)
+    features = table.values if task.level == "frame" else table.pooled()
+    row = run_probe(features, data, LinearProbe(seed=seed), device)
+    if row is not None:
+        result["n_classes"] = len(data.classes)
+        result["majority"] = majority(data)
+        result["n_test_utterances"] = len(np.unique(data.test_groups))
+        result["rows"].append({"features": name, **row})
+
+
+@torch.inference_mode()
+def _tracks(
+    model: JepaModel,
+    z: Tensor,
+    frames: Tensor,
+    mixture: GaussianMixture,
+    temperature: float,
+    device: torch.device,
+    *,
+    chunk_frames: int = 8192,
+) -> Tracks:
+    """Clusters and posteriors of (N, D) embeddings and their (N, n_mels) log-mel frames."""
+    parameters = mixture.mixture(device=device)
+    was_training = model.cluster_head.training
+    model.cluster_head.eval()
+    parts = []
+    for z_part, frames_part in zip(z.split(chunk_frames), frames.split(chunk_frames)):
+        logits = model.cluster_head(z_part.to(device)).float()
+        head = torch.log_softmax(logits, dim=-1)
+        target = ops.gmm_posterior(
+            frames_part.to(device), parameters, temperature=temperature, log=True, precision="exact"
+        ).float()
+        p = target.exp()
+        log_ratio = torch.where(p > 0, target - head, 0.0)
+        parts.append(
+            (
+                head.argmax(-1),
+                target.argmax(-1),
+                -(head.exp() * head).sum(-1),
+                torch.special.entr(p).sum(-1),
+                (p * log_ratio).sum(-1),
+            )
+        )
+    model.cluster_head.train(was_training)
+    return Tracks(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))
+
+
+def _cluster_numbers(tracks: Tracks, offsets: NDArray[np.int64], n_clusters: int) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"n_clusters": n_clusters, "n_frames": len(tracks.head)}
+    for name, labels in (("head", tracks.head), ("mixture", tracks.mixture)):
+        numbers[name] = {
+            **clusters.usage(np.bincount(labels, minlength=n_clusters)),
+            "adjacent_consistency": clusters.adjacent_consistency(labels, offsets),
+        }
+    return numbers | {
+        "agreement": float((tracks.head == tracks.mixture).mean()),
+        "kl": float(tracks.kl.mean()),
+        "target_entropy": float(tracks.mixture_entropy.mean()),
+        "head_entropy": float(tracks.head_entropy.mean()),
+    }
+
+
+def _mixture_numbers(mixture: GaussianMixture, frames: Tensor) -> dict[str, Any]:
+    curve = getattr(mixture, "lower_bounds_", None)
+    likelihood = ops.gmm_log_likelihood(frames, mixture.mixture(device=frames.device))
+    return {
+        "log_likelihood": float(likelihood.double().mean()),
+        "train_curve": [] if curve is None else np.asarray(curve, np.float64).tolist(),
+        "n_iter": int(getattr(mixture, "n_iter_", 0) or 0),
+        "converged": bool(getattr(mixture, "converged_", False)),
+        "n_reseeded": int(getattr(mixture, "n_reseeded_", 0) or 0),
+    }
+
+
+def _embedding_numbers(z: Tensor) -> dict[str, Any]:
+    meters = {name: float(value) for name, value in embedding_meters(z).items()}
+    return {"dimensions": z.shape[1], **meters}
+
+
+def _describe(utterances: Sequence[Utterance], name: str) -> dict[str, Any]:
+    samples = sum(len(u.waveform) for u in utterances)
+    return {
+        f"{name}_utterances": len(utterances),
+        f"{name}_s": samples / SAMPLE_RATE_HZ,
+        f"{name}_speakers": len({u.speaker for u in utterances} - {None}),
+    }
+
+
+def _first(table: FrameTable, n_utterances: int) -> FrameTable:
+    """The table of the first utterances, a view."""
+    offsets = table.offsets[: n_utterances + 1]
+    return FrameTable(
+        table.values[: offsets[-1]], offsets, table.hop_samples, table.first_centre_samples
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("gmm-jepa", "torch", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

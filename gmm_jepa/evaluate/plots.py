@@ -1,0 +1,393 @@
+"""The pictures of a report; each function draws one figure, or None where its data is missing.
+
+Figures are drawn inside `theme.style`. Wide ones fill the page, half ones stand in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmm_jepa.evaluate.phone_classes import CLASSES, broad_class
+from gmm_jepa.evaluate.theme import Theme, cluster_colors, end_label, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metrics = Sequence[Mapping[str, Any]]
+Arrays = Mapping[str, NDArray[Any]]
+
+WIDE_IN, HALF_IN = 10.4, 5.1
+
+
+def curve(metrics: Metrics, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one key; lines without it, or with null or NaN there, are left out."""
+    points = [
+        (line["step"], line[key])
+        for line in metrics
+        if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]) and "step" in line
+    ]
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def losses(theme: Theme, metrics: Metrics) -> Figure | None:
+    """JEPA error, KL and lambda over the steps."""
+    panels = [
+        ("jepa", "JEPA error", theme.blue),
+        ("kl", "KL to the mixture's posteriors, nats", theme.coral),
+        ("lambda", "λ, the weight of the KL", theme.teal),
+    ]
+    return _panels(theme, metrics, panels, columns=3, height_in=2.7)
+
+
+def meters(theme: Theme, metrics: Metrics) -> Figure | None:
+    """Collapse meters over the steps."""
+    panels = [
+        ("usage_entropy", "Cluster usage entropy", theme.coral),
+        ("agreement", "Head agrees with the mixture", theme.coral),
+        ("teacher_cosine", "Cosine of teacher and student", theme.teal),
+        ("effective_rank", "Effective rank of z", theme.blue),
+        ("std", "Standard deviation of z", theme.blue),
+        ("mean_cosine", "Mean pairwise cosine of z", theme.blue),
+    ]
+    return _panels(theme, metrics, panels, columns=3, height_in=4.7)
+
+
+def optimisation(theme: Theme, metrics: Metrics) -> Figure | None:
+    """Learning rate, gradient norm and speed over the steps."""
+    panels = [
+        ("gradient_norm", "Gradient norm", theme.blue),
+        ("learning_rate", "Learning rate", theme.teal),
+        ("audio_s_per_s", "Audio seconds per second", theme.violet),
+    ]
+    return _panels(theme, metrics, panels, columns=3, height_in=2.4)
+
+
+def _panels(
+    theme: Theme,
+    metrics: Metrics,
+    panels: Sequence[tuple[str, str, str]],
+    *,
+    columns: int,
+    height_in: float,
+) -> Figure | None:
+    """One small plot for every key that has at least two values."""
+    drawn = [
+        (title, color, *found)
+        for key, title, color in panels
+        if len((found := curve(metrics, key))[0]) >= 2
+    ]
+    if not drawn:
+        return None
+    rows = math.ceil(len(drawn) / columns)
+    figure = new_figure(WIDE_IN, height_in * rows / math.ceil(len(panels) / columns))
+    grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axes, (title, color, steps, values) in zip(grid, drawn):
+        _line(axes, steps, values, color)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    for axes in grid[len(drawn) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _line(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], color: str) -> None:
+    """A curve: raw and pale, over it a running mean if there are many points; its last value."""
+    smooth = y
+    if len(y) >= 40:
+        width = max(3, len(y) // 25) | 1
+        padded = np.pad(y, width // 2, mode="edge")
+        smooth = np.convolve(padded, np.ones(width) / width, mode="valid")
+        axes.plot(x, y, color=color, alpha=0.28, linewidth=0.9)
+    axes.plot(x, smooth, color=color)
+    axes.plot(x[-1], smooth[-1], "o", color=color, markersize=3.5)
+    axes.margins(x=0.02, y=0.12)
+    end_label(axes, x[-1], smooth[-1], f"{smooth[-1]:.3g}", color)
+
+
+def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
+    """EM's mean log-likelihood per frame over its iterations, and the held-out value."""
+    values = np.asarray(numbers.get("mixture", {}).get("train_curve", []), dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return None
+    figure = new_figure(HALF_IN, 3.3)
+    axes = figure.subplots()
+    steps = np.arange(1, len(values) + 1)
+    axes.plot(steps, values, "-o", color=theme.blue, markersize=3)
+    end_label(axes, steps[-1], values[-1], f"{values[-1]:.2f}", theme.blue)
+    heldout = numbers["mixture"].get("log_likelihood")
+    if heldout is not None and math.isfinite(heldout):
+        axes.axhline(heldout, color=theme.gold, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"held-out {heldout:.2f}",
+            (1, heldout),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=theme.gold,
+            xycoords=("axes fraction", "data"),
+            ha="right",
+        )
+    axes.set_title("Mean log-likelihood of a frame, nats")
+    axes.set_xlabel("iteration of EM")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.15)
+    return figure
+
+
+def cluster_usage(theme: Theme, arrays: Arrays) -> Figure | None:
+    """Share of frames per cluster, commonest first, on a log scale."""
+    if "usage_head" not in arrays:
+        return None
+    figure = new_figure(HALF_IN, 3.3)
+    axes = figure.subplots()
+    for name, key, color in (
+        ("mixture", "usage_mixture", theme.blue),
+        ("cluster head", "usage_head", theme.coral),
+    ):
+        counts = np.sort(arrays[key])[::-1]
+        counts = counts[counts > 0]
+        ranks = np.arange(1, len(counts) + 1)
+        axes.plot(ranks, counts / counts.sum(), color=color, label=name)
+        axes.plot(ranks[-1], counts[-1] / counts.sum(), "o", color=color, markersize=3.5)
+    n = len(arrays["usage_head"])
+    axes.axhline(1 / n, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "even use",
+        (0.995, 1 / n),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=theme.muted,
+    )
+    axes.set_yscale("log")
+    axes.set_xlim(0, n + 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.set_title("Share of held-out frames in each cluster")
+    axes.set_xlabel(f"clusters, commonest first (of {n})")
+    axes.legend(loc="upper right", labelcolor="linecolor", handlelength=1.2)
+    return figure
+
+
+def transitions(theme: Theme, arrays: Arrays) -> Figure | None:
+    """Probability of the next frame's cluster given this frame's, among the commonest."""
+    table = arrays.get("transitions")
+    if table is None or len(table) < 2:
+        return None
+    from matplotlib.colors import PowerNorm
+
+    figure = new_figure(HALF_IN, 4.5)
+    axes = figure.subplots()
+    image = axes.imshow(
+        table, cmap=theme.colormap, norm=PowerNorm(0.45, vmin=0, vmax=1), aspect="equal"
+    )
+    axes.set_title(f"Next cluster given this one, top {len(table)}")
+    axes.set_xlabel("cluster of the next frame")
+    axes.set_ylabel("cluster of this frame")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, aspect=26, ticks=[0, 0.05, 0.2, 0.5, 1])
+    bar.outline.set_visible(False)
+    return figure
+
+
+def layer_weights(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
+    """How much each layer contributes to z."""
+    weights = numbers.get("layer_weights") or []
+    if len(weights) < 2:
+        return None
+    figure = new_figure(HALF_IN, 4.5)
+    axes = figure.subplots()
+    places = np.arange(len(weights))
+    axes.bar(places, weights, color=theme.teal, width=0.45)
+    axes.set_xticks(places, ["front end", *(f"block {i}" for i in range(1, len(weights)))])
+    if len(weights) > 6:
+        axes.set_xticks(places, ["front", *map(str, places[1:])])
+        axes.set_xlabel("block")
+    axes.axhline(1 / len(weights), color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+    for place, weight in zip(places, weights):
+        axes.annotate(
+            f"{weight:.2f}",
+            (place, weight),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=theme.muted,
+        )
+    axes.grid(False, axis="x")
+    axes.set_xlim(-0.7, len(weights) - 0.3)
+    axes.set_ylim(0, 1.15 * max(*weights, 1 / len(weights)))
+    axes.set_title("Weight of each layer in z (dashed: equal)")
+    return figure
+
+
+def embedding(theme: Theme, arrays: Arrays) -> Figure | None:
+    """Held-out frames on the two widest axes of z, before and after training."""
+    panels = [
+        (name, title)
+        for name, title in (("untrained", "Before training"), ("trained", "After training"))
+        if len(arrays.get(f"scatter_{name}", ())) > 2
+    ]
+    if not panels:
+        return None
+    figure = new_figure(WIDE_IN, 5.0)
+    grid = figure.subplots(1, 2, squeeze=False).reshape(-1)
+    names: set[str] = set()
+    for axes, (name, title) in zip(grid, panels):
+        points = arrays[f"scatter_{name}"]
+        phones = arrays[f"scatter_{name}_phones"].tolist()
+        if any(phones):
+            classes = [broad_class(phone) if phone else "other" for phone in phones]
+            colors = [theme.classes[c] for c in classes]
+            names |= set(classes)
+        else:
+            palette = cluster_colors(arrays["cluster_map"], theme)
+            colors = list(palette[arrays[f"scatter_{name}_clusters"]])
+        order = np.random.default_rng(0).permutation(len(points))  # no class lies on top
+        axes.scatter(*points[order].T, c=[colors[i] for i in order], s=7, alpha=0.75, linewidths=0)
+        low, high = np.percentile(points, [0.3, 99.7], axis=0)
+        room = 0.06 * (high - low) + 1e-9
+        axes.set_xlim(low[0] - room[0], high[0] + room[0])
+        axes.set_ylim(low[1] - room[1], high[1] + room[1])
+        axes.set_title(title)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    shown = [c for c in CLASSES if c in names]
+    if shown:
+        _legend(figure, theme, shown)
+    return figure
+
+
+def _legend(figure: Figure, theme: Theme, classes: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    dots = [
+        Line2D([], [], marker="o", linestyle="", markersize=6, color=theme.classes[c], label=c)
+        for c in classes
+    ]
+    figure.legend(
+        handles=dots,
+        loc="outside lower center",
+        ncols=len(dots),
+        handletextpad=0.2,
+        columnspacing=1.6,
+    )
+
+
+def example(
+    theme: Theme, arrays: Arrays, number: int, described: Mapping[str, Any]
+) -> Figure | None:
+    """Phones, log-mel, clusters of mixture and head, and their entropies, on one time axis."""
+    prefix = f"example{number}_"
+    if f"{prefix}log_mel" not in arrays:
+        return None
+    log_mel = arrays[f"{prefix}log_mel"].astype(np.float32)
+    hop_s = float(described.get("hop_s", 0.02))
+    end_s = len(log_mel) * hop_s
+    labelled = f"{prefix}phone_symbols" in arrays
+    heights = [*([0.34] if labelled else []), 2.0, 0.3, 0.3, 0.85]
+    figure = new_figure(WIDE_IN, 0.95 * sum(heights) + 0.55)
+    figure.get_layout_engine().set(h_pad=0.015, hspace=0.0)
+    grid = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+    if labelled:
+        _phone_strip(grid.pop(0), theme, arrays, prefix, end_s)
+    spectrogram, below, head, entropy = grid
+    low, high = np.percentile(log_mel, [4, 99.8])
+    spectrogram.imshow(
+        log_mel.T,
+        origin="lower",
+        extent=(0, end_s, 0, log_mel.shape[1]),
+        cmap=theme.colormap,
+        vmin=low,
+        vmax=high,
+        interpolation="bilinear",
+    )
+    spectrogram.set_ylabel("mel band")
+    spectrogram.set_yticks([])
+    spectrogram.grid(False)
+    if labelled:
+        for boundary in arrays[f"{prefix}phone_starts"]:
+            if 0 < boundary < end_s:
+                spectrogram.axvline(boundary, color=theme.ink, linewidth=0.5, alpha=0.18)
+    palette = cluster_colors(arrays["cluster_map"], theme)
+    for axes, name in ((below, "mixture"), (head, "head")):
+        _strip(axes, palette[arrays[f"{prefix}{name}"]], end_s, name)
+    times = (np.arange(len(log_mel)) + 0.5) * hop_s
+    for name, color in (("mixture", theme.blue), ("head", theme.coral)):
+        entropy.plot(times, arrays[f"{prefix}{name}_entropy"], color=color, label=name, lw=1.4)
+    entropy.set_ylabel("entropy\nnats")
+    entropy.set_ylim(bottom=0)
+    entropy.legend(loc="upper right", ncols=2, labelcolor="linecolor", handlelength=1)
+    entropy.set_xlim(0, end_s)
+    entropy.set_xlabel("seconds")
+    figure.align_ylabels(grid)
+    return figure
+
+
+def _strip(axes: Axes, colors: NDArray[np.float64], end_s: float, name: str) -> None:
+    """Clusters of consecutive frames as a band of (T, 3) colours."""
+    axes.imshow(colors[None], extent=(0, end_s, 0, 1))
+    axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _phone_strip(axes: Axes, theme: Theme, arrays: Arrays, prefix: str, end_s: float) -> None:
+    starts, ends = arrays[f"{prefix}phone_starts"], arrays[f"{prefix}phone_ends"]
+    for start, end, symbol in zip(starts, ends, arrays[f"{prefix}phone_symbols"].tolist()):
+        end = min(end, end_s)
+        if start >= end:
+            continue
+        axes.axvspan(start, end, color=theme.classes[broad_class(symbol)], alpha=0.22, linewidth=0)
+        axes.axvline(start, color=theme.paper, linewidth=1.2)
+        if end - start >= 0.008 * end_s:
+            axes.text((start + end) / 2, 0.46, symbol, ha="center", va="center", clip_on=True)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([])
+    axes.set_ylabel("phones", rotation=0, ha="right", va="center")
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def probes(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
+    """Accuracy of every feature set for every task, with standard errors."""
+    tasks = [task for task in numbers.get("probes", []) if task["rows"]]
+    if not tasks:
+        return None
+    n_rows = max(len(task["rows"]) for task in tasks)
+    figure = new_figure(WIDE_IN, (0.36 * n_rows + 0.9) * len(tasks))
+    for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False).reshape(-1), tasks):
+        names = [row["features"] for row in task["rows"]]
+        values = np.array([row["accuracy"] for row in task["rows"]])
+        errors = [row["standard_error_utterances"] for row in task["rows"]]
+        places = np.arange(len(names))
+        colors = [row_color(theme, name) for name in names]
+        axes.barh(places, values, xerr=errors, color=colors, height=0.66, ecolor=theme.ink)
+        axes.axvline(task["majority"], color=theme.grey, linewidth=1.2, linestyle=(0, (4, 3)))
+        for place, value, error in zip(places, values, errors):
+            end_label(axes, value + error, place, f"{100 * value:.1f} %", theme.muted)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.grid(False, axis="y")
+        axes.set_title(f"{task['task']}: accuracy of a linear probe (dashed: commonest class)")
+    return figure
+
+
+def row_color(theme: Theme, features: str) -> str:
+    """Trained features stand out, controls stay quiet."""
+    if features.startswith("trained"):
+        return theme.coral
+    return theme.grey if features.startswith("untrained") else theme.blue

@@ -1,0 +1,214 @@
+"""How the plots look: one style, once for light pages and once for dark ones."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmm_jepa.errors import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; the report's style sheet has the same paper and ink."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    blue: str
+    coral: str
+    teal: str
+    gold: str
+    violet: str
+    grey: str
+    wash: tuple[str, ...]
+    """From nothing to most, for heatmaps and spectrograms."""
+    classes: dict[str, str]
+    """Of the classes of phones."""
+
+    is_dark: bool = False
+
+    @property
+    def colormap(self) -> Colormap:
+        """`wash` as a colour map."""
+        colors = require("matplotlib.colors", extra="train")
+        return colors.LinearSegmentedColormap.from_list("wash", self.wash)
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#1d2433",
+    muted="#687386",
+    grid="#e8ebf0",
+    blue="#3b5bdb",
+    coral="#e0573e",
+    teal="#0c9182",
+    gold="#cf9410",
+    violet="#8f4fc7",
+    grey="#a5adba",
+    wash=("#ffffff", "#dfe7fb", "#a9bdf3", "#6580dd", "#3a45a3", "#1d1b52"),
+    classes={
+        "vowel": "#e0573e",
+        "approximant": "#cf9410",
+        "nasal": "#0c9182",
+        "fricative": "#3b5bdb",
+        "affricate": "#5aa9e6",
+        "stop": "#8f4fc7",
+        "silence": "#b4bbc7",
+        "other": "#7d8694",
+    },
+)
+
+DARK = Theme(
+    paper="#181c24",
+    ink="#e6e9f0",
+    muted="#98a2b4",
+    grid="#2a303c",
+    blue="#88a2ff",
+    coral="#ff8d75",
+    teal="#45cdb9",
+    gold="#ecc053",
+    violet="#c795f5",
+    grey="#6c7686",
+    wash=("#181c24", "#2a2f63", "#5a48a8", "#a65bb5", "#ee8a8f", "#ffe7b5"),
+    classes={
+        "vowel": "#ff8d75",
+        "approximant": "#ecc053",
+        "nasal": "#45cdb9",
+        "fricative": "#88a2ff",
+        "affricate": "#9bd3ff",
+        "stop": "#c795f5",
+        "silence": "#59616f",
+        "other": "#8b95a5",
+    },
+    is_dark=True,
+)
+
+
+@contextmanager
+def style(theme: Theme) -> Iterator[None]:
+    """Figures made inside look like `theme`; no global setting of matplotlib changes."""
+    matplotlib = require("matplotlib", extra="train")
+    settings: dict[str, Any] = {
+        "figure.facecolor": theme.paper,
+        "figure.constrained_layout.use": True,
+        "savefig.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "axes.edgecolor": theme.grid,
+        "axes.labelcolor": theme.muted,
+        "axes.labelsize": 8.5,
+        "axes.titlecolor": theme.ink,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+        "text.color": theme.ink,
+        "font.family": "DejaVu Sans",
+        "font.size": 8.5,
+        "lines.linewidth": 1.8,
+        "lines.solid_capstyle": "round",
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "image.interpolation": "nearest",
+        "image.aspect": "auto",
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty figure that belongs to no window and no global state."""
+    figures = require("matplotlib.figure", extra="train")
+    return figures.Figure(figsize=(width_in, height_in), dpi=DPI)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The picture as PNG, with Agg and without a date: equal pictures are equal bytes."""
+    agg = require("matplotlib.backends.backend_agg", extra="train")
+    file = io.BytesIO()
+    agg.FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def cluster_colors(places: NDArray[np.float64], theme: Theme) -> NDArray[np.float64]:
+    """A colour for each cluster, so that clusters that sound alike look alike.
+
+    Args:
+        places: (K, 3) the clusters' means on three axes, loudness first. Every axis is replaced by
+            ranks, so that colours are used evenly. Loudness gives the distance from the paper, the
+            angle on the other two the hue, their distance from the middle the chroma.
+        theme: decides whether the paper is light or dark.
+
+    Returns:
+        (K, 3) sRGB, each in [0, 1].
+    """
+    ranks = np.argsort(np.argsort(places, axis=0, kind="stable"), axis=0, kind="stable")
+    loud, x, y = (2 * ranks / max(len(places) - 1, 1) - 1).T
+    lightness = 0.68 + 0.17 * loud if theme.is_dark else 0.70 - 0.19 * loud
+    chroma = 0.04 + 0.12 * np.maximum(np.abs(x), np.abs(y))
+    return _oklch(lightness, chroma, np.arctan2(y, x))
+
+
+def _oklch(
+    lightness: NDArray[np.float64], chroma: NDArray[np.float64], hue: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Oklab colours in polar form as sRGB (Ottosson, 2020): equal steps look equal."""
+    lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)])
+    to_cones = np.array(
+        [
+            [1, 0.3963377774, 0.2158037573],
+            [1, -0.1055613458, -0.0638541728],
+            [1, -0.0894841775, -1.2914855480],
+        ]
+    )
+    to_rgb = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = np.clip(to_rgb @ (to_cones @ lab) ** 3, 0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).T
+
+
+def end_label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    """Write a value beside the end of a line."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=color,
+        fontsize=8.5,
+        annotation_clip=False,
+    )

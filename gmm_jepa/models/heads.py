@@ -1,0 +1,62 @@
+"""What sits on the encoder during pretraining: cluster head and predictor."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmm_jepa.models.attention import GatedRelativeBias
+from gmm_jepa.models.config import ConformerConfig
+from gmm_jepa.models.conformer import ConformerBlock
+from gmm_jepa.models.padding import FrameMask, zero_padding
+
+
+class ClusterBlock(nn.Module):
+    """x += dropout(linear(dropout(gelu(linear(norm(x))))))."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, dim)
+        self.down = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., W) -> (..., W)."""
+        return x + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(x))))))
+
+
+class ClusterHead(nn.Module):
+    """Frames to logits of K clusters through three residual blocks of width 2 D."""
+
+    def __init__(self, code_dim: int, n_clusters: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        width = 2 * code_dim
+        self.in_proj = nn.Linear(code_dim, width)
+        self.in_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(ClusterBlock(width, dropout) for _ in range(3))
+        self.out_norm = nn.LayerNorm(width)
+        self.out_proj = nn.Linear(width, n_clusters)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Frames (..., D) -> logits (..., K); each frame for itself."""
+        x = F.gelu(self.in_norm(self.in_proj(z)))
+        for block in self.blocks:
+            x = block(x)
+        return self.out_proj(self.out_norm(x))
+
+
+class Predictor(nn.Module):
+    """Linear, GELU, conformer block, linear: from masked frames to the teacher's."""
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.code_dim, config.code_dim)
+        self.block = ConformerBlock(config)
+        self.out_proj = nn.Linear(config.code_dim, config.code_dim)
+
+    def forward(self, z: Tensor, mask: FrameMask | None, bias: GatedRelativeBias | None) -> Tensor:
+        """(B, T, D) -> (B, T, D) with zero padding; `bias` is the online encoder's own."""
+        table = None if bias is None else bias.table(z.shape[1])
+        x = self.block(F.gelu(self.in_proj(z).to(z.dtype)), mask, bias, table)
+        return zero_padding(self.out_proj(x).to(z.dtype), mask)

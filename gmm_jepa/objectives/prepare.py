@@ -1,0 +1,121 @@
+"""From rows of audio to what the objective takes: masks, noise and the weight of every frame.
+
+Everything is drawn from (seed, step, row of the global batch), so that it depends neither on the
+number of processes nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmm_jepa.config import ObjectiveConfig
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
+from gmm_jepa.data.loader import Batch, RankView
+from gmm_jepa.objectives.augmentation import disturb
+from gmm_jepa.objectives.gmm_anchored import MaskedBatch
+from gmm_jepa.objectives.masks import draw_mask
+
+_MASK, _NOISE = 0, 1  # separate streams of random numbers
+
+
+class MaskAndDisturb:
+    """Draws masks for the global batch and noise for this process's rows; runs in the workers.
+
+    Args:
+        config: shares, spans and probabilities.
+        n_frames: encoder frames of a number of samples.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, config: ObjectiveConfig, n_frames: Callable[[int], int], *, seed: int
+    ) -> None:
+        self.config = config
+        self.n_frames = n_frames
+        self.seed = seed
+
+    def __call__(self, view: RankView) -> dict[str, Any]:
+        """Extras of one batch.
+
+        Returns:
+            ``disturbed`` (R, S) float32; ``mask`` and ``real`` (R, T) bool; ``n_masked`` and
+            ``n_visible``, frames in the global batch as planned; ``audio_s``, its seconds.
+        """
+        lengths = [self.n_frames(int(n)) for n in view.lengths_samples]
+        n_frames = self.n_frames(view.waveform.shape[1])
+        masks = np.zeros((view.n_rows, n_frames), dtype=bool)
+        for row, length in enumerate(lengths):
+            masks[row, :length] = self._mask(view.step, row, length)
+        held_frames = np.array([self.n_frames(int(n)) for n in view.held_samples])
+        real = np.arange(n_frames) < held_frames[:, None]
+        disturbed = view.waveform.copy()
+        for place, (row, n_samples) in enumerate(zip(view.rows, view.held_samples)):
+            disturbed[place, :n_samples] = self._disturb(view, int(row), int(n_samples), place)
+        n_masked = int(masks.sum())
+        return {
+            "disturbed": disturbed,
+            "mask": view.take(masks) & real,
+            "real": real,
+            "n_masked": n_masked,
+            "n_visible": sum(lengths) - n_masked,
+            "audio_s": float(view.lengths_samples.sum()) / SAMPLE_RATE_HZ,
+        }
+
+    def _mask(self, step: int, row: int, length_frames: int) -> np.ndarray:
+        config = self.config
+        return draw_mask(
+            length_frames,
+            self._rng(step, row, _MASK),
+            share=config.mask_share,
+            span_frames=config.mask_span_frames,
+        )
+
+    def _disturb(self, view: RankView, row: int, n_samples: int, place: int) -> np.ndarray:
+        return disturb(
+            view.waveform[place, :n_samples],
+            self._rng(view.step, row, _NOISE),
+            n_rows=view.n_rows,
+            row=row,
+            read_row=view.read_row,
+            mix_probability=self.config.mix_probability,
+            noise_probability=self.config.noise_probability,
+        )
+
+    def _rng(self, step: int, row: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, step, row, stream])
+
+
+def micro_batches(batch: Batch, n_parts: int, *, unmasked_weight: float) -> Iterator[MaskedBatch]:
+    """Cut a batch into `n_parts` runs of rows, each with the weights of its frames.
+
+    The weights are normalised over the global batch: masked frames share one part, frames in sight
+    `unmasked_weight` parts, together 1 (so the losses of all parts and processes add up).
+    """
+    extras = batch.extras
+    mask, real = extras["mask"], extras["real"]
+    n_masked, n_visible = max(extras["n_masked"], 1), max(extras["n_visible"], 1)
+    predicted = mask.float() / n_masked
+    visible = (real & ~mask).float() * (unmasked_weight / n_visible)
+    anchored = (predicted + visible) / (1.0 + unmasked_weight)
+    for rows in torch.arange(len(mask)).chunk(n_parts):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield MaskedBatch(
+            batch.waveform[part],
+            extras["disturbed"][part],
+            batch.lengths_samples[part],
+            ~mask[part],
+            *_weighted(predicted[part]),
+            *_weighted(anchored[part]),
+        )
+
+
+def _weighted(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and values of the weights that are not zero, in flattened (R, T)."""
+    flat = weights.flatten()
+    places = flat.nonzero().squeeze(1)
+    return places, flat[places]

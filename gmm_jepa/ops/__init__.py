@@ -1,0 +1,38 @@
+"""The operators everything else is built on.
+
+Each is a `torch.library.custom_op` under ``gmm_jepa::`` with a plain-torch kernel for every
+device, a fake and (where a gradient makes sense) an autograd registration: PyTorch's dispatcher
+picks the backend and `torch.compile` sees through. Faster kernels take the place of the plain
+ones by ``register_kernel``. All work in chunks of bounded memory, are deterministic, and accept
+empty inputs.
+"""
+
+from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
+from gmm_jepa.ops.ema import ema_update
+from gmm_jepa.ops.log_mel import log_mel
+from gmm_jepa.ops.losses import (
+    MaskedLoss,
+    masked_cross_entropy,
+    masked_kl,
+    masked_kl_targets,
+    masked_mse,
+)
+from gmm_jepa.ops.mixture import Mixture
+from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
+
+__all__ = [
+    "EMStatistics",
+    "MaskedLoss",
+    "Mixture",
+    "em_statistics",
+    "ema_update",
+    "gmm_log_likelihood",
+    "gmm_posterior",
+    "gmm_topk",
+    "kmeans_assign",
+    "log_mel",
+    "masked_cross_entropy",
+    "masked_kl",
+    "masked_kl_targets",
+    "masked_mse",
+]

@@ -1,0 +1,132 @@
+"""Sufficient statistics of one EM iteration, and hard assignment to centroids.
+
+    r_nk = posterior of component k for frame n
+    counts_k = sum_n r_nk,  first_k = sum_n r_nk x_n,  second_k = sum_n r_nk x_n^2
+
+Responsibilities live one chunk at a time and never as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.errors import InputError
+from gmm_jepa.ops.mixture import Mixture, check_frames, kind_of, quadratic, row_chunks
+
+
+class EMStatistics(NamedTuple):
+    """What the M-step needs: sums over frames, so two halves of the data add up to the whole."""
+
+    counts: Tensor
+    """(K,) float64, sum of responsibilities"""
+    first: Tensor
+    """(K, D) float64, responsibilities' x frames"""
+    second: Tensor
+    """(K, D) float64, responsibilities' x frames squared"""
+    log_likelihood: Tensor
+    """() float64, sum of log p(x) over the frames"""
+
+
+def em_statistics(frames: Tensor, mixture: Mixture) -> EMStatistics:
+    """Expected sufficient statistics of the frames under a mixture, in float64.
+
+    The sums are taken on standardised frames and mapped back, so large offsets cost no digits
+    beyond those of ``second`` itself. No gradient.
+
+    Args:
+        frames: (N, D), any float type; N may be 0.
+        mixture: the mixture of K components.
+
+    Raises:
+        InputError: shapes or devices disagree.
+        TypeError: `frames` is not a floating-point tensor.
+    """
+    check_frames(frames, mixture)
+    if frames.ndim != 2:
+        raise InputError(f"frames: expected (N, D), got {tuple(frames.shape)}")
+    return EMStatistics(*_em_statistics(frames.detach(), *mixture))
+
+
+def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every frame; the first one wins a tie. No gradient.
+
+    Args:
+        frames: (N, D), any float type; N may be 0.
+        centroids: (K, D) on the same device.
+
+    Returns:
+        labels (N,) int64 and squared Euclidean distances (N,) float32.
+
+    Raises:
+        InputError: shapes or devices disagree.
+        TypeError: `frames` is not a floating-point tensor.
+    """
+    if not isinstance(frames, Tensor) or not frames.is_floating_point():
+        raise TypeError(f"frames: expected a floating-point tensor, got {kind_of(frames)}")
+    if frames.ndim != 2 or centroids.ndim != 2 or frames.shape[1] != centroids.shape[1]:
+        raise InputError(
+            "frames, centroids: expected (N, D) and (K, D), got "
+            f"{tuple(frames.shape)} and {tuple(centroids.shape)}"
+        )
+    if frames.device != centroids.device:
+        raise InputError(f"frames: on {frames.device}, but centroids on {centroids.device}")
+    return _kmeans_assign(frames.detach(), centroids.detach())
+
+
+@torch.library.custom_op("gmm_jepa::em_statistics", mutates_args=())
+def _em_statistics(
+    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K, D = means.shape
+    form = quadratic(Mixture(log_weights, means, variances), torch.float64)
+    counts = form.bias.new_zeros(K)
+    moments = form.bias.new_zeros(K, 2 * D)
+    log_likelihood = form.bias.new_zeros(())
+    for rows in row_chunks(frames.shape[0], K):
+        features = form.features(frames[rows])
+        joint = torch.addmm(form.bias, features, form.weight)
+        best = joint.amax(1, keepdim=True)
+        responsibilities = joint.sub_(best).exp_()
+        total = responsibilities.sum(1, keepdim=True)
+        log_likelihood += (best + total.log()).sum()
+        responsibilities /= total
+        counts += responsibilities.sum(0)
+        moments.addmm_(responsibilities.T, features)
+    # x = centre + scale z: map the moments of z back to those of x
+    n = counts[:, None]
+    z1, z2 = moments[:, :D] / form.inverse_scale, moments[:, D:] / form.inverse_scale**2
+    first = n * form.centre + z1
+    second = n * form.centre**2 + 2.0 * form.centre * z1 + z2
+    return counts, first, second, log_likelihood
+
+
+@_em_statistics.register_fake
+def _(frames, log_weights, means, variances):
+    K, D = means.shape
+    return tuple(
+        means.new_empty(shape, dtype=torch.float64) for shape in ((K,), (K, D), (K, D), ())
+    )
+
+
+@torch.library.custom_op("gmm_jepa::kmeans_assign", mutates_args=())
+def _kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    # Float64 and one common shift, so that no pair of centroids is confused by rounding.
+    shift = centroids.double().mean(0)
+    c = centroids.double() - shift
+    bias = -0.5 * c.square().sum(1)
+    labels = frames.new_empty(frames.shape[:1], dtype=torch.int64)
+    distances = frames.new_empty(frames.shape[:1], dtype=torch.float32)
+    for rows in row_chunks(frames.shape[0], c.shape[0]):
+        x = frames[rows] - shift
+        labels[rows] = torch.addmm(bias, x, c.T).argmax(1)  # largest x.c - c^2/2 is nearest
+        distances[rows] = (x - c[labels[rows]]).square().sum(1).float()
+    return labels, distances
+
+
+@_kmeans_assign.register_fake
+def _(frames, centroids):
+    shape = frames.shape[:1]
+    return frames.new_empty(shape, dtype=torch.int64), frames.new_empty(shape, dtype=torch.float32)

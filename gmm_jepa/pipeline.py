@@ -1,0 +1,220 @@
+"""The main job, stage by stage: read the audio, fit the mixture, train, evaluate, report.
+
+Every stage leaves its result in the run folder and is passed over when that is there already, so a
+run that was interrupted anywhere goes on by being started again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gmm_jepa.config import Recipe, Sources
+from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
+from gmm_jepa.data.frames import FrameStream
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.split import hold_out
+from gmm_jepa.errors import InputError
+from gmm_jepa.evaluate.evaluate import Evaluation, evaluate
+from gmm_jepa.evaluate.report import write_report
+from gmm_jepa.files import read_json, write_json
+from gmm_jepa.gmm import GaussianMixture
+from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.progress import Bar, Stages
+from gmm_jepa.train import checkpoint
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.metrics import read_metrics
+from gmm_jepa.train.state import initial_model
+from gmm_jepa.train.trainer import TrainOutcome, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """The usable audio of a run."""
+
+    train: Corpus
+    heldout: Corpus
+
+
+class Run:
+    """One run in its folder.
+
+    Args:
+        folder: where it lies.
+        sources: its audio.
+        recipe: its settings.
+        peers: this process among its peers; the main one writes the files.
+    """
+
+    def __init__(
+        self, folder: RunFolder, sources: Sources, recipe: Recipe, peers: Processes
+    ) -> None:
+        self.folder = folder
+        self.sources = sources
+        self.recipe = recipe
+        self.peers = peers
+        self.rejects = RejectLog(folder.rejects if peers.is_main else None)
+
+    def audio(self) -> Audio:
+        """Open the corpora, read all audio once, set the unusable aside, hold a part out.
+
+        Raises:
+            InputError: nothing usable, too much unusable, or audio other than the run began with.
+        """
+        train_part = self._usable("audio", self.sources.audio, self.sources.weights)
+        if self.sources.heldout_audio:
+            return Audio(
+                train=train_part,
+                heldout=self._usable("heldout_audio", self.sources.heldout_audio, ()),
+            )
+        config = self.recipe.data
+        kept, heldout = hold_out(
+            train_part,
+            fraction=config.heldout_fraction,
+            by=config.heldout_by,
+            seed=self.recipe.seed,
+        )
+        return Audio(train=train_part.select(kept), heldout=train_part.select(heldout))
+
+    def _usable(self, name: str, paths: tuple[str, ...], weights: tuple[float, ...]) -> Corpus:
+        """One argument's corpus without what cannot be read; a resumed run does not read it again.
+
+        Which utterances are unusable is remembered in the run folder, with the fingerprint of the
+        corpus, so that every process and every resumed run trains on the same ones.
+        """
+        corpus = open_corpus(paths, rejects=self.rejects, weights=weights or None)
+        remembered = self.folder.root / f"{name}.json"
+        if self.peers.is_main and not remembered.exists():
+            n_found = len(corpus) + self.rejects.count
+            with Bar(f"reading {name.replace('_', ' ')}", "utterance") as progress:
+                good = find_readable(
+                    corpus, self.rejects, workers=self.recipe.data.workers, progress=progress
+                )
+            self.rejects.check(n_found, self.recipe.data.max_bad_fraction)
+            summary = {
+                "fingerprint": corpus.fingerprint,
+                "utterances": len(corpus),
+                "seconds": round(corpus.total_s, 3),
+                "unreadable": np.flatnonzero(~good).tolist(),
+            }
+            write_json(remembered, summary)
+        self.peers.wait()
+        seen = read_json(remembered)
+        if seen["fingerprint"] != corpus.fingerprint:
+            raise InputError(
+                f"{name}: its content changed since this run began; "
+                "start a new run in another folder"
+            )
+        good = np.ones(len(corpus), dtype=bool)
+        good[seen["unreadable"]] = False
+        return corpus.select(good)
+
+    def mixture(self, corpus: Corpus) -> GaussianMixture:
+        """The run's mixture: read if it is there, else fitted by the main process."""
+        path, recipe = self.folder.mixture, self.recipe
+        if self.peers.is_main and not path.exists():
+            fit_mixture(corpus, recipe, self.rejects).save(path, front_end=recipe.front_end)
+        self.peers.wait()
+        return self._load_mixture(path)
+
+    def _load_mixture(self, path: Path) -> GaussianMixture:
+        """Read a mixture that fits the recipe."""
+        mixture = GaussianMixture.load(path, front_end=self.recipe.front_end)
+        n_components = self.recipe.mixture.n_components
+        if mixture.n_components != n_components:
+            raise InputError(
+                f"{path}: a mixture of {mixture.n_components} components, "
+                f"but the recipe says {n_components}"
+            )
+        return mixture
+
+    def take_mixture(self, path: Path) -> None:
+        """Use a mixture that was fitted before, instead of fitting one.
+
+        Raises:
+            InputError: it does not fit the recipe, or the run has another one.
+        """
+        given = self._load_mixture(path)
+        if self.folder.mixture.exists():
+            own = self._load_mixture(self.folder.mixture)
+            if not np.array_equal(own.means_, given.means_):
+                raise InputError(f"gmm: this run has a mixture already, other than {path}")
+        elif self.peers.is_main:
+            given.save(self.folder.mixture, front_end=self.recipe.front_end)
+        self.peers.wait()
+
+    def train(self, corpus: Corpus, mixture: GaussianMixture) -> TrainOutcome:
+        """Train to the recipe's last step, or go on from the newest checkpoint."""
+        return train(self.folder, self.recipe, corpus, mixture, self.peers, rejects=self.rejects)
+
+    def evaluate(self, audio: Audio, mixture: GaussianMixture) -> Evaluation:
+        """Measure the newest checkpoint on held-out audio and write numbers, plots and report.
+
+        Raises:
+            InputError: there is no checkpoint.
+        """
+        recipe, device = self.recipe, self.peers.device
+        with Stages() as progress:
+            evaluation = evaluate(
+                self.model().to(device),
+                initial_model(recipe).eval().to(device),
+                mixture,
+                recipe.front_end,
+                audio.train,
+                audio.heldout,
+                max_train_s=recipe.evaluate.max_train_s,
+                max_test_s=recipe.evaluate.max_test_s,
+                temperature=recipe.objective.temperature,
+                seed=recipe.seed,
+                progress=progress,
+            )
+        write_report(self.folder.root, evaluation, read_metrics(self.folder.metrics))
+        return evaluation
+
+    def model(self) -> JepaModel:
+        """The model of the newest checkpoint."""
+        latest = checkpoint.newest(self.folder.checkpoints)
+        if latest is None:
+            raise InputError(f"{self.folder.root}: no checkpoint yet; train first")
+        model = initial_model(self.recipe)
+        checkpoint.load_weights(latest, model)
+        return model.eval()
+
+
+def fit_mixture(corpus: Corpus, recipe: Recipe, rejects: RejectLog) -> GaussianMixture:
+    """Fit the mixture of a recipe on a corpus by EM.
+
+    Args:
+        corpus: training audio.
+        recipe: its `front_end`, `mixture` and `seed` are used.
+        rejects: where unreadable audio is recorded.
+    """
+    config = recipe.mixture
+    frames = FrameStream(
+        corpus, recipe.front_end, rejects=rejects, max_s=config.max_fit_s, seed=recipe.seed
+    )
+    mixture = GaussianMixture(
+        n_components=config.n_components,
+        variance_floor=config.variance_floor,
+        max_iter=config.max_iter,
+        tol=config.tol,
+        random_state=recipe.seed,
+    )
+    with Bar("fitting the mixture", "iteration") as bar:
+        return mixture.fit(frames, on_iteration=lambda done, _: bar(done, config.max_iter))
+
+
+def open_run(root: Path, sources: Sources, recipe: Recipe, peers: Processes) -> Run:
+    """Begin a run in a folder, or go on with the one that is there.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    folder = RunFolder(root)
+    if peers.is_main:
+        folder.open(sources, recipe)
+    peers.wait()
+    return Run(folder, sources, recipe, peers)

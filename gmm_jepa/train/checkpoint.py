@@ -1,0 +1,91 @@
+"""Checkpoints: one folder a step, complete or absent, read without unpickling."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gmm_jepa.errors import InputError, require
+from gmm_jepa.files import written_aside
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+
+
+def save(root: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep: int) -> Path:
+    """Write the checkpoint of `step` (steps done) and remove all but the newest `keep`.
+
+    Args:
+        root: the folder of all checkpoints.
+        step: optimiser steps done.
+        model: its state dict becomes ``model.safetensors``.
+        state: what else resuming needs: nested dicts and lists of tensors and numbers.
+        keep: number of checkpoints that stay, this one included.
+    """
+    safetensors = require("safetensors.torch", extra="train")
+    folder = root / f"step_{step:08d}"
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+        safetensors.save_file(weights, str(aside / WEIGHTS))
+        torch.save(state, aside / STATE)
+    for _, old in steps(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def steps(root: Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints under `root`, oldest first."""
+    found = []
+    for folder in root.glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def newest(root: Path) -> Path | None:
+    """The checkpoint of the latest step, if there is one."""
+    found = steps(root)
+    return found[-1][1] if found else None
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load ``model.safetensors`` into `model`; every tensor must fit.
+
+    Raises:
+        InputError: the file is absent, damaged, or of another model.
+    """
+    safetensors = require("safetensors.torch", extra="train")
+    path = folder / WEIGHTS
+    try:
+        weights = safetensors.load_file(str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # safetensors raises its own, undocumented kinds
+        raise InputError(f"{path}: damaged ({error})") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: weights of another model ({first_line})") from None
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Load what `save` was given as `state`, without unpickling code.
+
+    Raises:
+        InputError: the file is absent or damaged.
+    """
+    path = folder / STATE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]})") from None

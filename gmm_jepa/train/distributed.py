@@ -1,0 +1,69 @@
+"""The processes of a run, as torchrun starts them; one process without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among its peers."""
+
+    rank: int
+    """Number of this process, from 0."""
+    world_size: int
+    """Number of processes."""
+    device: torch.device
+    """Where this process computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and shows progress."""
+        return self.rank == 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place; returns the tensor."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True everywhere if `flag` is true anywhere."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.add(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """Join the process group that torchrun announces, nccl on CUDA and gloo on CPU, and leave it.
+
+    The group waits up to two hours for a process, since one of them may be fitting the mixture.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        yield Processes(rank=rank, world_size=world_size, device=device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,175 @@
+"""What a run tells of itself while it trains: sums on the device, lines on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gmm_jepa.errors import InputError, require
+from gmm_jepa.files import write_text
+from gmm_jepa.objectives.gmm_anchored import AnchoredLosses
+from gmm_jepa.objectives.meters import embedding_meters, usage_entropy
+from gmm_jepa.train.distributed import Processes
+
+_SUMS = ("total", "jepa", "kl", "target_entropy", "agreement")
+MAX_BAD_STEPS = 10
+
+
+class Meters:
+    """Collects a run's figures on the device and reads them back only when a line is due.
+
+    Args:
+        peers: the processes whose figures are added up.
+        n_clusters: size of the cluster head.
+    """
+
+    def __init__(self, peers: Processes, n_clusters: int) -> None:
+        self._peers = peers
+        self._usage = torch.zeros(n_clusters, device=peers.device)
+        self._skipped = torch.zeros((), device=peers.device)
+        self._streak = torch.zeros((), device=peers.device)
+        self._worst_streak = torch.zeros((), device=peers.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums = torch.zeros(len(_SUMS), device=self._peers.device)
+        self._usage.zero_()
+        self._worst_streak.zero_()
+        self._n_steps, self._audio_s, self._waited_s = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def add_losses(self, losses: AnchoredLosses) -> None:
+        """Take in one micro-batch; nothing is read back."""
+        self._sums += torch.stack([getattr(losses, name).detach() for name in _SUMS])
+        ones = torch.ones_like(losses.clusters, dtype=self._usage.dtype)
+        self._usage.scatter_add_(0, losses.clusters, ones)
+        self._last = losses
+
+    def add_step(self, norm: Tensor, bad: Tensor, *, audio_s: float, waited_s: float) -> None:
+        """Take in one optimiser step.
+
+        Args:
+            norm: () gradient norm before clipping.
+            bad: () 1.0 where the step was skipped for a norm that is not finite, else 0.0.
+            audio_s: seconds of audio in the global batch.
+            waited_s: seconds spent waiting for it.
+        """
+        self._norm = norm
+        self._skipped += bad
+        self._streak = (self._streak + bad) * bad
+        self._worst_streak = torch.maximum(self._worst_streak, self._streak)
+        self._n_steps += 1
+        self._audio_s += audio_s
+        self._waited_s += waited_s
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, as plain numbers; waits for the device.
+
+        Raises:
+            InputError: ten steps in a row were not finite.
+        """
+        peers, last = self._peers, self._last
+        means = (peers.add(self._sums.clone()) / self._n_steps).tolist()
+        usage = usage_entropy(peers.add(self._usage.clone()))
+        cosine = F.cosine_similarity(last.online.float(), last.teacher.float(), dim=-1).mean()
+        elapsed = time.perf_counter() - self._since
+        values = {
+            **dict(zip(("loss", *_SUMS[1:]), means)),
+            "gradient_norm": self._norm.item(),
+            "skipped_steps": int(self._skipped),
+            "audio_s_per_s": self._audio_s / elapsed,
+            "wait_share": self._waited_s / elapsed,
+            "teacher_cosine": cosine.item(),
+            **{name: value.item() for name, value in embedding_meters(last.online.float()).items()},
+            "usage_entropy": usage.item(),
+        }
+        if self._worst_streak >= MAX_BAD_STEPS:
+            raise InputError(
+                f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row: "
+                "lower the learning rate or look at the audio; the last checkpoint is whole"
+            )
+        self._restart()
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, so that the next line is the same after a resume."""
+        return {
+            "sums": self._sums.cpu(),
+            "usage": self._usage.cpu(),
+            "skipped": self._skipped.cpu(),
+            "streak": self._streak.cpu(),
+            "worst_streak": self._worst_streak.cpu(),
+            "n_steps": self._n_steps,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name in ("sums", "usage", "skipped", "streak", "worst_streak"):
+            getattr(self, f"_{name}").copy_(state[name])
+        self._n_steps = state["n_steps"]
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and TensorBoard events, both cut back to the step a run resumes at.
+
+    Args:
+        path: of the JSON lines.
+        start_step: lines of later steps are dropped.
+        tensorboard: also write events, beside the JSON lines.
+    """
+
+    def __init__(self, path: Path, start_step: int, *, tensorboard: bool) -> None:
+        kept = [
+            json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= start_step
+        ]
+        write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            module = require("torch.utils.tensorboard", extra="train")
+            self._events = module.SummaryWriter(
+                str(path.parent / "tensorboard"), purge_step=start_step + 1
+            )
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append the line of `step` (steps done); a value that is not finite becomes null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none if it is absent, and a line cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

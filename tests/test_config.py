@@ -1,0 +1,96 @@
+import dataclasses
+import json
+
+import pytest
+
+from gmm_jepa.config import (
+    PRESETS,
+    DataConfig,
+    ObjectiveConfig,
+    Recipe,
+    Sources,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from gmm_jepa.errors import InputError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    recipe = PRESETS[name]()
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+def test_the_paper_preset_holds_the_published_settings():
+    recipe = PRESETS["paper"]()
+    assert recipe.mixture.n_components == 1024
+    assert recipe.mixture.variance_floor == 0.1
+    assert recipe.data.batch_s == 32 * 15
+    assert recipe.train.steps == 50_000
+    assert recipe.train.learning_rate == 1e-5
+    assert recipe.train.betas == (0.8, 0.99)
+    assert recipe.train.teacher_decay == 0.996
+    assert recipe.objective.anchor_end == 0.01
+    assert recipe.objective.unmasked_weight == 0.0
+    assert not recipe.encoder.unit_rms
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        (ObjectiveConfig, {"anchor_end": 0.0}, "anchor_end"),
+        (ObjectiveConfig, {"mask_share": (0.7, 0.4)}, "mask_share"),
+        (ObjectiveConfig, {"mask_span_frames": (10, 12)}, "mask_span_frames"),
+        (ObjectiveConfig, {"mix_probability": 0.9, "noise_probability": 0.2}, "mix_probability"),
+        (ObjectiveConfig, {"temperature": 0.0}, "temperature"),
+        (DataConfig, {"min_segment_s": 20.0}, "min_segment_s"),
+        (DataConfig, {"max_bad_fraction": 2.0}, "max_bad_fraction"),
+        (DataConfig, {"workers": -1}, "workers"),
+        (TrainConfig, {"steps": 0}, "steps"),
+        (TrainConfig, {"teacher_decay": 1.5}, "teacher_decay"),
+        (Sources, {"audio": ()}, "audio"),
+        (Sources, {"audio": ("a", "b"), "weights": (1.0,)}, "weights"),
+    ],
+)
+def test_nonsense_is_refused_by_name(kind, settings, named):
+    with pytest.raises(InputError, match=named):
+        kind(**settings)
+
+
+def test_unknown_and_missing_keys_are_refused():
+    values = to_dict(PRESETS["cpu"]())
+    values["train"]["stepps"] = 3
+    with pytest.raises(InputError, match=r"config\.train.*stepps"):
+        from_dict(Recipe, values)
+    del values["train"]["stepps"], values["data"]["batch_s"]
+    with pytest.raises(InputError, match=r"config\.data.*batch_s"):
+        from_dict(Recipe, values)
+
+
+def test_a_value_outside_its_choices_is_refused():
+    values = to_dict(PRESETS["cpu"]())
+    values["train"]["precision"] = "fp8"
+    with pytest.raises(InputError, match="precision"):
+        from_dict(Recipe, values)
+
+
+def test_every_field_has_its_unit_line():
+    """Each field is followed by a docstring line, which is what --help shows."""
+    import ast
+    import inspect
+
+    import gmm_jepa.config as module
+
+    tree = ast.parse(inspect.getsource(module))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert len(classes) >= 7
+    for node in classes:
+        for item, following in zip(node.body, [*node.body[1:], None]):
+            if isinstance(item, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{node.name}.{item.target.id}"
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["cpu"]().seed = 3

@@ -1,0 +1,221 @@
+"""Runs of the smoke preset on small synthetic audio: learning, resuming, processes, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmm_jepa.cli import main
+from gmm_jepa.train.checkpoint import newest, steps
+from gmm_jepa.train.metrics import read_metrics
+from tests.audio import write_corpus
+
+SMALL = ["--preset", "smoke", "--no-train.tensorboard", "--mixture.n-components", "8"]
+LOSSES = ("loss", "jepa", "kl", "target_entropy", "agreement", "gradient_norm", "usage_entropy")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("audio"))
+
+
+def arguments(manifest: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--audio", str(manifest), "--out", str(out), *SMALL, *more]
+
+
+def train(manifest: Path, out: Path, *more: str) -> list[dict]:
+    assert main(arguments(manifest, out, *more)) == 0
+    return read_metrics(out / "metrics.jsonl")
+
+
+def process(manifest: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()):
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "gmm_jepa", *arguments(manifest, out, *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def losses(lines: list[dict]) -> list[tuple]:
+    return [(line["step"], *(line[name] for name in LOSSES)) for line in lines]
+
+
+def assert_close(ours: list[dict], theirs: list[dict], relative: float) -> None:
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs):
+        for name in LOSSES[:4]:
+            assert a[name] == pytest.approx(b[name], rel=relative, abs=1e-7), (a["step"], name)
+
+
+def wait_for_steps(metrics: Path, n: int, running: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < n:
+        assert running.poll() is None, running.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_loss_falls_and_every_figure_is_there(manifest, tmp_path):
+    lines = train(manifest, tmp_path / "run", "--train.steps", "40")
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    for name in (
+        *LOSSES,
+        "lambda",
+        "learning_rate",
+        "teacher_decay",
+        "audio_s_per_s",
+        "wait_share",
+        "teacher_cosine",
+        "std",
+        "effective_rank",
+        "mean_cosine",
+        "skipped_steps",
+    ):
+        assert all(isinstance(line[name], (int, float)) for line in lines), name
+    assert lines[-1]["lambda"] == pytest.approx(0.01)
+    assert [step for step, _ in steps(tmp_path / "run" / "checkpoints")] == [30, 40]
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_losses(manifest, tmp_path):
+    """Every step is logged; dropout, noise, workers and odd checkpoint intervals are on."""
+    more = ("--train.steps", "60", "--train.log-every", "1", "--train.checkpoint-every", "7")
+    more += ("--data.workers", "1", "--encoder.dropout", "0.1")
+    whole = process(manifest, tmp_path / "whole", *more)
+    whole.communicate()
+    assert whole.returncode == 0
+    for n_logged in (9, 20, 41):
+        running = process(manifest, tmp_path / "killed", *more)
+        wait_for_steps(tmp_path / "killed" / "metrics.jsonl", n_logged, running)
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        assert len(read_metrics(tmp_path / "killed" / "metrics.jsonl")) < 60
+    last = process(manifest, tmp_path / "killed", *more)
+    output, _ = last.communicate()
+    assert last.returncode == 0, output
+    expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    found = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    assert len(expected) == 60
+    assert losses(found) == losses(expected)
+
+
+def test_two_processes_give_the_losses_of_one(manifest, tmp_path):
+    more = ("--train.steps", "12", "--train.log-every", "1", "--train.checkpoint-every", "6")
+    one = process(manifest, tmp_path / "one", *more)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = process(manifest, tmp_path / "two", *more, launcher=launcher)
+    for running in (one, two):
+        output, _ = running.communicate()
+        assert running.returncode == 0, output
+    assert_close(
+        read_metrics(tmp_path / "one" / "metrics.jsonl"),
+        read_metrics(tmp_path / "two" / "metrics.jsonl"),
+        relative=2e-4,
+    )
+
+
+def test_micro_batches_change_nothing_but_rounding(manifest, tmp_path):
+    more = ("--train.steps", "8", "--train.log-every", "1")
+    whole = train(manifest, tmp_path / "whole", *more)
+    parts = train(manifest, tmp_path / "parts", *more, "--train.accumulate", "3")
+    assert_close(whole, parts, relative=2e-4)
+
+
+def test_sigterm_saves_and_ends_cleanly(manifest, tmp_path):
+    more = ("--train.steps", "100000", "--train.checkpoint-every", "100000")
+    running = process(manifest, tmp_path / "run", *more)
+    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 2, running)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, output
+    assert "stopped at step" in output
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_non_finite_step_is_skipped_and_ten_in_a_row_stop_the_run(
+    manifest, tmp_path, monkeypatch, capsys
+):
+    from gmm_jepa.models.jepa import JepaModel
+
+    encode = JepaModel.encode
+    poisoned = {2, 3, *range(15, 40)}
+    calls = iter(range(1000))
+
+    def sometimes_nan(self, waveform, lengths=None):
+        waveform = waveform * (float("nan") if next(calls) in poisoned else 1.0)
+        return encode(self, waveform, lengths)
+
+    monkeypatch.setattr(JepaModel, "encode", sometimes_nan)
+    out = tmp_path / "run"
+    assert main(arguments(manifest, out, "--train.steps", "40")) == 2
+    assert "not finite in 10 steps in a row" in capsys.readouterr().err
+    lines = read_metrics(out / "metrics.jsonl")
+    assert lines[0]["skipped_steps"] == 2
+    assert lines[0]["loss"] is None
+    assert lines[1]["loss"] is not None
+    weights = [p for p in (out / "checkpoints").rglob("model.safetensors")]
+    assert weights
+
+
+def test_values_are_read_back_only_when_a_line_is_due(manifest, tmp_path, monkeypatch):
+    """On CUDA a read waits for the device; here every `item` and `tolist` is counted."""
+    reads = []
+    for name in ("item", "tolist"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *, _original=original):
+            frame = sys._getframe(1)
+            if "gmm_jepa" in frame.f_code.co_filename:
+                reads.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            return _original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    train(manifest, tmp_path / "a", "--train.steps", "10", "--train.log-every", "10")
+    once = len(reads)
+    train(manifest, tmp_path / "b", "--train.steps", "20", "--train.log-every", "10")
+    assert 0 < len(reads) - once <= 2 * once
+
+
+def test_other_settings_in_the_same_folder_are_refused(manifest, tmp_path, capsys):
+    train(manifest, tmp_path / "run", "--train.steps", "2")
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert main(arguments(manifest, tmp_path / "run", "--train.steps", "3")) == 2
+    assert "recipe.train.steps: there 2, here 3" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(manifest, tmp_path, capsys):
+    train(manifest, tmp_path / "run", "--train.steps", "12")
+    checkpoint = newest(tmp_path / "run" / "checkpoints")
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(arguments(manifest, tmp_path / "run", "--train.steps", "12")) in (0, 2)
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "model.safetensors: damaged" in error
+
+
+def test_checkpoints_hold_no_pickled_code(manifest, tmp_path):
+    train(manifest, tmp_path / "run", "--train.steps", "2")
+    state = torch.load(newest(tmp_path / "run" / "checkpoints") / "state.pt", weights_only=True)
+    assert state["step"] == 2
+
+
+def test_metrics_lines_are_strict_json(manifest, tmp_path):
+    train(manifest, tmp_path / "run", "--train.steps", "5")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
