@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gmm_jepa.data.base import hash_parts
-from gmm_jepa.data.buckets import QUANTUM_SAMPLES, optimal_edges, segment_bounds
+from gmm_jepa.data.buckets import QUANTUM_SAMPLES, optimal_edges, segment_bounds, split_rows
 from gmm_jepa.data.permute import permute, uniform
 from gmm_jepa.errors import InputError
 
@@ -108,7 +108,7 @@ class BatchPlan:
         self._start = _compact(start[order])
         self._n_samples = _compact(n_samples[order])
         self._fill_slots(weight[order], np.bincount(bucket[used], minlength=len(self._edges)))
-        self._n_bucket_batches, self._rows = _split(self._n_slots, self._edges, batch_samples)
+        self._n_bucket_batches, self._rows = split_rows(self._n_slots, self._edges, batch_samples)
         self._batch_ends = np.cumsum(self._n_bucket_batches)
         self.fingerprint = hash_parts(
             "plan",
@@ -176,12 +176,8 @@ class BatchPlan:
         """Set the edges: the fewest that pad little enough, empty rows counted."""
         lengths, inverse = np.unique(padded, return_inverse=True)
         counts = np.bincount(inverse, weights=weight)
-        below = np.concatenate([[0.0], np.cumsum(counts)])
         least = np.inf
-        for edges in optimal_edges(lengths, counts, n_buckets):
-            n_slots = np.diff(below[np.searchsorted(lengths, edges, side="right")], prepend=0.0)
-            n_batches, rows = _split(np.ceil(n_slots), edges, batch_samples)
-            held = float((n_batches * rows * edges).sum())
+        for edges, held in optimal_edges(lengths, counts, n_buckets, batch_samples):
             if held < least:
                 least, self._edges = held, edges
             if self._real_samples > (1 - _TARGET_PADDING) * held:
@@ -230,16 +226,6 @@ class BatchPlan:
     def _size(self, bucket: int) -> int:
         ends = (*self._first[1:], len(self._utterance))
         return int(ends[bucket] - self._first[bucket])
-
-
-def _split(
-    n_slots: np.ndarray, edges: np.ndarray, batch_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Batches per bucket and rows per batch: as many rows as fit, spread so that few are empty."""
-    most = np.maximum(1, batch_samples // edges)
-    n_batches = -(-n_slots // most).astype(np.int64)
-    rows = -(-n_slots // np.maximum(1, n_batches)).astype(np.int64)
-    return n_batches, rows
 
 
 def _compact(values: np.ndarray) -> np.ndarray:

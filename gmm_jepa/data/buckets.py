@@ -35,26 +35,52 @@ def segment_bounds(
     return utterance, start, n_samples, len(durations) - len(kept)
 
 
-def optimal_edges(lengths: np.ndarray, counts: np.ndarray, max_buckets: int) -> list[np.ndarray]:
+def split_rows(
+    n_rows: np.ndarray, edges: np.ndarray, batch_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batches per bucket and rows per batch: as many rows as fit, spread so that few are empty.
+
+    Args:
+        n_rows: (B,) rows to place, whole numbers.
+        edges: (B,) or () samples each is padded to.
+        batch_samples: samples that a batch may have (one row it always may).
+
+    Returns:
+        n_batches and rows, each (B,) int64; 0 where there is nothing to place.
+    """
+    most = np.maximum(1, batch_samples // edges)
+    n_batches = -(-n_rows // most)
+    rows = -(-n_rows // np.maximum(1, n_batches))
+    return n_batches.astype(np.int64), rows.astype(np.int64)
+
+
+def optimal_edges(
+    lengths: np.ndarray, counts: np.ndarray, max_buckets: int, batch_samples: int
+) -> list[tuple[np.ndarray, int]]:
     """Bucket edges that pad least, for every number of buckets up to `max_buckets`.
 
     Dynamic programming over the distinct lengths: with b buckets, the last one holds lengths
-    (j, i] padded to length i, and the rest is the best for j with b - 1 buckets.
+    (j, i] padded to length i, and the rest is the best for j with b - 1 buckets. The cost is all
+    samples in the batches, empty rows included.
 
     Args:
         lengths: (L,) distinct lengths, ascending.
         counts: (L,) how many (fractions allowed) have each.
         max_buckets: the most buckets.
+        batch_samples: samples that a batch may have, see `split_rows`.
 
     Returns:
-        For b = 1, 2, ...: edges (b,) ascending, the last the longest length.
+        For b = 1, 2, ...: edges (b,) ascending, the last the longest length; and the samples in
+        all batches.
     """
-    lengths, counts = _thinned(np.asarray(lengths), np.asarray(counts, np.float64))
+    lengths, counts = _thinned(np.asarray(lengths, np.int64), np.asarray(counts, np.float64))
     size = len(lengths)
     below = np.concatenate([[0.0], np.cumsum(counts)])  # how many lie below each length
     cost = np.full((size + 1, size + 1), np.inf)  # [j, i]: one bucket of lengths j..i-1
     for i in range(1, size + 1):
-        cost[:i, i] = (below[i] - below[:i]) * lengths[i - 1]
+        edge = lengths[i - 1]
+        n_batches, rows = split_rows(np.ceil(below[i] - below[:i]), edge, batch_samples)
+        cost[:i, i] = n_batches * rows * edge
     best = cost[0]  # [i]: the first i lengths in b buckets, none of them empty
     cuts: list[np.ndarray] = []
     answers = []
@@ -67,7 +93,7 @@ def optimal_edges(lengths: np.ndarray, counts: np.ndarray, max_buckets: int) -> 
         for cut in reversed(cuts):
             i = int(cut[i])
             edges.append(int(lengths[i - 1]))
-        answers.append(np.array(edges[::-1], np.int64))
+        answers.append((np.array(edges[::-1], np.int64), int(best[size])))
     return answers
 
 

@@ -56,8 +56,8 @@ class _Engine:
     """The library itself; one per process."""
 
     def __init__(self, library_path: str, data_path: str) -> None:
-        os.chdir(data_path)  # the library cuts paths at 160 bytes, so it is given "."
         self._library = ctypes.CDLL(library_path)
+        os.chdir(data_path)  # the library cuts paths at 160 bytes, so it is given "."
         self._library.espeak_Synth.argtypes = (
             ctypes.c_char_p,
             ctypes.c_size_t,

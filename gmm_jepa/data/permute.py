@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
 _ROUNDS = 8
-_MIN_HALF_BITS = 3  # shorter halves shuffle lists of two or three visibly unevenly
 
 
 def permute(positions: np.ndarray, n: int, *key: int | str) -> np.ndarray:
     """Where a random permutation of 0..n-1 sends `positions`.
 
-    A Feistel network over the next even power of two, walked until it comes back below `n`
-    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002); fewer than four walks for
-    most. Platform- and version-independent.
+    A Feistel network over a x b >= n numbers, a and b about the root of n, walked until it comes
+    back below `n` (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002); a x b exceeds
+    n by less than a, so nearly all come back at once. Platform- and version-independent.
 
     Args:
         positions: integers in 0..n-1, of any shape.
@@ -27,12 +27,13 @@ def permute(positions: np.ndarray, n: int, *key: int | str) -> np.ndarray:
     """
     positions = np.asarray(positions, np.int64)
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < n)
-    half = max(_MIN_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
+    a = math.isqrt(max(0, n - 1)) + 1
+    b = -(-n // a)
     keys = _round_keys(key)
     places = positions.reshape(-1).astype(np.uint64)
     outside = np.arange(len(places))
     while len(outside):
-        places[outside] = _feistel(places[outside], half, keys)
+        places[outside] = _feistel(places[outside], np.uint64(a), np.uint64(b), keys)
         outside = outside[places[outside] >= n]
     return places.astype(np.int64).reshape(positions.shape)
 
@@ -47,12 +48,13 @@ def _round_keys(key: tuple[int | str, ...]) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(repr(key).encode()).digest(), "<u8")
 
 
-def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = x >> shift, x & mask
-    for round_key in keys[:_ROUNDS]:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    return (left << shift) | right
+def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A permutation of 0..a*b-1: the parts of x in 0..a-1 and 0..b-1 shift each other in turn."""
+    left, right = x // b, x % b
+    for k in range(0, _ROUNDS, 2):
+        left = (left + _mix(right ^ keys[k]) % a) % a
+        right = (right + _mix(left ^ keys[k + 1]) % b) % b
+    return left * b + right
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

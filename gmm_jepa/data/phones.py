@@ -63,14 +63,14 @@ def label_phones(
     sounding = np.flatnonzero(samples)
     last_sound = _end_of_last_sound(sounding, len(samples))
     spans: list[tuple[int, str]] = [(0, SILENCE)]
-    ends = [onset for onset, _ in onsets[1:]] + [len(samples)]
+    ends = [*(onset for onset, _ in onsets), len(samples)][1:]
     for (onset, name), end in zip(onsets, ends, strict=True):
         if end <= onset:
             continue
         if name:
             start = onset
             if spans[-1][1] != SILENCE:  # a pause keeps its zeros
-                start = max(last_sound[onset], spans[-1][0])
+                start = max(int(last_sound[onset]), spans[-1][0])
             spans.append((start, phone_symbol(name)))
         elif last_sound[end] <= onset:
             spans.append((onset, SILENCE))
@@ -94,5 +94,5 @@ def _close(spans: Iterable[tuple[int, str]], n_samples: int) -> list[tuple[int, 
             continue
         if start < n_samples:
             kept.append((start, symbol))
-    ends = [start for start, _ in kept[1:]] + [n_samples]
+    ends = [*(start for start, _ in kept), n_samples][1:]
     return [(start, end, symbol) for (start, symbol), end in zip(kept, ends, strict=True)]

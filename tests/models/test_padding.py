@@ -28,10 +28,16 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_row_as_if_alone(config: ConformerConfig) -> None:
-    encoder = shake(ConformerEncoder(config)).eval()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_every_row_as_if_alone(config: ConformerConfig, dtype: torch.dtype) -> None:
+    """DAAM amplifies rounding (in float64 by about 1e3), on quiet waveforms most of all."""
+    if config.daam and not config.unit_rms and dtype == torch.float32:
+        pytest.skip("rounding, amplified in silent channels, is all there is to see")
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4 if config.daam else 1e-5
+    encoder = shake(ConformerEncoder(config)).eval().to(dtype)
     lengths = [n for n in LENGTHS if n <= 3000] if len(config.strides) == 1 else LENGTHS
     waveform, lengths_samples = ragged_batch(lengths)
+    waveform = waveform.to(dtype)
     with torch.no_grad():
         batch = encoder(waveform, lengths_samples)
         assert torch.equal(batch.lengths_frames, encoder.n_frames(lengths_samples))
@@ -43,7 +49,8 @@ def test_every_row_as_if_alone(config: ConformerConfig) -> None:
             for padded, single in zip(
                 (batch.output, *batch.layers), (alone.output, *alone.layers), strict=True
             ):
-                torch.testing.assert_close(padded[row, :frames], single[0], rtol=1e-5, atol=1e-5)
+                error = (padded[row, :frames] - single[0]).norm()
+                assert error <= tolerance * single.norm()
             if frames:
                 torch.testing.assert_close(batch.layer_weights[row], alone.layer_weights[0])
 

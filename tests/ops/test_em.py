@@ -112,9 +112,7 @@ def test_user_errors(drawn):
 @pytest.mark.parametrize("n", [0, 9])
 def test_registration_holds_what_it_promises(drawn, n):
     case = drawn(n, 3, 5)
-    torch.library.opcheck(
-        torch.ops.gmm_jepa.em_statistics.default, (case.frames, *case.mixture)
-    )
+    torch.library.opcheck(torch.ops.gmm_jepa.em_statistics.default, (case.frames, *case.mixture))
     torch.library.opcheck(
         torch.ops.gmm_jepa.kmeans_assign.default, (case.frames, case.mixture.means)
     )

@@ -39,7 +39,7 @@ def test_nothing_to_do():
 
 def test_user_errors():
     one, two = torch.zeros(2), torch.zeros(3)
-    with pytest.raises(InputError, match="decay: expected 0 to 1, got 1.5"):
+    with pytest.raises(InputError, match=r"decay: expected 0 to 1, got 1\.5"):
         ops.ema_update([one], [one.clone()], 1.5)
     with pytest.raises(InputError, match="student: expected as many tensors"):
         ops.ema_update([one], [], 0.5)

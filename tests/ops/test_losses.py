@@ -58,9 +58,7 @@ def test_kl_of_the_mixtures_posteriors(batch, oracle, temperature):
     targets = torch.softmax(oracle(frames, mixture) / temperature, 1)
     reference = logits.double().requires_grad_()
     expected = _oracle(reference, targets, weights)
-    got = ops.masked_kl(
-        logits.requires_grad_(), frames, weights, mixture, temperature=temperature
-    )
+    got = ops.masked_kl(logits.requires_grad_(), frames, weights, mixture, temperature=temperature)
     total = float(weights.sum())
     # posteriors of the fast path are within 1e-3, so is the loss per nat of logit spread
     spread = float(logits.detach().abs().max()) if logits.numel() else 0.0
@@ -209,12 +207,16 @@ def test_bf16_is_rounded_once(drawn, oracle, loss):
 
 def test_only_the_loss_carries_a_gradient(drawn):
     case = drawn(5, 4, 3)
-    got = ops.masked_kl(torch.zeros(5, 4, requires_grad=True), case.frames, torch.ones(5), case.mixture)
+    got = ops.masked_kl(
+        torch.zeros(5, 4, requires_grad=True), case.frames, torch.ones(5), case.mixture
+    )
     assert got.loss.requires_grad
     assert not got.target_entropy.requires_grad
     assert not got.agreement.requires_grad
     with torch.no_grad():
-        quiet = ops.masked_mse(torch.zeros(5, 4, requires_grad=True), torch.ones(5, 4), torch.ones(5))
+        quiet = ops.masked_mse(
+            torch.zeros(5, 4, requires_grad=True), torch.ones(5, 4), torch.ones(5)
+        )
     assert not quiet.requires_grad
     assert float(quiet) == 5.0
 

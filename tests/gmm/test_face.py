@@ -1,0 +1,59 @@
+"""`import gmm_jepa` asks for torch and NumPy alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+import numpy, torch
+
+BLOCKED = {
+    "soundfile", "soxr", "safetensors", "triton", "sklearn", "scipy", "matplotlib", "tqdm",
+    "tyro", "tensorboard", "torchaudio", "espeakng_loader", "yaml", "pandas",
+}
+for name in [m for m in sys.modules if m.split(".")[0] in BLOCKED]:
+    del sys.modules[name]
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Refuse())
+import gmm_jepa
+from gmm_jepa import GaussianMixture, InputError, LogMelSpec, gmm_posterior, log_mel
+
+assert gmm_jepa.__version__
+waveform = numpy.random.default_rng(0).standard_normal(32_000).astype("float32")
+frames = log_mel(waveform, spec=LogMelSpec())
+gm = GaussianMixture(4, max_iter=5, tol=0).fit(frames)
+posterior = gmm_posterior(frames, gm)
+assert posterior.shape == (101, 4) and abs(posterior.sum(1) - 1).max() < 1e-5
+assert not BLOCKED & {m.split(".")[0] for m in sys.modules}, sorted(sys.modules)
+try:
+    gm.save("never.gmm")
+except ImportError as error:
+    assert 'pip install "gmm-jepa[train]"' in str(error)
+else:
+    raise AssertionError("saved without safetensors")
+print("fine")
+"""
+
+
+def test_torch_and_numpy_are_enough(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fine\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_version_is_the_projects():
+    import importlib.metadata
+
+    import gmm_jepa
+
+    assert gmm_jepa.__version__ == importlib.metadata.version("gmm-jepa")
