@@ -18,10 +18,6 @@ from gmm_jepa.errors import InputError
 
 EMPTY = -1
 
-# Fewer buckets are fewer shapes to compile and fuller batches, so the first number of buckets
-# that pads less than this is taken.
-_TARGET_PADDING = 0.04
-
 
 @dataclass(frozen=True)
 class BatchRows:
@@ -65,10 +61,16 @@ class BatchPlan:
         durations_samples: (N,) lengths of the utterances.
         weights: (N,) occurrences per epoch; None: 1.
         seed: of the order.
-        batch_samples: padded samples per global batch, at most (but never less than one row).
+        batch_samples: padded samples per global batch, at most (but never fewer than
+            `row_multiple` rows).
         max_samples: the longest segment.
         min_samples: shorter utterances are left out; at most half of `max_samples`.
-        n_buckets: the most lengths to pad to; as many are used as bring padding under 4 %.
+        n_buckets: the most lengths to pad to; as many are used as bring padding, empty rows
+            included, under `target_padding`.
+        target_padding: see `n_buckets`. Fewer lengths make fewer, fuller batches of a corpus that
+            has only a few batches in all: see `fill`.
+        row_multiple: all batches have a multiple of so many rows. A world size that does not
+            divide the rows of a batch adds empty ones; it divides them if it divides this.
 
     Raises:
         InputError: an argument is out of its range, or no utterance is left.
@@ -84,10 +86,13 @@ class BatchPlan:
         max_samples: int,
         min_samples: int = 1,
         n_buckets: int = 32,
+        target_padding: float = 0.04,
+        row_multiple: int = 1,
     ):
         durations = np.asarray(durations_samples, np.int64)
         weights = np.ones(len(durations)) if weights is None else np.asarray(weights, np.float64)
-        _check(durations, weights, batch_samples, max_samples, min_samples, n_buckets)
+        _check_weights(durations, weights)
+        _check_sizes(batch_samples, max_samples, min_samples, n_buckets, row_multiple)
         self.seed = int(seed)
         utterance, start, n_samples, self.n_too_short = segment_bounds(
             durations, max_samples, min_samples
@@ -101,20 +106,28 @@ class BatchPlan:
             )
         self._real_samples = float(n_samples @ weight)
         padded = -(-n_samples // QUANTUM_SAMPLES) * QUANTUM_SAMPLES
-        self._choose_buckets(padded[used], weight[used], batch_samples, n_buckets)
+        lengths, inverse = np.unique(padded[used], return_inverse=True)
+        counts = np.bincount(inverse, weights=weight[used])
+        options = optimal_edges(lengths, counts, n_buckets, batch_samples, row_multiple)
+        self._edges = _fewest(options, self._real_samples / (1 - target_padding))
         bucket = np.searchsorted(self._edges, padded).astype(np.int16)
         order = np.flatnonzero(used)[np.argsort(bucket[used], kind="stable")]
         self._utterance = _compact(utterance[order])
         self._start = _compact(start[order])
         self._n_samples = _compact(n_samples[order])
         self._fill_slots(weight[order], np.bincount(bucket[used], minlength=len(self._edges)))
-        self._n_bucket_batches, self._rows = split_rows(self._n_slots, self._edges, batch_samples)
+        self._n_bucket_batches, self._rows = split_rows(
+            self._n_slots, self._edges, batch_samples, row_multiple
+        )
         self._batch_ends = np.cumsum(self._n_bucket_batches)
+        self._held_samples = float((self._n_bucket_batches * self._rows * self._edges).sum())
+        self._batch_samples = batch_samples
         self.fingerprint = hash_parts(
             "plan",
             durations.tobytes(),
             weights.tobytes(),
-            repr((self.seed, batch_samples, max_samples, min_samples, n_buckets)),
+            repr((self.seed, batch_samples, max_samples, min_samples)),
+            repr((n_buckets, target_padding, row_multiple)),
         )
 
     def n_batches(self, epoch: int = 0) -> int:
@@ -138,8 +151,15 @@ class BatchPlan:
     @property
     def padding(self) -> float:
         """The share of all samples in batches that is padding, empty rows included."""
-        held = float((self._n_bucket_batches * self._rows * self._edges).sum())
-        return 1.0 - self._real_samples / held
+        return 1.0 - self._real_samples / self._held_samples
+
+    @property
+    def fill(self) -> float:
+        """How full batches are on average, as a share of `batch_samples`.
+
+        Low where the corpus is small: each bucket has at least one batch.
+        """
+        return self._held_samples / (self.n_batches() * self._batch_samples)
 
     def batch(self, step: int) -> BatchRows:
         """The global batch of a step; steps run on over the epochs."""
@@ -169,19 +189,6 @@ class BatchPlan:
             n_samples=column(self._n_samples, 0),
             padded_samples=int(self._edges[bucket]),
         )
-
-    def _choose_buckets(
-        self, padded: np.ndarray, weight: np.ndarray, batch_samples: int, n_buckets: int
-    ) -> None:
-        """Set the edges: the fewest that pad little enough, empty rows counted."""
-        lengths, inverse = np.unique(padded, return_inverse=True)
-        counts = np.bincount(inverse, weights=weight)
-        least = np.inf
-        for edges, held in optimal_edges(lengths, counts, n_buckets, batch_samples):
-            if held < least:
-                least, self._edges = held, edges
-            if self._real_samples > (1 - _TARGET_PADDING) * held:
-                return
 
     def _fill_slots(self, weight: np.ndarray, sizes: np.ndarray) -> None:
         """Count a bucket's rows per epoch: whole occurrences first, then the drawn ones.
@@ -233,21 +240,31 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32) if values.max() < 1 << 31 else values
 
 
-def _check(
-    durations: np.ndarray,
-    weights: np.ndarray,
-    batch_samples: int,
-    max_samples: int,
-    min_samples: int,
-    n_buckets: int,
-) -> None:
+def _fewest(options: list[tuple[np.ndarray, int]], allowed: float) -> np.ndarray:
+    """The fewest edges whose batches hold no more samples than allowed, else the best there are."""
+    for edges, held in options:
+        if held <= allowed:
+            return edges
+    return min(options, key=lambda option: option[1])[0]
+
+
+def _check_weights(durations: np.ndarray, weights: np.ndarray) -> None:
     if weights.shape != durations.shape or durations.ndim != 1:
         raise InputError(
             f"weights: one per utterance is needed {durations.shape}, got {weights.shape}"
         )
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise InputError("weights: 0 or more is needed, got a negative one, NaN or infinity")
-    for name, value in (("batch_samples", batch_samples), ("n_buckets", n_buckets)):
+
+
+def _check_sizes(
+    batch_samples: int, max_samples: int, min_samples: int, n_buckets: int, row_multiple: int
+) -> None:
+    for name, value in (
+        ("batch_samples", batch_samples),
+        ("n_buckets", n_buckets),
+        ("row_multiple", row_multiple),
+    ):
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}")
     if not 1 <= min_samples <= max_samples / 2:

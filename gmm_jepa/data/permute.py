@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-_ROUNDS = 8
+_ROUNDS = 12  # with 8, lists of five or six come out visibly unevenly (chi-square, 6,000 keys)
 
 
 def permute(positions: np.ndarray, n: int, *key: int | str) -> np.ndarray:
@@ -44,8 +44,9 @@ def uniform(*key: int | str) -> float:
 
 
 def _round_keys(key: tuple[int | str, ...]) -> np.ndarray:
-    """(8,) uint64."""
-    return np.frombuffer(hashlib.blake2b(repr(key).encode()).digest(), "<u8")
+    """(_ROUNDS,) uint64."""
+    stream = hashlib.shake_128(repr(key).encode()).digest(8 * _ROUNDS)
+    return np.frombuffer(stream, "<u8").astype(np.uint64)
 
 
 def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -83,18 +84,19 @@ def map_in_order(
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
-        worker_init_fn=_ignore_signals,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else the global one would be drawn from
     )
-    results = iter(loader)
+    with _signals_blocked():
+        results = iter(loader)  # starts the workers
     try:
         while True:
             try:
                 result = next(results)
             except StopIteration:
                 return
-            except RuntimeError as error:  # torch's word for a worker that was killed
+            except (RuntimeError, OSError, EOFError) as error:
+                # torch's word for a worker that was killed, or the end of its connection
                 raise WorkerError(f"a loader worker died: {error}") from None
             if isinstance(result, _Failure):
                 _raise(result)
@@ -102,7 +104,8 @@ def map_in_order(
     finally:
         shut_down = getattr(results, "_shutdown_workers", None)
         if shut_down is not None:
-            shut_down()
+            with suppress(RuntimeError):  # a worker that dies now is not missed
+                shut_down()
 
 
 def _raise(failure: _Failure) -> None:
@@ -111,13 +114,18 @@ def _raise(failure: _Failure) -> None:
     raise WorkerError(f"{failure.message}\n{failure.trace.rstrip()}")
 
 
-def _ignore_signals(worker: int) -> None:
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
     """Leave Ctrl-C and SIGTERM, sent to the whole group, to the main process.
 
-    A worker ends when its parent tells it to or is gone.
+    What is started inside inherits the block and keeps it; here it ends, and nothing is lost. A
+    worker ends when its parent tells it to or is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(item: object) -> object:

@@ -29,13 +29,14 @@ CAPTIONS = {
         "data is waited for or checkpoints are written."
     ),
     "mixture_fit": (
-        "<b>Normal:</b> it never falls and flattens within some tens of iterations. Held-out "
-        "frames may lie below, more so for unseen speakers."
+        "<b>Normal:</b> it flattens within some tens of iterations and never falls, but where an "
+        "unused component is seeded again. Held-out frames may lie below, far below for voices "
+        "unlike those it was fitted on."
     ),
     "cluster_usage": (
-        "<b>Normal:</b> the mixture is used almost evenly and the head follows it, a little "
-        "steeper. A head that breaks off early leaves clusters unused. The dot is the rarest "
-        "cluster that occurs."
+        "<b>Normal:</b> the head follows the mixture. Components that belong to voices which are "
+        "not held out stay unused here. A head that breaks off far before the mixture has lost "
+        "clusters. The dot is the rarest cluster that occurs."
     ),
     "transitions": (
         "The head's commonest clusters, ordered so that those which follow one another lie close. "
@@ -43,8 +44,8 @@ CAPTIONS = {
         "neighbours. One bright column would be a collapse."
     ),
     "layer_weights": (
-        "Mean over held-out utterances. Weights near equal are usual in short runs; z is the "
-        "weighted sum."
+        "Mean over held-out utterances; z is the weighted sum of the layers. Weights start near "
+        "equal; a layer whose weight comes near 1 leaves nothing for the others to add."
     ),
     "embedding": (
         "Two of many dimensions: clouds that overlap here may be apart elsewhere. Colours are "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.evaluate import clusters, plot_data
+from gmm_jepa.evaluate import plot_data
 from gmm_jepa.evaluate.embed import (
     SAMPLE_RATE_HZ,
     Encoded,
@@ -30,6 +31,7 @@ from gmm_jepa.evaluate.embed import (
 )
 from gmm_jepa.evaluate.labels import Task, find_tasks, probe_data
 from gmm_jepa.evaluate.probe import LinearProbe, majority, run_probe
+from gmm_jepa.evaluate.tracks import describe, follow
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.models.jepa import JepaModel
@@ -82,19 +84,6 @@ class Evaluation:
         return cls(numbers, arrays)
 
 
-class Tracks(NamedTuple):
-    """Per held-out frame (N,): what the cluster head and the mixture say."""
-
-    head: NDArray[np.int64]
-    mixture: NDArray[np.int64]
-    head_entropy: NDArray[np.float32]
-    """Nats."""
-    mixture_entropy: NDArray[np.float32]
-    """Nats: the entropy of the training targets."""
-    kl: NDArray[np.float32]
-    """KL(mixture's posterior || head's), nats."""
-
-
 def evaluate(
     model: JepaModel,
     untrained: JepaModel | None,
@@ -141,16 +130,32 @@ def evaluate(
         raise InputError("heldout_corpus: expected at least one readable utterance, got none")
     train, bad_train = load_sample(train_corpus, max_s=max_train_s, seed=seed, heldout=False)
     tasks = find_tasks([*heldout, *train], seed=seed)
-    sample = [*heldout, *train] if tasks else heldout
+    sample = [*heldout, *train] if tasks else heldout  # held-out frames come first in every table
 
     encoded = encode(
-        model.online, sample, progress=lambda done, all_: report("encoding", done, all_)
+        model.online, sample, progress=lambda done, total: report("encoding", done, total)
     )
     z = _first(encoded.output, len(heldout))
+    if not len(z.values):
+        raise InputError("heldout_corpus: every utterance is shorter than one frame")
     anchors = log_mel_table(heldout, spec, np.diff(z.offsets), shift_samples=shift_samples)
-    device = next(model.parameters()).device
-    tracks = _tracks(model, z.values, anchors.values, mixture, temperature, device)
-    numbers: dict[str, Any] = {
+    tracks = follow(model, z.values, anchors.values, mixture, temperature)
+    arrays = plot_data.clusters(tracks, z.offsets, mixture, top=TOP_CLUSTERS)
+    examples, example_arrays = plot_data.examples(heldout, z, anchors, tracks)
+    embedding = _embedding_numbers(z.values)
+    arrays |= example_arrays | plot_data.scatter(z, heldout, tracks.mixture, name="trained")
+
+    probes = [_Probe(task, sample, seed) for task in tasks]
+    for name, table in _feature_sets(encoded, untrained, sample, spec, report):
+        for done, probe in enumerate(probes):
+            report(f"probing {name}", done, len(probes))
+            probe.add(name, table, device=next(model.parameters()).device)
+        if name == "untrained, output z":
+            control = _first(table, len(heldout))
+            embedding["untrained"] = _embedding_numbers(control.values)
+            arrays |= plot_data.scatter(control, heldout, tracks.mixture, name="untrained")
+
+    numbers = {
         "format": FORMAT,
         "versions": _versions(),
         "sample": {
@@ -158,31 +163,15 @@ def evaluate(
             **_describe(train if tasks else [], "train"),
             "unreadable": bad_heldout + bad_train,
         },
-        "clusters": _cluster_numbers(tracks, z.offsets, mixture.n_components),
+        "clusters": describe(tracks, z.offsets, mixture.n_components),
         "mixture": _mixture_numbers(mixture, anchors.values),
-        "embedding": _embedding_numbers(z.values),
+        "embedding": embedding,
         "layer_weights": encoded.layer_weights[: len(heldout)].mean(0).tolist(),
-        "probes": _empty_probes(tasks),
+        "probes": [probe.result for probe in probes if probe.result["rows"]],
+        "examples": examples,
+        "seconds": time.perf_counter() - began,
     }
-    arrays = plot_data.clusters(tracks, z.offsets, mixture, top=TOP_CLUSTERS)
-    arrays |= plot_data.scatter(z, heldout, tracks.mixture, name="trained")
-    examples, example_arrays = plot_data.examples(heldout, z.offsets, anchors, tracks)
-    arrays |= example_arrays
-
-    stages = _feature_sets(encoded, untrained, sample, spec, report)
-    for name, table in stages if tasks or untrained is not None else ():
-        if name == "untrained, output z":
-            untrained_z = _first(table, len(heldout))
-            numbers["embedding"]["untrained"] = _embedding_numbers(untrained_z.values)
-            arrays |= plot_data.scatter(untrained_z, heldout, tracks.mixture, name="untrained")
-        report(f"probing {name}", 0, len(tasks))
-        for done, (task, result) in enumerate(zip(tasks, numbers["probes"]), start=1):
-            _add_row(result, name, task, sample, table, seed, device)
-            report(f"probing {name}", done, len(tasks))
-    numbers["probes"] = [result for result in numbers["probes"] if result["rows"]]
-    numbers["examples"] = examples
-    numbers["seconds"] = time.perf_counter() - began
-    return Evaluation(numbers, arrays)
+    return Evaluation(_finite(numbers), arrays)
 
 
 def _feature_sets(
@@ -210,82 +199,28 @@ def _feature_sets(
     yield f"log-mel, {CONTEXT_FRAMES} frames each side", with_context(frames, CONTEXT_FRAMES)
 
 
-def _empty_probes(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    return [
-        {"task": task.name, "level": task.level, "split": task.split, "rows": []} for task in tasks
-    ]
+class _Probe:
+    """The table of one task, filled row by row."""
 
-
-def _add_row(
-    result: dict[str, Any],
-    name: str,
-    task: Task,
-    sample: Sequence[Utterance],
-    table: FrameTable,
-    seed: int,
-    device: torch.device,
-) -> None:
-    """Probe one feature set for one task, into its table."""
-    data = probe_data(task, sample, table)
-    features = table.values if task.level == "frame" else table.pooled()
-    row = run_probe(features, data, LinearProbe(seed=seed), device)
-    if row is not None:
-        result["n_classes"] = len(data.classes)
-        result["majority"] = majority(data)
-        result["n_test_utterances"] = len(np.unique(data.test_groups))
-        result["rows"].append({"features": name, **row})
-
-
-@torch.inference_mode()
-def _tracks(
-    model: JepaModel,
-    z: Tensor,
-    frames: Tensor,
-    mixture: GaussianMixture,
-    temperature: float,
-    device: torch.device,
-    *,
-    chunk_frames: int = 8192,
-) -> Tracks:
-    """Clusters and posteriors of (N, D) embeddings and their (N, n_mels) log-mel frames."""
-    parameters = mixture.mixture(device=device)
-    was_training = model.cluster_head.training
-    model.cluster_head.eval()
-    parts = []
-    for z_part, frames_part in zip(z.split(chunk_frames), frames.split(chunk_frames)):
-        logits = model.cluster_head(z_part.to(device)).float()
-        head = torch.log_softmax(logits, dim=-1)
-        target = ops.gmm_posterior(
-            frames_part.to(device), parameters, temperature=temperature, log=True, precision="exact"
-        ).float()
-        p = target.exp()
-        log_ratio = torch.where(p > 0, target - head, 0.0)
-        parts.append(
-            (
-                head.argmax(-1),
-                target.argmax(-1),
-                -(head.exp() * head).sum(-1),
-                torch.special.entr(p).sum(-1),
-                (p * log_ratio).sum(-1),
-            )
-        )
-    model.cluster_head.train(was_training)
-    return Tracks(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))
-
-
-def _cluster_numbers(tracks: Tracks, offsets: NDArray[np.int64], n_clusters: int) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"n_clusters": n_clusters, "n_frames": len(tracks.head)}
-    for name, labels in (("head", tracks.head), ("mixture", tracks.mixture)):
-        numbers[name] = {
-            **clusters.usage(np.bincount(labels, minlength=n_clusters)),
-            "adjacent_consistency": clusters.adjacent_consistency(labels, offsets),
+    def __init__(self, task: Task, sample: Sequence[Utterance], seed: int) -> None:
+        self._task, self._sample, self._seed = task, sample, seed
+        self.result: dict[str, Any] = {
+            "task": task.name,
+            "level": task.level,
+            "split": task.split,
+            "rows": [],
         }
-    return numbers | {
-        "agreement": float((tracks.head == tracks.mixture).mean()),
-        "kl": float(tracks.kl.mean()),
-        "target_entropy": float(tracks.mixture_entropy.mean()),
-        "head_entropy": float(tracks.head_entropy.mean()),
-    }
+
+    def add(self, name: str, table: FrameTable, *, device: torch.device) -> None:
+        """Probe one set of features."""
+        data = probe_data(self._task, self._sample, table)
+        features = table.values if self._task.level == "frame" else table.pooled()
+        row = run_probe(features, data, LinearProbe(seed=self._seed), device)
+        if row is not None:
+            self.result["n_classes"] = len(data.classes)
+            self.result["majority"] = majority(data)
+            self.result["n_test_utterances"] = len(np.unique(data.test_groups))
+            self.result["rows"].append({"features": name, **row})
 
 
 def _mixture_numbers(mixture: GaussianMixture, frames: Tensor) -> dict[str, Any]:
@@ -320,6 +255,15 @@ def _first(table: FrameTable, n_utterances: int) -> FrameTable:
     return FrameTable(
         table.values[: offsets[-1]], offsets, table.hop_samples, table.first_centre_samples
     )
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities, which JSON does not know, as None."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> dict[str, str]:

@@ -24,9 +24,9 @@ from torch import Tensor
 from gmm_jepa.evaluate.clusters import top_transitions
 from gmm_jepa.evaluate.embed import SAMPLE_RATE_HZ, FrameTable, Utterance
 from gmm_jepa.evaluate.labels import frame_phones, phone_segments
+from gmm_jepa.evaluate.tracks import Tracks
 
 if TYPE_CHECKING:
-    from gmm_jepa.evaluate.evaluate import Tracks
     from gmm_jepa.gmm import GaussianMixture
 
 Arrays = dict[str, NDArray[Any]]
@@ -87,7 +87,8 @@ def scatter(
 def principal_axes(x: Tensor, n: int) -> Tensor:
     """(N, D) -> (N, n) float64: coordinates on the widest axes, each signed so that it is skewed
     to the positive; zeros where D < n."""
-    centred = x.double() - x.double().mean(0)
+    finite = torch.nan_to_num(x.double())
+    centred = finite - finite.mean(0)
     vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :n]
     flat = torch.zeros(len(x), n, dtype=torch.float64)
     flat[:, : vectors.shape[1]] = centred @ vectors
@@ -95,22 +96,27 @@ def principal_axes(x: Tensor, n: int) -> Tensor:
 
 
 def examples(
-    utterances: Sequence[Utterance],
-    offsets: NDArray[np.int64],
-    frames: FrameTable,
-    tracks: Tracks,
+    utterances: Sequence[Utterance], z: FrameTable, anchors: FrameTable, tracks: Tracks
 ) -> tuple[list[dict[str, Any]], Arrays]:
     """A few held-out utterances, drawn whole if they are short, of different speakers if there are.
 
+    Args:
+        utterances: U held-out utterances.
+        z: the encoder's frames; only their number and place count.
+        anchors: the log-mel frames beside them, on which the mixture's posteriors stand.
+        tracks: what head and mixture say of the frames.
+
     Returns:
-        What to write over each picture, and the arrays.
+        What to write over each picture, with the seconds on which the first frames are centred, and
+        the arrays.
     """
     described, arrays = [], {}
-    for i, u in enumerate(_choose_examples(utterances, offsets)):
+    for i, u in enumerate(_choose_examples(utterances, z.offsets)):
         utterance = utterances[u]
-        longest = int(LONGEST_EXAMPLE_S * SAMPLE_RATE_HZ / frames.hop_samples)
-        rows = slice(offsets[u], min(offsets[u + 1], offsets[u] + longest))
-        arrays[f"example{i}_log_mel"] = frames.values[rows].numpy().astype(np.float16)
+        hop_s = z.hop_samples / SAMPLE_RATE_HZ
+        longest = int(LONGEST_EXAMPLE_S / hop_s)
+        rows = slice(z.offsets[u], min(z.offsets[u + 1], z.offsets[u] + longest))
+        arrays[f"example{i}_log_mel"] = anchors.values[rows].numpy().astype(np.float16)
         for name in ("head", "mixture", "head_entropy", "mixture_entropy"):
             arrays[f"example{i}_{name}"] = getattr(tracks, name)[rows]
         segments = phone_segments(utterance.entry)
@@ -122,7 +128,9 @@ def examples(
                 "text": str(utterance.entry.get("text") or ""),
                 "speaker": utterance.speaker or "",
                 "duration_s": len(utterance.waveform) / SAMPLE_RATE_HZ,
-                "hop_s": frames.hop_samples / SAMPLE_RATE_HZ,
+                "hop_s": hop_s,
+                "mixture_centre_s": anchors.first_centre_samples / SAMPLE_RATE_HZ,
+                "head_centre_s": z.first_centre_samples / SAMPLE_RATE_HZ,
             }
         )
     return described, arrays

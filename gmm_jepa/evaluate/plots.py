@@ -88,10 +88,12 @@ def _panels(
     rows = math.ceil(len(drawn) / columns)
     figure = new_figure(WIDE_IN, height_in * rows / math.ceil(len(panels) / columns))
     grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axes, (title, color, steps, values) in zip(grid, drawn):
+    figure.get_layout_engine().set(hspace=0.1)
+    for i, (axes, (title, color, steps, values)) in enumerate(zip(grid, drawn)):
         _line(axes, steps, values, color)
         axes.set_title(title)
-        axes.set_xlabel("step")
+        if i + columns >= len(drawn):
+            axes.set_xlabel("step")
     for axes in grid[len(drawn) :]:
         axes.set_axis_off()
     return figure
@@ -291,52 +293,55 @@ def example(
     prefix = f"example{number}_"
     if f"{prefix}log_mel" not in arrays:
         return None
-    log_mel = arrays[f"{prefix}log_mel"].astype(np.float32)
-    hop_s = float(described.get("hop_s", 0.02))
-    end_s = len(log_mel) * hop_s
+    hop_s, n_frames = float(described["hop_s"]), len(arrays[f"{prefix}log_mel"])
+    end_s = min(float(described["duration_s"]), (n_frames + 1) * hop_s)
     labelled = f"{prefix}phone_symbols" in arrays
-    heights = [*([0.34] if labelled else []), 2.0, 0.3, 0.3, 0.85]
+    heights = [*([0.34] if labelled else []), 2.0, 0.3, 0.3, 0.95]
     figure = new_figure(WIDE_IN, 0.95 * sum(heights) + 0.55)
     figure.get_layout_engine().set(h_pad=0.015, hspace=0.0)
     grid = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     if labelled:
         _phone_strip(grid.pop(0), theme, arrays, prefix, end_s)
     spectrogram, below, head, entropy = grid
+    _spectrogram(spectrogram, theme, arrays, prefix, described)
+    palette = cluster_colors(arrays["cluster_map"], theme)
+    for axes, name, color in ((below, "mixture", theme.blue), (head, "head", theme.coral)):
+        first_s = float(described[f"{name}_centre_s"])
+        extent = (first_s - hop_s / 2, first_s + (n_frames - 0.5) * hop_s, 0, 1)
+        axes.imshow(palette[arrays[f"{prefix}{name}"]][None], extent=extent)
+        _quiet_strip(axes, name)
+        times = first_s + np.arange(n_frames) * hop_s
+        entropy.plot(times, arrays[f"{prefix}{name}_entropy"], color=color, label=name, lw=1.4)
+    entropy.set_ylabel("entropy,\nnats", rotation=0, ha="right", va="center")
+    entropy.set_ylim(0, 1.5 * max(0.2, entropy.get_ylim()[1]))
+    entropy.legend(loc="upper right", ncols=2, labelcolor="linecolor", handlelength=1)
+    entropy.set_xlim(0, end_s)
+    entropy.set_xlabel("seconds")
+    return figure
+
+
+def _spectrogram(
+    axes: Axes, theme: Theme, arrays: Arrays, prefix: str, described: Mapping[str, Any]
+) -> None:
+    log_mel = arrays[f"{prefix}log_mel"].astype(np.float32)
+    hop_s, first_s = float(described["hop_s"]), float(described["mixture_centre_s"])
     low, high = np.percentile(log_mel, [4, 99.8])
-    spectrogram.imshow(
+    axes.imshow(
         log_mel.T,
         origin="lower",
-        extent=(0, end_s, 0, log_mel.shape[1]),
+        extent=(first_s - hop_s / 2, first_s + (len(log_mel) - 0.5) * hop_s, 0, log_mel.shape[1]),
         cmap=theme.colormap,
         vmin=low,
         vmax=high,
         interpolation="bilinear",
     )
-    spectrogram.set_ylabel("mel band")
-    spectrogram.set_yticks([])
-    spectrogram.grid(False)
-    if labelled:
-        for boundary in arrays[f"{prefix}phone_starts"]:
-            if 0 < boundary < end_s:
-                spectrogram.axvline(boundary, color=theme.ink, linewidth=0.5, alpha=0.18)
-    palette = cluster_colors(arrays["cluster_map"], theme)
-    for axes, name in ((below, "mixture"), (head, "head")):
-        _strip(axes, palette[arrays[f"{prefix}{name}"]], end_s, name)
-    times = (np.arange(len(log_mel)) + 0.5) * hop_s
-    for name, color in (("mixture", theme.blue), ("head", theme.coral)):
-        entropy.plot(times, arrays[f"{prefix}{name}_entropy"], color=color, label=name, lw=1.4)
-    entropy.set_ylabel("entropy\nnats")
-    entropy.set_ylim(bottom=0)
-    entropy.legend(loc="upper right", ncols=2, labelcolor="linecolor", handlelength=1)
-    entropy.set_xlim(0, end_s)
-    entropy.set_xlabel("seconds")
-    figure.align_ylabels(grid)
-    return figure
+    for boundary in arrays.get(f"{prefix}phone_starts", ())[1:]:
+        axes.axvline(boundary, color=theme.ink, linewidth=0.5, alpha=0.18)
+    _quiet_strip(axes, "log-mel")
 
 
-def _strip(axes: Axes, colors: NDArray[np.float64], end_s: float, name: str) -> None:
-    """Clusters of consecutive frames as a band of (T, 3) colours."""
-    axes.imshow(colors[None], extent=(0, end_s, 0, 1))
+def _quiet_strip(axes: Axes, name: str) -> None:
+    """A row without an axis of its own, named at its left."""
     axes.set_ylabel(name, rotation=0, ha="right", va="center")
     axes.set_yticks([])
     axes.grid(False)
@@ -354,10 +359,7 @@ def _phone_strip(axes: Axes, theme: Theme, arrays: Arrays, prefix: str, end_s: f
         if end - start >= 0.008 * end_s:
             axes.text((start + end) / 2, 0.46, symbol, ha="center", va="center", clip_on=True)
     axes.set_ylim(0, 1)
-    axes.set_yticks([])
-    axes.set_ylabel("phones", rotation=0, ha="right", va="center")
-    axes.grid(False)
-    axes.spines["bottom"].set_visible(False)
+    _quiet_strip(axes, "phones")
 
 
 def probes(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:

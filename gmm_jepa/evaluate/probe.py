@@ -3,8 +3,8 @@
 Every row of a table is trained alike: features standardised on the training rows; weights from
 zero; 1,000 steps of Adam on 512 random rows (on all, where there are fewer), learning rate 0.03
 falling linearly to 0; L2 penalty 1e-3 / 2 |W|^2. On 30,000 frames of synthesised speech with 48
-phones, three times as many steps at a third of the rate change the accuracy by 0.2 points (log-mel),
-0.4 (with context) and 0.1 (a trained encoder); a penalty of 1e-4 by -0.2, -1.7 and 0.1.
+phones, three times as many steps at a third of the rate change the accuracy by 0.2 points
+(log-mel), 0.4 (with context) and 0.1 (a trained encoder); a penalty of 1e-4 by -0.2, -1.7 and 0.1.
 """
 
 from __future__ import annotations

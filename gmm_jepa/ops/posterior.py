@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.mixture import Mixture, check_frames, quadratic, row_chunks
+from gmm_jepa.ops.mixture import (
+    Mixture,
+    check_frames,
+    log_likelihood_of,
+    quadratic,
+    row_chunks,
+)
 
 _COMPUTE = {"fast": torch.float32, "exact": torch.float64}
 
@@ -209,7 +215,8 @@ def _log_likelihood(
     form = quadratic(Mixture(log_weights, means, variances), _COMPUTE[precision])
     out = frames.new_empty(frames.shape[:1], dtype=_result_dtype(frames))
     for rows in row_chunks(frames.shape[0], means.shape[0]):
-        out[rows] = torch.logsumexp(form.log_joint(frames[rows]), dim=1)
+        joint = form.log_joint(frames[rows])
+        out[rows] = log_likelihood_of(joint, torch.softmax(joint, dim=1)).to(out.dtype)
     return out
 
 
@@ -268,8 +275,8 @@ def _topk(
     indices = frames.new_empty((frames.shape[0], k), dtype=torch.int64)
     for rows in row_chunks(frames.shape[0], means.shape[0]):
         joint = form.log_joint(frames[rows]).div_(temperature)
-        best, indices[rows] = joint.topk(k, dim=1)
-        posteriors[rows] = best.sub_(torch.logsumexp(joint, 1, keepdim=True)).exp_().float()
+        best, indices[rows] = torch.softmax(joint, dim=1).topk(k, dim=1)
+        posteriors[rows] = best.float()
     return posteriors, indices
 
 

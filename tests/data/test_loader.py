@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -197,13 +199,53 @@ def test_leaving_early_leaves_no_workers(corpus, plan):
 def signals(view: RankView) -> dict:
     return {
         "threads": torch.get_num_threads(),
-        "ignored": [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)],
+        "blocked": sorted(int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, ())),
     }
 
 
 def test_workers_are_quiet_and_single_threaded(corpus, plan):
     batch = loaded(corpus, plan, prepare=signals, workers=1)[0]
-    assert batch.extras == {"threads": 1, "ignored": [True, True]}
+    assert batch.extras == {"threads": 1, "blocked": [signal.SIGINT, signal.SIGTERM]}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+RUNNING = """
+import signal, sys
+from gmm_jepa.data.batches import BatchPlan
+from gmm_jepa.data.corpus import open_corpus
+from gmm_jepa.data.loader import make_loader
+from gmm_jepa.data.rejects import RejectLog
+
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+corpus = open_corpus(sys.argv[1], rejects=RejectLog())
+plan = BatchPlan(corpus.durations_samples, batch_samples=80_000, max_samples=20_000)
+for batch in make_loader(corpus, plan, stop_step=10**9, workers=2):
+    if batch.step == 0:
+        print("running", flush=True)
+    if stop:
+        break
+print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_the_main_process_alone(speech_like, sent):
+    command = [sys.executable, "-c", RUNNING, str(speech_like)]
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert run.stdout.readline() == "running\n"
+    os.killpg(run.pid, sent)
+    out, err = run.communicate(timeout=60)
+    if sent == signal.SIGTERM:
+        assert (run.returncode, out, err) == (0, "saved\n", "")
+    else:
+        assert run.returncode == -signal.SIGINT
+        assert err.endswith("\nKeyboardInterrupt\n")
+        assert "Process" not in err  # the workers said nothing
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)  # nobody is left
 
 
 def test_the_global_random_state_is_left_alone(corpus, plan):

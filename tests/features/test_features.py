@@ -102,7 +102,7 @@ def test_numpy_in_numpy_out():
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, expected)
     waveform.flags.writeable = False
-    np.testing.assert_array_equal(log_mel(waveform)[1], log_mel(waveform[1]))
+    np.testing.assert_allclose(log_mel(waveform)[1], log_mel(waveform[1]), atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 191, 320, 999, 1000, 5000])
@@ -110,8 +110,9 @@ def test_shift_drops_leading_samples(shift):
     waveform, lengths = 0.1 * torch.randn(2, 1000), torch.tensor([1000, 500])
     got = log_mel(waveform, lengths, shift_samples=shift)
     expected = log_mel(waveform[:, shift:], (lengths - shift).clamp_min(0))
-    assert torch.equal(got, expected)
-    assert torch.equal(log_mel(waveform[0], shift_samples=shift), expected[0])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    alone = log_mel(waveform[0], shift_samples=shift)
+    torch.testing.assert_close(alone, expected[0], atol=1e-5, rtol=0)
 
 
 def test_a_shifted_frame_is_centred_where_it_says():

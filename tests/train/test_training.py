@@ -18,7 +18,7 @@ from gmm_jepa.train.checkpoint import newest, steps
 from gmm_jepa.train.metrics import read_metrics
 from tests.audio import write_corpus
 
-SMALL = ["--preset", "smoke", "--no-train.tensorboard", "--mixture.n-components", "8"]
+SMALL = ["--preset", "smoke", "--train.no-tensorboard", "--mixture.n-components", "8"]
 LOSSES = ("loss", "jepa", "kl", "target_entropy", "agreement", "gradient_norm", "usage_entropy")
 
 
@@ -168,9 +168,9 @@ def test_a_non_finite_step_is_skipped_and_ten_in_a_row_stop_the_run(
 
 
 def test_values_are_read_back_only_when_a_line_is_due(manifest, tmp_path, monkeypatch):
-    """On CUDA a read waits for the device; here every `item` and `tolist` is counted."""
+    """On CUDA a read waits for the device; here every way to read a value is counted."""
     reads = []
-    for name in ("item", "tolist"):
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
         original = getattr(torch.Tensor, name)
 
         def counted(self, *, _original=original):

@@ -1,0 +1,170 @@
+"""One EM iteration and `predict_proba`, side by side with scikit-learn on log-mel frames.
+
+    python bench/em_vs_sklearn.py --components 256 --frames 20000 --threads 2
+
+Correctness first: both fit from the same start, and the parameters must agree within 1e-3.
+An iteration's time is the difference between fits of six and of one iteration, over five, so
+that neither side's start-up counts. Both sides alternate; medians, p20 and p80 of `--repeats`.
+Frames are log-mel of ``../shared/speech`` where it lies beside the repository, otherwise drawn
+from a mixture. Prints one JSON line and appends it to ``bench/results/em_vs_sklearn.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+from sklearn.mixture import GaussianMixture as Peer
+
+from gmm_jepa import GaussianMixture, log_mel
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FLOOR = 1e-9  # below every variance here, so that it never acts; scikit-learn's reg_covar is 0
+ITERATIONS = 5
+
+
+def speech_frames(n_frames: int) -> tuple[np.ndarray, str]:
+    """(n_frames, 80) float32, and where they come from."""
+    folder = REPOSITORY.parent / "shared" / "speech"
+    if not folder.is_dir():
+        random = np.random.default_rng(0)
+        means = 3.0 * random.standard_normal((200, 80)) - 4.0
+        labels = random.integers(200, size=n_frames)
+        return (means[labels] + random.standard_normal((n_frames, 80))).astype("float32"), "drawn"
+    import soundfile
+
+    frames, total = [], 0
+    for line in (folder / "arctic.jsonl").read_text().splitlines():
+        path = folder / json.loads(line)["audio_filepath"]
+        frames.append(log_mel(soundfile.read(path, dtype="float32")[0]))
+        total += len(frames[-1])
+        if total >= n_frames:
+            break
+    return np.concatenate(frames)[:n_frames], "speech"
+
+
+def start_of(frames: np.ndarray, K: int) -> dict[str, np.ndarray]:
+    """The common start: frames of the data, its variance, equal weights."""
+    rows = np.random.default_rng(0).choice(len(frames), K, replace=False)
+    return {
+        "weights_init": np.full(K, 1.0 / K),
+        "means_init": frames[rows].astype(np.float64),
+        "precisions_init": np.tile(1.0 / frames.var(0, dtype=np.float64), (K, 1)),
+    }
+
+
+def fit_both(frames: np.ndarray, K: int, n_iter: int) -> dict[str, Callable]:
+    """A function for each side that fits and returns the model."""
+    start = start_of(frames, K)
+    wide = frames.astype(np.float64)
+
+    def peer(data: np.ndarray) -> Callable:
+        options = {"covariance_type": "diag", "reg_covar": 0.0, "tol": 0.0, "max_iter": n_iter}
+        narrow = {name: value.astype(data.dtype) for name, value in start.items()}
+        return lambda: Peer(K, **options, **narrow).fit(data)
+
+    ours = GaussianMixture(K, tol=0.0, max_iter=n_iter, variance_floor=FLOOR, **start)
+    return {
+        "ours": lambda: ours.fit(frames),
+        "sklearn_float64": peer(wide),
+        "sklearn_float32": peer(frames),
+    }
+
+
+def check(frames: np.ndarray, K: int) -> float:
+    """Largest relative difference of the parameters after a few iterations; refuses above 1e-3."""
+    fits = fit_both(frames, K, ITERATIONS)
+    ours, peer = fits["ours"](), fits["sklearn_float64"]()
+    differences = [
+        np.abs(getattr(ours, name) / getattr(peer, name) - 1.0).max()
+        for name in ("weights_", "covariances_")
+    ]
+    differences.append(np.abs(ours.means_ - peer.means_).max() / np.abs(peer.means_).mean())
+    if max(differences) > 1e-3:
+        raise SystemExit(f"not equal to scikit-learn: {differences}")
+    return float(max(differences))
+
+
+def seconds(function: Callable) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def rates(times: dict[str, list[float]], n_frames: int) -> dict[str, dict[str, float]]:
+    """Frames per second: median, p20, p80."""
+    return {
+        side: {
+            name: round(n_frames / float(np.percentile(values, percent)))
+            for name, percent in (("median", 50), ("p20", 80), ("p80", 20))
+        }
+        for side, values in times.items()
+    }
+
+
+def measure(frames: np.ndarray, K: int, repeats: int) -> dict:
+    """Rates of an EM iteration and of `predict_proba`, sides in turn."""
+    short, long = fit_both(frames, K, 1), fit_both(frames, K, 1 + ITERATIONS)
+    models = {side: fit() for side, fit in short.items()}
+    em: dict[str, list[float]] = {side: [] for side in long}
+    proba: dict[str, list[float]] = {side: [] for side in long}
+    for _ in range(repeats):
+        for side in long:
+            em[side].append((seconds(long[side]) - seconds(short[side])) / ITERATIONS)
+            data = frames.astype(np.float64) if side == "sklearn_float64" else frames
+            proba[side].append(seconds(lambda s=side, x=data: models[s].predict_proba(x)))
+    return {
+        "em_frames_per_s": rates(em, len(frames)),
+        "predict_proba_frames_per_s": rates(proba, len(frames)),
+    }
+
+
+def main() -> None:
+    """Check, measure, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--components", type=int, default=256)
+    parser.add_argument("--frames", type=int, default=20_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    from threadpoolctl import threadpool_limits
+
+    frames, source = speech_frames(arguments.frames)
+    with threadpool_limits(arguments.threads):
+        difference = check(frames, arguments.components)
+        measured = measure(frames, arguments.components, arguments.repeats)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    line = {
+        "name": "em_vs_sklearn",
+        "commit": commit.stdout.strip() or None,
+        "shape": {"frames": len(frames), "components": arguments.components, "features": 80},
+        "source": source,
+        "dtype": "float32 in, float64 inside",
+        "threads": arguments.threads,
+        "device": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "sklearn": sklearn.__version__},
+        "largest_difference": difference,
+        **measured,
+    }
+    print(json.dumps(line))
+    (REPOSITORY / "bench" / "results").mkdir(exist_ok=True)
+    with open(REPOSITORY / "bench" / "results" / "em_vs_sklearn.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
