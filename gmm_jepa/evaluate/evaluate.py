@@ -147,9 +147,9 @@ def evaluate(
 
     probes = [_Probe(task, sample, seed) for task in tasks]
     for name, table in _feature_sets(encoded, untrained, sample, spec, report):
-        for done, probe in enumerate(probes):
-            report(f"probing {name}", done, len(probes))
+        for done, probe in enumerate(probes, start=1):
             probe.add(name, table, device=next(model.parameters()).device)
+            report(f"probing {name}", done, len(probes))
         if name == "untrained, output z":
             control = _first(table, len(heldout))
             embedding["untrained"] = _embedding_numbers(control.values)

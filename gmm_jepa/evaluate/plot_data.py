@@ -137,16 +137,18 @@ def examples(
 
 
 def _choose_examples(utterances: Sequence[Utterance], offsets: NDArray[np.int64]) -> list[int]:
-    """Utterances nearest to the wanted length, new speakers first."""
+    """Utterances nearest to the wanted length; new speakers and texts first, then new texts."""
     durations = np.array([len(u.waveform) for u in utterances]) / SAMPLE_RATE_HZ
     order = np.argsort(np.abs(durations - EXAMPLE_S), kind="stable").tolist()
     order = [u for u in order if offsets[u + 1] - offsets[u] > 1]
     chosen: list[int] = []
-    for fresh_only in (True, False):
+    for new in (("speaker", "text"), ("text",), ()):
         for u in order:
-            heard = {utterances[c].speaker for c in chosen}
-            texts = {utterances[c].entry.get("text") for c in chosen}
-            known = utterances[u].speaker in heard or utterances[u].entry.get("text") in texts
-            if len(chosen) < N_EXAMPLES and u not in chosen and not (fresh_only and known):
+            known = any(
+                utterances[u].entry.get(key) == utterances[c].entry.get(key)
+                for key in new
+                for c in chosen
+            )
+            if len(chosen) < N_EXAMPLES and u not in chosen and not known:
                 chosen.append(u)
     return chosen

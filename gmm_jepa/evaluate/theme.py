@@ -159,8 +159,8 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 def to_png(figure: Figure, theme: Theme) -> bytes:
     """The picture as PNG of 256 colours (a third of the size), drawn with Agg.
 
-    The theme's own colours are kept exactly: thin lines must not take on a heatmap's. The same
-    figure gives the same bytes.
+    The theme's own colours are kept exactly: thin lines must not take on a heatmap's. Figures
+    made alike give the same bytes.
     """
     agg = require("matplotlib.backends.backend_agg", extra="train")
     image = require("PIL.Image", extra="train")
@@ -168,12 +168,18 @@ def to_png(figure: Figure, theme: Theme) -> bytes:
     canvas.draw()
     rgb = np.asarray(canvas.buffer_rgba())[..., :3]
     picture = image.fromarray(np.ascontiguousarray(rgb))
-    own = bytes.fromhex("".join(theme.own_colors).replace("#", ""))
-    found = bytes(picture.quantize(256 - len(own) // 3).getpalette() or ())
+    own = [bytes.fromhex(color[1:]) for color in theme.own_colors]
+    found = bytes(picture.quantize(256 - len(own)).getpalette() or ())
+    colors = (b"".join(own) + found)[:768]
     palette = image.new("P", (1, 1))
-    palette.putpalette(own + found[: 768 - len(own)])
+    palette.putpalette(colors)
+    places = np.array(picture.quantize(palette=palette, dither=0))
+    for place, color in enumerate(own):  # Pillow's search for the nearest colour is not exact
+        places[(rgb == np.frombuffer(color, np.uint8)).all(axis=-1)] = place
+    indexed = image.fromarray(places)
+    indexed.putpalette(colors)
     file = io.BytesIO()
-    picture.quantize(palette=palette, dither=0).save(file, "png", optimize=True, dpi=(DPI, DPI))
+    indexed.save(file, "png", optimize=True, dpi=(DPI, DPI))
     return file.getvalue()
 
 

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.models.padding import Count, stage_length
 
 AGGREGATION_HEADS = 4
 """Heads of the layer aggregation, whatever the blocks have (published)."""
@@ -76,6 +77,21 @@ class ConformerConfig:
     def hop_samples(self) -> int:
         """Samples from one frame to the next."""
         return prod(self.strides)
+
+    @property
+    def frame_centre_samples(self) -> float:
+        """Sample on which frame 0 is centred, by stride and padding arithmetic."""
+        centre, hop = 0.0, 1
+        for stride in self.strides:
+            centre += hop * ((2 * stride - 1) / 2 - stride // 2)
+            hop *= stride
+        return centre
+
+    def n_frames(self, n_samples: Count) -> Count:
+        """Frames made of so many samples (an int, or an integer tensor)."""
+        for stride in self.strides:
+            n_samples = stage_length(n_samples, stride)
+        return n_samples
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON-able values."""

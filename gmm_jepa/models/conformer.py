@@ -22,7 +22,6 @@ from gmm_jepa.models.padding import (
     FrameGroupNorm,
     FrameMask,
     mean_over_frames,
-    stage_length,
     zero_padding,
 )
 
@@ -184,17 +183,11 @@ class ConformerEncoder(nn.Module):
     @property
     def frame_centre_samples(self) -> float:
         """Sample on which frame 0 is centred, by stride and padding arithmetic."""
-        centre, hop = 0.0, 1
-        for stride in self.config.strides:
-            centre += hop * ((2 * stride - 1) / 2 - stride // 2)
-            hop *= stride
-        return centre
+        return self.config.frame_centre_samples
 
     def n_frames(self, n_samples: Count) -> Count:
         """Frames made of so many samples (an int, or an integer tensor)."""
-        for stride in self.config.strides:
-            n_samples = stage_length(n_samples, stride)
-        return n_samples
+        return self.config.n_frames(n_samples)
 
     def forward(self, waveform: Tensor, lengths_samples: Tensor | None = None) -> EncoderOutput:
         """Encode a padded batch.

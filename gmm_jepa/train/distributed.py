@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,14 @@ class Processes:
         if self.world_size == 1:
             return flag
         return bool(self.add(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in their order; small and picklable ones."""
+        if self.world_size == 1:
+            return items
+        gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
 
     def wait(self) -> None:
         """Return once every process has come here."""

@@ -19,7 +19,7 @@ from gmm_jepa.config import Recipe, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import require
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.objectives.gmm_anchored import MaskedBatch
@@ -88,10 +88,11 @@ def train(
         world_size=peers.world_size,
         workers=recipe.data.workers,
         pin_memory=peers.device.type == "cuda",
-        prepare=MaskAndDisturb(recipe.objective, state.model.online.n_frames, seed=recipe.seed),
+        prepare=MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed),
     )
 
     # Steps
+    unread: list[Reject] = []
     with _log_of(folder, start, config, peers) as log, _stop_signal() as stop_asked:
         for batch in batches:
             schedule = _schedule(recipe, state.step)
@@ -100,12 +101,14 @@ def train(
             state.model.update_teacher(schedule.teacher_decay)
             audio_s = batch.extras["audio_s"]
             state.meters.add_step(norm, skipped, audio_s=audio_s, waited_s=batch.wait_s)
-            rejects.extend(batch.rejects)
+            unread += batch.rejects
 
             last = state.step == config.steps
             due = last or state.step % config.log_every == 0
             if due:
                 log.write(state.step, {**state.meters.read(), **schedule.metrics()})
+                rejects.extend(peers.gather(unread))
+                unread.clear()
                 rejects.check(len(corpus) + rejects.count, recipe.data.max_bad_fraction)
             # Processes get a signal at different steps; they agree where they meet anyway.
             stop = (due or peers.world_size == 1) and peers.any(stop_asked.is_set())

@@ -81,6 +81,17 @@ def _constant_column() -> Case:
     return case
 
 
+def _unlike_scales() -> Case:
+    """Squares of the features overflow float32."""
+    mixture = Mixture(*(p.double() for p in random_mixture(6, 4)))
+    scale = torch.tensor([1e25, 1e-25, 1.0, 1e10], dtype=torch.float64)
+    frames = (frames_of(mixture, 30) * scale).float()
+    return Case(
+        frames,
+        mixture._replace(means=mixture.means * scale, variances=mixture.variances * scale**2),
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "one_frame": lambda: _drawn(1, 16, 80),
     "empty": lambda: _drawn(0, 16, 80),
@@ -95,6 +106,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "shifted": lambda: _drawn(60, 9, 24, offset=1000.0),
     "one_component_out": _one_component_out,
     "constant_column": _constant_column,
+    "unlike_scales": _unlike_scales,
 }
 
 

@@ -145,6 +145,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_gradient_equals_torchs_own(length, hop):
     """Oracle: autograd in float64 through an explicit gather of every frame's samples."""
     row = (0.1 * torch.randn(1, length)).double()
+    filters = torch.rand(201, 7)  # mel filters never touch the first and the last bin
     padding = 300
     position = torch.arange(length // hop + 1)[:, None] * hop + torch.arange(-200, 200)
     mirrored = torch.where(position < 0, -position, position)
@@ -154,12 +155,12 @@ def test_gradient_equals_torchs_own(length, hop):
     gathered = torch.where(inside, reference[0][mirrored.clamp(0, length - 1)], 0.0)
     spectrum = torch.fft.rfft(gathered * WINDOW.double())
     power = torch.view_as_real(spectrum).square().sum(-1)
-    expected = torch.log(power @ FILTERS.double() + FLOOR)
+    expected = torch.log(power @ filters.double() + FLOOR)
     weight = torch.randn(expected.shape, dtype=torch.float64)
     (expected * weight).sum().backward()
 
     waveform = torch.cat((row, torch.full((1, padding), math.nan)), 1).requires_grad_()
-    got = _frames(waveform, [length], hop=hop, out_dtype=torch.float64)[0]
+    got = _frames(waveform, [length], hop=hop, filters=filters, out_dtype=torch.float64)[0]
     (got[: weight.shape[0]] * weight).sum().backward()
     size = float(reference.grad.abs().max())
     torch.testing.assert_close(
