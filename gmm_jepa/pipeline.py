@@ -17,7 +17,7 @@ from gmm_jepa.data.frames import FrameStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.errors import InputError
-from gmm_jepa.evaluate.evaluate import Evaluation, evaluate
+from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
 from gmm_jepa.files import read_json, write_json
 from gmm_jepa.gmm import GaussianMixture
@@ -157,6 +157,7 @@ class Run:
             InputError: there is no checkpoint.
         """
         recipe, device = self.recipe, self.peers.device
+        shift = recipe.encoder.frame_centre_samples if recipe.objective.align_targets else 0
         with Stages() as progress:
             evaluation = evaluate(
                 self.model().to(device),
@@ -168,6 +169,7 @@ class Run:
                 max_train_s=recipe.evaluate.max_train_s,
                 max_test_s=recipe.evaluate.max_test_s,
                 temperature=recipe.objective.temperature,
+                shift_samples=int(shift),
                 seed=recipe.seed,
                 progress=progress,
             )

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from gmm_jepa.evaluate import plots, sections
-from gmm_jepa.evaluate.evaluate import Evaluation
+from gmm_jepa.evaluate.evaluation import Evaluation
 from gmm_jepa.evaluate.sections import show
 from gmm_jepa.evaluate.theme import DARK, LIGHT, Theme, style, to_png
 from gmm_jepa.files import write_text, written_aside
@@ -163,7 +163,8 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
         ["KL to mixture, nats", show(clusters["kl"], ".3f")],
         ["mixture log-likelihood, nats/frame", show(numbers["mixture"]["log_likelihood"], ".2f")],
     ]
-    return [[*row, *[""] * (5 - len(row))] for row in rows]
+    width = 5 if numbers.get("probes") else 3  # log-mel stands beside probes only
+    return [[*row, *[""] * 5][:width] for row in rows]
 
 
 def _pair(trained: Mapping[str, Any], control: Mapping[str, Any], key: str, form: str) -> list[str]:

@@ -158,6 +158,16 @@ def test_components_placed_nowhere_are_reseeded_and_counted(blobs):
     assert (ours.weights_ * len(blobs) > 1).all()
 
 
+def test_no_convergence_while_components_are_reseeded(blobs):
+    """One live component gives half to one dead, two to two, four to three: then it may rest."""
+    start = _start(blobs, 7)
+    start["means_init"][1:] = 1e4
+    ours = GaussianMixture(7, tol=1e9, **start).fit(blobs)
+    assert ours.n_reseeded_ == 6
+    assert ours.n_iter_ == 4
+    assert ours.converged_
+
+
 @pytest.mark.parametrize("n_distinct", [1, 2, 5])
 def test_fewer_distinct_frames_than_components(n_distinct):
     frames = np.repeat(np.random.default_rng(0).standard_normal((n_distinct, 4)), 10, axis=0)
