@@ -309,7 +309,7 @@ def cpu() -> Recipe:
         ),
         objective=ObjectiveConfig(unmasked_weight=1.0),
         train=TrainConfig(
-            steps=600,
+            steps=1200,
             learning_rate=2e-3,
             warmup_share=0.1,
             learning_rate_schedule="cosine",

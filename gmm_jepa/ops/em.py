@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.mixture import (
+    CHUNK_VALUES,
     Mixture,
     check_frames,
     kind_of,
@@ -22,6 +23,11 @@ from gmm_jepa.ops.mixture import (
     quadratic,
     row_chunks,
 )
+from gmm_jepa.ops.screen import Screen
+
+# The gathered pairs of a chunk should stay in cache: at K = 256, 1,024 rows gave 179 k frames/s on
+# one core of two, 4,096 rows 125 k.
+CHUNK_ROWS = 1024
 
 
 class EMStatistics(NamedTuple):
@@ -88,17 +94,28 @@ def _em_statistics(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, D = means.shape
-    form = quadratic(Mixture(log_weights, means, variances), torch.float64)
+    mixture = Mixture(log_weights, means, variances)
+    form = quadratic(mixture, torch.float64)
+    # Sums by index are deterministic on the CPU only.
+    screen = Screen(mixture, form) if frames.device.type == "cpu" else None
     counts = form.bias.new_zeros(K)
     moments = form.bias.new_zeros(K, 2 * D)
     log_likelihood = form.bias.new_zeros(())
-    for rows in row_chunks(frames.shape[0], K):
+    for rows in row_chunks(frames.shape[0], max(K, CHUNK_VALUES // CHUNK_ROWS)):
         features = form.features(frames[rows])
-        joint = torch.addmm(form.bias, features, form.weight)
-        responsibilities = torch.softmax(joint, dim=1)
-        log_likelihood += log_likelihood_of(joint, responsibilities).sum()
-        counts += responsibilities.sum(0)
-        moments.addmm_(responsibilities.T, features)
+        found = screen.candidates(features) if screen is not None else None
+        if found is None:
+            joint = torch.addmm(form.bias, features, form.weight)
+            responsibilities = torch.softmax(joint, dim=1)
+            log_likelihood += log_likelihood_of(joint, responsibilities).sum()
+            counts += responsibilities.sum(0)
+            moments.addmm_(responsibilities.T, features)
+        else:
+            responsibilities = found.responsibilities()
+            log_likelihood += found.log_likelihoods().sum()
+            counts.index_add_(0, found.components, responsibilities)
+            weighted = features.index_select(0, found.rows).mul_(responsibilities[:, None])
+            moments.index_add_(0, found.components, weighted)
     # x = centre + scale z: map the moments of z back to those of x
     n = counts[:, None]
     z1, z2 = moments[:, :D] / form.inverse_scale, moments[:, D:] / form.inverse_scale**2

@@ -49,7 +49,9 @@ def test_noise_covers_everything_and_keeps_its_level():
 
 def test_probabilities_decide_how_often():
     clean, other = signal(100, 0), signal(100, 1)
-    disturbed = [call(clean, other, seed, mix=0.25, noise=0.25) is not clean for seed in range(2000)]
+    disturbed = [
+        call(clean, other, seed, mix=0.25, noise=0.25) is not clean for seed in range(2000)
+    ]
     assert 0.45 < np.mean(disturbed) < 0.55
 
 

@@ -1,3 +1,7 @@
+import itertools
+
+from itertools import pairwise
+
 import pytest
 
 from gmm_jepa.objectives.schedules import interpolate, learning_rate, progress
@@ -8,7 +12,7 @@ def test_schedules_meet_both_ends_and_fall(shape):
     values = [interpolate(1.0, 0.01, progress(step, 50), shape) for step in range(50)]
     assert values[0] == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.01)
-    assert all(a > b for a, b in zip(values, values[1:]))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def test_midpoints_follow_the_formulas():

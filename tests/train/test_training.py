@@ -163,7 +163,7 @@ def test_a_non_finite_step_is_skipped_and_ten_in_a_row_stop_the_run(
     assert lines[0]["skipped_steps"] == 2
     assert lines[0]["loss"] is None
     assert lines[1]["loss"] is not None
-    weights = [p for p in (out / "checkpoints").rglob("model.safetensors")]
+    weights = list((out / "checkpoints").rglob("model.safetensors"))
     assert weights
 
 
