@@ -1,7 +1,5 @@
 import itertools
 
-from itertools import pairwise
-
 import pytest
 
 from gmm_jepa.objectives.schedules import interpolate, learning_rate, progress
