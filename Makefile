@@ -35,7 +35,7 @@ demo-long: setup
 		--out $(DEMO)/run-long --preset cpu-long
 
 test: setup
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	@$(BIN)/ruff check .

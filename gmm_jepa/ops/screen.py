@@ -66,7 +66,8 @@ class Screen:
         self._bias = self.exact.bias + 0.5 * quadratic_term
         # Sums of n float32 terms in any order are off by n eps (|f| |w| + |b|) at most, and
         # rounding f, w and b adds two eps (Higham, Accuracy and Stability, section 3.1).
-        bias = self.exact.bias[self.exact.bias.isfinite()]
+        # A bias of minus infinity (weight zero, or values beyond float64) is exact.
+        bias = self.exact.bias.nan_to_num(neginf=0.0)
         relative = (self.exact.weight.shape[0] + 3) * 2.0**-24
         self._error_per_norm = relative * self.exact.weight.norm(dim=0).amax()
         self._error_least = relative * bias.abs().amax()
