@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.models.config import ConformerConfig
@@ -245,6 +246,19 @@ class Recipe:
     """Optimiser and schedules."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Held-out measurements."""
+
+    def __post_init__(self) -> None:
+        hop, strides = self.front_end.hop_samples, self.encoder.strides
+        _check(
+            hop == self.encoder.hop_samples,
+            f"front_end.hop_samples, encoder.strides: expected equal frame rates, "
+            f"got a hop of {hop} samples and strides {strides} (hop {self.encoder.hop_samples})",
+        )
+        _check(
+            self.front_end.sample_rate_hz == SAMPLE_RATE_HZ,
+            f"front_end.sample_rate_hz: expected {SAMPLE_RATE_HZ}, to which all audio is "
+            f"resampled, got {self.front_end.sample_rate_hz}",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,10 +6,15 @@ run that was interrupted anywhere goes on by being started again.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.special import entr
 
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
@@ -29,6 +34,9 @@ from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.state import initial_model
 from gmm_jepa.train.trainer import TrainOutcome, train
+
+MIN_INFORMATION_NATS = 0.1
+"""Mutual information of frame and component under which posteriors are no targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,8 @@ class Run:
         """The run's mixture: read if it is there, else fitted by the main process."""
         path, recipe = self.folder.mixture, self.recipe
         if self.peers.is_main and not path.exists():
-            fit_mixture(corpus, recipe, self.rejects).save(path, front_end=recipe.front_end)
+            mixture = fit_mixture(corpus, recipe, self.rejects)
+            mixture.save(path, front_end=recipe.front_end)
         self.peers.wait()
         return self._load_mixture(path)
 
@@ -193,6 +202,9 @@ def fit_mixture(corpus: Corpus, recipe: Recipe, rejects: RejectLog) -> GaussianM
         corpus: training audio.
         recipe: its `front_end`, `mixture` and `seed` are used.
         rejects: where unreadable audio is recorded.
+
+    Raises:
+        InputError: too few frames, or the mixture tells nothing of them.
     """
     config = recipe.mixture
     frames = FrameStream(
@@ -206,7 +218,28 @@ def fit_mixture(corpus: Corpus, recipe: Recipe, rejects: RejectLog) -> GaussianM
         random_state=recipe.seed,
     )
     with Bar("fitting the mixture", "iteration") as bar:
-        return mixture.fit(frames, on_iteration=lambda done, _: bar(done, config.max_iter))
+        mixture.fit(frames, on_iteration=lambda done, _: bar(done, config.max_iter))
+    refuse_degenerate(mixture, frames)
+    return mixture
+
+
+def refuse_degenerate(mixture: GaussianMixture, frames: Iterable[Tensor]) -> None:
+    """Refuse targets from which nothing can be learnt.
+
+    What a frame tells of its component is the entropy of the mean posterior less the mean entropy
+    of the posteriors; it is zero where all components are alike and where one takes every frame.
+
+    Raises:
+        InputError: a frame tells less than `MIN_INFORMATION_NATS`, with several components.
+    """
+    sample = torch.cat([batch[::8] for batch in itertools.islice(frames, 8)])
+    posteriors = mixture.predict_proba(sample).double()
+    information = entr(posteriors.mean(0)).sum() - entr(posteriors).sum(1).mean()
+    if mixture.n_components > 1 and not information >= MIN_INFORMATION_NATS:
+        raise InputError(
+            f"mixture: frames tell {information:.3f} nats of their component, nothing can be "
+            f"learnt from that; is the audio silent?"
+        )
 
 
 def open_run(root: Path, sources: Sources, recipe: Recipe, peers: Processes) -> Run:

@@ -14,6 +14,7 @@ from gmm_jepa.config import (
     to_dict,
 )
 from gmm_jepa.errors import InputError
+from gmm_jepa.features import LogMelSpec
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,6 +57,15 @@ def test_the_paper_preset_holds_the_published_settings():
 def test_nonsense_is_refused_by_name(kind, settings, named):
     with pytest.raises(InputError, match=named):
         kind(**settings)
+
+
+def test_frame_rates_of_targets_and_encoder_must_agree():
+    recipe = PRESETS["cpu"]()
+    with pytest.raises(InputError, match=r"hop of 160 samples and strides \(8, 8, 5\)"):
+        dataclasses.replace(recipe, front_end=LogMelSpec(hop_samples=160))
+    front_end = LogMelSpec(sample_rate_hz=22_050, n_mels=40)
+    with pytest.raises(InputError, match="sample_rate_hz: expected 16000"):
+        dataclasses.replace(recipe, front_end=front_end)
 
 
 def test_unknown_and_missing_keys_are_refused():

@@ -1,0 +1,125 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from gmm_jepa.cli import main
+from gmm_jepa.config import PRESETS, Sources
+from gmm_jepa.data.corpus import open_corpus
+from gmm_jepa.data.frames import FrameStream, draw_utterances
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.split import hold_out
+from gmm_jepa.errors import InputError
+from gmm_jepa.features import LogMelSpec, log_mel_frames
+from gmm_jepa.pipeline import open_run
+from gmm_jepa.train.distributed import processes
+from tests.audio import write_corpus
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("audio"))
+
+
+@pytest.fixture
+def corpus(manifest):
+    return open_corpus(manifest, rejects=RejectLog(None))
+
+
+def split(corpus, by="auto", fraction=0.2, seed=0):
+    return hold_out(corpus, fraction=fraction, by=by, seed=seed)
+
+
+def test_four_speakers_are_held_out_whole(corpus):
+    kept, heldout = split(corpus)
+    speakers = [{corpus.entry(int(i))["speaker"] for i in part} for part in (kept, heldout)]
+    assert not speakers[0] & speakers[1]
+    assert len(speakers[1]) == 1
+    assert sorted([*kept, *heldout]) == list(range(len(corpus)))
+
+
+def test_utterances_are_held_out_where_asked(corpus):
+    kept, heldout = split(corpus, by="utterance")
+    assert len({corpus.entry(int(i))["speaker"] for i in heldout}) > 1
+    share = corpus.durations_samples[heldout].sum() / corpus.durations_samples.sum()
+    assert 0.2 <= share < 0.35
+    assert len(kept) + len(heldout) == len(corpus)
+
+
+def test_the_split_depends_on_the_seed_alone(corpus):
+    np.testing.assert_array_equal(split(corpus)[1], split(corpus)[1])
+    choices = {tuple(split(corpus, by="utterance", seed=seed)[1]) for seed in range(5)}
+    assert len(choices) > 1
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 1 - 1e-9])
+def test_both_parts_hold_something(corpus, fraction):
+    kept, heldout = split(corpus, by="utterance", fraction=fraction)
+    assert len(kept) >= 1
+    assert len(heldout) >= 1
+
+
+def test_one_utterance_cannot_be_split(corpus):
+    with pytest.raises(InputError, match="two usable utterances"):
+        split(corpus.select([0]))
+    with pytest.raises(InputError, match="two speakers"):
+        split(corpus.select([0, 4, 8]), by="speaker")
+
+
+def test_frames_are_every_frame_once_and_the_same_again(corpus):
+    spec = LogMelSpec()
+    stream = FrameStream(corpus, spec, rejects=RejectLog(None))
+    first, again = list(stream), list(stream)
+    expected = sum(log_mel_frames(int(n), spec) for n in corpus.durations_samples)
+    assert sum(map(len, first)) == expected
+    assert all((a == b).all() for a, b in zip(first, again))
+
+
+def test_a_part_of_the_frames_is_drawn_evenly(corpus):
+    durations = corpus.durations_samples
+    chosen = draw_utterances(durations, durations.sum() / 3, seed=0)
+    assert durations[chosen].sum() <= durations.sum() / 3
+    assert chosen[0] > 0 or chosen[-1] < len(corpus) - 1
+    assert (np.diff(chosen) > 0).all()
+    assert len(draw_utterances(durations, 1, seed=0)) == 1
+
+
+def test_silence_is_refused_as_a_target(tmp_path, capsys):
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", np.zeros(16_000, np.float32), 16_000)
+    words = ["run", "--audio", str(folder), "--out", str(tmp_path / "run"), "--preset", "smoke"]
+    assert main(words) == 2
+    assert "is the audio silent?" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "gmm.safetensors").exists()
+
+
+def test_audio_that_changed_since_the_run_began_is_refused(tmp_path):
+    manifest = write_corpus(tmp_path / "audio", 6)
+    sources = Sources(audio=(str(manifest),))
+    with processes() as peers:
+        open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+        lines = manifest.read_text().splitlines()
+        manifest.write_text("\n".join(lines[:-1]) + "\n")
+        with pytest.raises(InputError, match="changed since this run began"):
+            open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+
+
+def test_a_resumed_run_leaves_out_what_was_unreadable_before(tmp_path):
+    manifest = write_corpus(tmp_path / "audio", 6)
+    nan = np.full(16_000, np.nan, np.float32)
+    soundfile.write(tmp_path / "audio" / "nan.wav", nan, 16_000, subtype="FLOAT")
+    with manifest.open("a") as file:
+        file.write(json.dumps({"audio_filepath": "nan.wav", "speaker": "s9"}) + "\n")
+    recipe = PRESETS["smoke"]()
+    object.__setattr__(recipe.data, "max_bad_fraction", 0.5)
+    sources = Sources(audio=(str(manifest),))
+    with processes() as peers:
+        sizes = []
+        for _ in range(2):
+            audio = open_run(tmp_path / "run", sources, recipe, peers).audio()
+            sizes.append((len(audio.train), len(audio.heldout)))
+    assert sizes[0] == sizes[1]
+    assert sum(sizes[0]) == 6
