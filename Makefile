@@ -5,12 +5,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo demo-long test lint format bench clean
+.PHONY: help setup demo demo-long test native native-sanitize lint format bench clean
 
 help:
 	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (8 minutes)"
 	@echo "make demo-long  the same with a training of twenty minutes"
 	@echo "make test       all tests"
+	@echo "make native     builds the native module again"
+	@echo "make native-sanitize  its C++ under sanitizers"
 	@echo "make lint       style and format checks"
 	@echo "make bench      measurements beside peers, appended to bench/results/"
 	@echo "make setup      only the virtual environment in $(VENV)"
@@ -37,6 +39,15 @@ demo-long: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# After a change in csrc/.
+native: setup
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -e .
+
+# The C++ alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set.
+native-sanitize:
+	@$(PYTHON) csrc/sanitize/build.py build/sanitize
+	@build/sanitize/main
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -46,7 +57,9 @@ format: setup
 	@$(BIN)/ruff format .
 
 bench: setup
+	@$(BIN)/python -m bench.ops --shapes small paper --seconds 1
 	@$(BIN)/python -m bench.em_vs_sklearn
+	@$(BIN)/python -m bench.native
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -30,7 +30,8 @@ class Sources:
     audio: tuple[str, ...]
     """Folders, JSONL manifests, audio files or packed corpora to train on."""
     weights: tuple[float, ...] = ()
-    """How often an utterance of each source comes per epoch; empty: once."""
+    """How often an utterance of each source comes per training epoch; empty: once. The mixture
+    and the held-out part take every source alike."""
     heldout_audio: tuple[str, ...] = ()
     """Sources to evaluate on; empty: a part of `audio` is held out."""
 
@@ -65,8 +66,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(
-            0 < self.min_segment_s < self.max_segment_s,
-            f"min_segment_s, max_segment_s: expected 0 < min < max, "
+            0 < 2 * self.min_segment_s <= self.max_segment_s,
+            f"min_segment_s, max_segment_s: expected 0 < 2 * min <= max, "
             f"got {self.min_segment_s} and {self.max_segment_s}",
         )
         _check(self.batch_s > 0, f"batch_s: expected seconds above 0, got {self.batch_s}")
@@ -94,7 +95,7 @@ class MixtureConfig:
     """EM iterations at most."""
     tol: float = 1e-3
     """EM stops when the mean log-likelihood per frame gains less than this, in nats."""
-    max_fit_s: float = 360_000.0
+    max_fit_s: float = 36_000.0
     """Audio seconds the mixture is fitted on at most, drawn evenly from the corpus."""
 
     def __post_init__(self) -> None:
@@ -120,7 +121,8 @@ class ObjectiveConfig:
     temperature: float = 1.0
     """Temperature of the mixture's posteriors."""
     unmasked_weight: float = 0.0
-    """Weight of the KL on frames that are not masked, relative to masked ones (published: 0)."""
+    """Weight w of the frames in sight: KL = (mean over masked + w mean over others) / (1 + w)
+    (published: 0)."""
     align_targets: bool = False
     """Centre the log-mel frames on the encoder's frames (published: they lie 12 ms apart)."""
     mask_share: tuple[float, float] = (0.40, 0.65)
@@ -184,7 +186,8 @@ class TrainConfig:
     teacher_decay_start: float = 0.996
     """Decay at the first step; it goes to `teacher_decay` linearly."""
     accumulate: int = 1
-    """Micro-batches a global batch is cut into, to bound memory; the result is the same."""
+    """Micro-batches a global batch is cut into, to bound memory; without dropout the result is
+    the same."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast for the forward pass; losses, statistics and weights stay fp32."""
     log_every: int = 20
@@ -205,6 +208,11 @@ class TrainConfig:
             0 <= self.warmup_share < 1,
             f"warmup_share: expected from 0 to below 1, got {self.warmup_share}",
         )
+        _check(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas: expected two numbers from 0 to below 1, got {self.betas}",
+        )
+        _check(self.weight_decay >= 0, f"weight_decay: expected 0 or more, got {self.weight_decay}")
         _check(self.clip_norm > 0, f"clip_norm: expected above 0, got {self.clip_norm}")
         for name in ("teacher_decay", "teacher_decay_start"):
             value = getattr(self, name)
@@ -231,7 +239,7 @@ class Recipe:
     """Everything that determines a run, but for the audio."""
 
     seed: int = 0
-    """Seeds weights, batches, masks, noise and the mixture's start."""
+    """Seeds weights, batches, masks, noise and the mixture's start; 0 or more."""
     front_end: LogMelSpec = field(default_factory=LogMelSpec)
     """Log-mel features of the mixture."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -248,6 +256,7 @@ class Recipe:
     """Held-out measurements."""
 
     def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**31, f"seed: expected 0 to 2^31 - 1, got {self.seed}")
         hop, strides = self.front_end.hop_samples, self.encoder.strides
         _check(
             hop == self.encoder.hop_samples,
@@ -284,14 +293,23 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, where=f"{where}.{name}")
         elif get_origin(hint) is tuple:
+            _check(isinstance(value, list), f"{where}.{name}: expected a list, got {value!r}")
             value = tuple(value)
         elif get_origin(hint) is Literal:
             _check(
                 value in get_args(hint),
                 f"{where}.{name}: expected one of {', '.join(get_args(hint))}, got {value!r}",
             )
+        else:
+            _check(_fits(value, hint), f"{where}.{name}: expected {hint.__name__}, got {value!r}")
         built[name] = value
     return kind(**built)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def paper() -> Recipe:

@@ -7,6 +7,8 @@ run that was interrupted anywhere goes on by being started again.
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,16 @@ from torch.special import entr
 
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
-from gmm_jepa.data.frames import FrameStream
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.frames import LogMelStream
+from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
 from gmm_jepa.files import read_json, write_json
-from gmm_jepa.gmm import GaussianMixture
+from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture
 from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.ops import EMStatistics
 from gmm_jepa.progress import Bar, Stages
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.distributed import Processes
@@ -35,6 +38,10 @@ from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.state import initial_model
 from gmm_jepa.train.trainer import TrainOutcome, train
 
+SEED_S = 1200.0
+"""Audio seconds from which the means of a mixture are seeded: 60,000 frames."""
+PREFLIGHT_S = 300.0
+"""Audio seconds on which a given mixture is looked at before the training."""
 MIN_INFORMATION_NATS = 0.1
 """Mutual information of frame and component under which posteriors are no targets."""
 
@@ -90,43 +97,69 @@ class Run:
     def _usable(self, name: str, paths: tuple[str, ...], weights: tuple[float, ...]) -> Corpus:
         """One argument's corpus without what cannot be read; a resumed run does not read it again.
 
-        Which utterances are unusable is remembered in the run folder, with the fingerprint of the
-        corpus, so that every process and every resumed run trains on the same ones.
+        The processes read a share each. What is unusable is remembered in the run folder with the
+        fingerprint of the corpus, so that all of them, now and later, train on the same audio.
         """
-        corpus = open_corpus(paths, rejects=self.rejects, weights=weights or None)
+        listed = RejectLog(None)
+        corpus = open_corpus(paths, rejects=listed, weights=weights or None)
         remembered = self.folder.root / f"{name}.json"
-        if self.peers.is_main and not remembered.exists():
-            n_found = len(corpus) + self.rejects.count
-            with Bar(f"reading {name.replace('_', ' ')}", "utterance") as progress:
-                good = find_readable(
-                    corpus, self.rejects, workers=self.recipe.data.workers, progress=progress
-                )
-            self.rejects.check(n_found, self.recipe.data.max_bad_fraction)
-            summary = {
-                "fingerprint": corpus.fingerprint,
-                "utterances": len(corpus),
-                "seconds": round(corpus.total_s, 3),
-                "unreadable": np.flatnonzero(~good).tolist(),
-            }
-            write_json(remembered, summary)
-        self.peers.wait()
+        if not remembered.exists():
+            unreadable, rejects = self._read_all(name, corpus)
+            if self.peers.is_main:
+                rejects = [*listed, *rejects]
+                self.rejects.extend(rejects)
+                self._check(len(corpus) + len(listed), rejects)
+                summary = {
+                    "fingerprint": corpus.fingerprint,
+                    "utterances": len(corpus),
+                    "seconds": round(corpus.total_s, 3),
+                    "unreadable": unreadable,
+                    "rejects": rejects,
+                }
+                write_json(remembered, summary)
+            self.peers.wait()
         seen = read_json(remembered)
         if seen["fingerprint"] != corpus.fingerprint:
             raise InputError(
                 f"{name}: its content changed since this run began; "
                 "start a new run in another folder"
             )
+        self.rejects.extend(Reject(*fields) for fields in seen["rejects"])
         good = np.ones(len(corpus), dtype=bool)
         good[seen["unreadable"]] = False
+        if not good.any():
+            raise InputError(f"{name}: no usable audio; {self.rejects.summary()}")
         return corpus.select(good)
 
+    def _read_all(self, name: str, corpus: Corpus) -> tuple[list[int], list[Reject]]:
+        """Which utterances of the whole corpus cannot be read, and why; known to every process."""
+        share = np.arange(self.peers.rank, len(corpus), self.peers.world_size)
+        rejects = RejectLog(None)
+        shown, what = self.peers.is_main, f"reading {name.replace('_', ' ')}"
+        with Bar(what, "utterance", shown=shown) as progress:
+            good = find_readable(
+                corpus.select(share), rejects, workers=self.recipe.data.workers, progress=progress
+            )
+        unreadable = sorted(self.peers.gather(share[~good].tolist()))
+        return unreadable, self.peers.gather(list(rejects))
+
+    def _check(self, n_found: int, rejects: list[Reject]) -> None:
+        """Stop where too much of `n_found` inputs was rejected."""
+        n_allowed = self.recipe.data.max_bad_fraction * n_found
+        if len(rejects) > n_allowed:
+            raise InputError(
+                f"{len(rejects)} of {n_found} inputs are bad, more than --data.max-bad-fraction "
+                f"{self.recipe.data.max_bad_fraction:g} allows: {self.rejects.summary()}"
+            )
+
     def mixture(self, corpus: Corpus) -> GaussianMixture:
-        """The run's mixture: read if it is there, else fitted by the main process."""
+        """The run's mixture: read if it is there, else fitted by all processes together."""
         path, recipe = self.folder.mixture, self.recipe
-        if self.peers.is_main and not path.exists():
-            mixture = fit_mixture(corpus, recipe, self.rejects)
-            mixture.save(path, front_end=recipe.front_end)
-        self.peers.wait()
+        if not path.exists():
+            mixture = fit_mixture(corpus, recipe, self.rejects, self.peers)
+            if self.peers.is_main:
+                mixture.save(path, front_end=recipe.front_end)
+            self.peers.wait()
         return self._load_mixture(path)
 
     def _load_mixture(self, path: Path) -> GaussianMixture:
@@ -140,8 +173,8 @@ class Run:
             )
         return mixture
 
-    def take_mixture(self, path: Path) -> None:
-        """Use a mixture that was fitted before, instead of fitting one.
+    def take_mixture(self, path: Path, corpus: Corpus) -> None:
+        """Use a mixture that was fitted before, instead of fitting one on `corpus`.
 
         Raises:
             InputError: it does not fit the recipe, or the run has another one.
@@ -151,7 +184,12 @@ class Run:
             own = self._load_mixture(self.folder.mixture)
             if not np.array_equal(own.means_, given.means_):
                 raise InputError(f"gmm: this run has a mixture already, other than {path}")
-        elif self.peers.is_main:
+        else:
+            sample = LogMelStream(
+                corpus, self.recipe.front_end, rejects=self.rejects, max_s=PREFLIGHT_S
+            )
+            refuse_degenerate(given, sample)
+        if self.peers.is_main and not self.folder.mixture.exists():
             given.save(self.folder.mixture, front_end=self.recipe.front_end)
         self.peers.wait()
 
@@ -195,21 +233,37 @@ class Run:
         return model.eval()
 
 
-def fit_mixture(corpus: Corpus, recipe: Recipe, rejects: RejectLog) -> GaussianMixture:
-    """Fit the mixture of a recipe on a corpus by EM.
+def fit_mixture(
+    corpus: Corpus, recipe: Recipe, rejects: RejectLog, peers: Processes
+) -> GaussianMixture:
+    """Fit the mixture of a recipe on a corpus by EM; processes share the frames.
 
     Args:
         corpus: training audio.
         recipe: its `front_end`, `mixture` and `seed` are used.
         rejects: where unreadable audio is recorded.
+        peers: this process among its peers, to be called by all of them.
 
     Raises:
         InputError: too few frames, or the mixture tells nothing of them.
     """
     config = recipe.mixture
-    frames = FrameStream(
-        corpus, recipe.front_end, rejects=rejects, max_s=config.max_fit_s, seed=recipe.seed
+    frames = LogMelStream(
+        corpus,
+        recipe.front_end,
+        rejects=rejects,
+        max_s=config.max_fit_s,
+        seed=recipe.seed,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        device=peers.device,
     )
+    n_frames = int(peers.add(torch.tensor(float(frames.n_frames))))
+    if n_frames < config.n_components:
+        raise InputError(
+            f"mixture.n_components: {config.n_components} components need as many frames at least, "
+            f"but the audio has {n_frames}"
+        )
     mixture = GaussianMixture(
         n_components=config.n_components,
         variance_floor=config.variance_floor,
@@ -217,10 +271,36 @@ def fit_mixture(corpus: Corpus, recipe: Recipe, rejects: RejectLog) -> GaussianM
         tol=config.tol,
         random_state=recipe.seed,
     )
-    with Bar("fitting the mixture", "iteration") as bar:
-        mixture.fit(frames, on_iteration=lambda done, _: bar(done, config.max_iter))
+    # Every process starts from the same frames, however many there are.
+    start = LogMelStream(corpus, recipe.front_end, rejects=rejects, max_s=SEED_S, seed=recipe.seed)
+    start_frames = torch.cat(list(start))
+    with (
+        Bar("fitting the mixture", "iteration", shown=peers.is_main) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said in words below
+        mixture.fit(
+            frames,
+            on_iteration=lambda done, _: bar(done, config.max_iter),
+            all_reduce=lambda sums: EMStatistics(*(peers.add(part) for part in sums)),
+            gather_rows=lambda _own: start_frames,
+        )
+    if peers.is_main:
+        print(describe(mixture))
     refuse_degenerate(mixture, frames)
     return mixture
+
+
+def describe(mixture: GaussianMixture) -> str:
+    """One line on how the fit of a mixture ended."""
+    ending = "converged" if mixture.converged_ else "stopped"
+    weights = np.asarray(mixture.weights_, dtype=np.float64)
+    used = math.exp(entr(torch.from_numpy(weights)).sum())
+    return (
+        f"mixture: {ending} after {mixture.n_iter_} iterations at {mixture.lower_bound_:.3f} nats "
+        f"a frame, {used:.0f} of {mixture.n_components} components in effective use, "
+        f"{mixture.n_reseeded_} re-seeded"
+    )
 
 
 def refuse_degenerate(mixture: GaussianMixture, frames: Iterable[Tensor]) -> None:

@@ -21,10 +21,11 @@ class Bar:
     Args:
         what: the work, in words.
         unit: what is counted.
+        shown: draw it.
     """
 
-    def __init__(self, what: str, unit: str) -> None:
-        self._bar = _tqdm(desc=what, unit=unit)
+    def __init__(self, what: str, unit: str, *, shown: bool = True) -> None:
+        self._bar = _tqdm(desc=what, unit=unit, disable=not shown)
 
     def __call__(self, done: float, total: float) -> None:
         """Move to `done` of `total`."""

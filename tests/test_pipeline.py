@@ -7,7 +7,7 @@ import soundfile
 from gmm_jepa.cli import main
 from gmm_jepa.config import PRESETS, Sources
 from gmm_jepa.data.corpus import open_corpus
-from gmm_jepa.data.frames import FrameStream, draw_utterances
+from gmm_jepa.data.frames import LogMelStream, draw_utterances
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.errors import InputError
@@ -69,7 +69,7 @@ def test_one_utterance_cannot_be_split(corpus):
 
 def test_frames_are_every_frame_once_and_the_same_again(corpus):
     spec = LogMelSpec()
-    stream = FrameStream(corpus, spec, rejects=RejectLog(None))
+    stream = LogMelStream(corpus, spec, rejects=RejectLog(None))
     first, again = list(stream), list(stream)
     expected = sum(log_mel_frames(int(n), spec) for n in corpus.durations_samples)
     assert sum(map(len, first)) == expected

@@ -63,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_BAD_INPUT)
     except (ImportError, OSError) as error:
         return _fail(str(error), EXIT_FAILED)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = "a decoding process died; out of memory? Try fewer: --data.workers 0"
+        return _fail(f"{reason} ({error})", EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
 

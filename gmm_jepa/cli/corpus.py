@@ -9,6 +9,7 @@ from pathlib import Path
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
 from gmm_jepa.data.pack import pack_corpus
+from gmm_jepa.data.packed import PackedCorpus, is_pack
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.synthesis import synthesize
 from gmm_jepa.progress import Bar
@@ -68,6 +69,9 @@ def _validate(arguments: Sequence[str]) -> int:
     rejects = RejectLog(options.rejects)
     corpus = open_corpus(options.audio, rejects=rejects)
     n_found = len(corpus) + rejects.count
+    for source in options.audio:
+        if is_pack(Path(source)):
+            PackedCorpus(source).verify()
     with Bar("reading audio", "utterance") as progress:
         usable = validate_corpus(corpus, rejects, workers=options.workers, progress=progress)
     print(f"{len(usable)} of {n_found} usable, {usable.total_s / 3600:.3f} h")

@@ -13,6 +13,7 @@ import torch
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.cli.table import format_table
+from gmm_jepa.ops import native
 
 _OPTIONAL = {
     "triton": "kernels on CUDA",
@@ -78,7 +79,7 @@ def backends() -> list[tuple[str, str]]:
         ("torch on cpu", "live (all ops)"),
         ("torch on cuda", cuda),
         ("triton kernels", "off: this version has none"),
-        ("native module", "off: this version has none"),
+        ("native module", native.status()),
     ]
 
 

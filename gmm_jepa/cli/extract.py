@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from gmm_jepa.cli.parse import parse
-from gmm_jepa.data.audio import AudioError
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError, require
@@ -71,14 +71,16 @@ def main(command: str, arguments: Sequence[str]) -> int:
         options.out / "index.json",
         {
             "run": str(options.run),
-            "frames_per_s": 16_000 / model.online.hop_samples,
-            "first_frame_centre_s": model.online.frame_centre_samples / 16_000,
+            "frames_per_s": SAMPLE_RATE_HZ / model.online.hop_samples,
+            "first_frame_centre_s": model.online.frame_centre_samples / SAMPLE_RATE_HZ,
             "utterances": index,
         },
     )
     print(f"{options.out}: features of {len(index)} utterances")
     print(rejects.summary())
-    return 0 if index else 1
+    if not index:
+        raise InputError(f"audio: none of {len(corpus)} utterances could be read")
+    return 0
 
 
 def _safe(name: str) -> str:

@@ -15,6 +15,7 @@ from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
 from gmm_jepa.pipeline import fit_mixture
+from gmm_jepa.train.distributed import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +48,12 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if len(corpus) == 0:
         raise InputError(f"audio: nothing usable; {rejects.summary()}")
     n_found = len(corpus) + rejects.count
-    mixture = fit_mixture(corpus, recipe, rejects)
     rejects.check(n_found, recipe.data.max_bad_fraction)
-    mixture.save(options.out, front_end=recipe.front_end)
-    ending = "converged" if mixture.converged_ else "not converged"
-    print(
-        f"{options.out}: K = {recipe.mixture.n_components}, D = {recipe.front_end.n_mels}, "
-        f"{mixture.n_iter_} iterations ({ending}), "
-        f"{mixture.lower_bound_:.3f} nats per frame, {mixture.n_reseeded_} components re-seeded"
-    )
-    print(rejects.summary())
+    with processes() as peers:
+        mixture = fit_mixture(corpus, recipe, rejects, peers)
+        if peers.is_main:
+            mixture.save(options.out, front_end=recipe.front_end)
+            print(f"{options.out}: K = {mixture.n_components}, D = {recipe.front_end.n_mels}")
+            print(rejects.summary())
+    rejects.check(n_found, recipe.data.max_bad_fraction)
     return 0

@@ -13,7 +13,8 @@ from gmm_jepa.cli.parse import PresetName, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.evaluate.report import summary_rows
-from gmm_jepa.pipeline import Run, open_run
+from gmm_jepa.gmm import GaussianMixture
+from gmm_jepa.pipeline import Audio, Run, open_run
 from gmm_jepa.train.distributed import Processes, processes
 from gmm_jepa.train.folder import RunFolder
 
@@ -67,30 +68,30 @@ def main(command: str, arguments: Sequence[str]) -> int:
         with processes() as peers:
             folder = RunFolder(options.run)
             run = Run(folder, *folder.read(), peers)
-            _evaluate(run, peers)
+            audio = run.audio()
+            _evaluate(run, audio, run.mixture(audio.train))
         return 0
     options = parse(TrainOptions if command == "train" else RunOptions, command, arguments)
     with processes() as peers:
         run = open_run(options.out, options.sources(), options.recipe, peers)
-        if isinstance(options, TrainOptions) and options.gmm is not None:
-            run.take_mixture(options.gmm)
         audio = run.audio()
+        if isinstance(options, TrainOptions) and options.gmm is not None:
+            run.take_mixture(options.gmm, audio.train)
         mixture = run.mixture(audio.train)
         outcome = run.train(audio.train, mixture)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
         elif command == "run":
-            _evaluate(run, peers)
+            _evaluate(run, audio, mixture)
         else:
             _say(peers, f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
         _say(peers, run.rejects.summary())
     return 0
 
 
-def _evaluate(run: Run, peers: Processes) -> None:
-    if peers.is_main:
-        audio = run.audio()
-        evaluation = run.evaluate(audio, run.mixture(audio.train))
+def _evaluate(run: Run, audio: Audio, mixture: GaussianMixture) -> None:
+    if run.peers.is_main:
+        evaluation = run.evaluate(audio, mixture)
         print(format_table(summary_rows(evaluation.numbers)))
         print(f"report: {run.folder.report}")
 

@@ -79,6 +79,8 @@ def validate_corpus(
         InputError: none is good.
     """
     good = find_readable(corpus, rejects, workers=workers, progress=progress)
+    if not good.any():
+        raise InputError(f"none of {len(corpus)} utterances can be read: {rejects.summary()}")
     return corpus if good.all() else corpus.select(good)
 
 
@@ -97,8 +99,6 @@ def find_readable(
             rejects.extend([reject])
         if progress is not None:
             progress(i + 1, len(corpus))
-    if not good.any():
-        raise InputError(f"none of {len(corpus)} utterances can be read: {rejects.summary()}")
     return good
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gmm_jepa.data.audio import AudioError
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.rejects import RejectLog
-from gmm_jepa.features import LogMelSpec, log_mel
+from gmm_jepa.features import LogMelSpec, log_mel, log_mel_frames
 
 WINDOW_S = 60.0
 """Longer utterances are read in windows of this length, so that memory is bounded."""
@@ -21,7 +21,7 @@ CACHE_BYTES = 2**30
 """A stream that is smaller than this stays in memory after its first pass."""
 
 
-class FrameStream:
+class LogMelStream:
     """Re-iterable batches of log-mel frames, as `GaussianMixture.fit` takes them.
 
     Padding never occurs: utterances are transformed one by one. Audio that cannot be read is
@@ -33,6 +33,9 @@ class FrameStream:
         rejects: where unreadable audio is recorded.
         max_s: audio seconds at most; if the corpus has more, utterances are drawn evenly from it.
         seed: of that draw.
+        rank: of this process; it reads utterances rank, rank + world_size, ... of those drawn.
+        world_size: processes that share the work.
+        device: where the frames are computed and stay.
     """
 
     def __init__(
@@ -43,14 +46,19 @@ class FrameStream:
         rejects: RejectLog,
         max_s: float = float("inf"),
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.corpus = corpus
         self.spec = spec
         self.rejects = rejects
         durations = corpus.durations_samples
-        self.utterances = draw_utterances(durations, max_s * spec.sample_rate_hz, seed=seed)
-        self.n_samples = int(durations[self.utterances].sum())
-        n_bytes = self.n_samples // spec.hop_samples * spec.n_mels * 4
+        drawn = draw_utterances(durations, max_s * spec.sample_rate_hz, seed=seed)
+        self.utterances = drawn[rank::world_size]
+        self.device = torch.device(device)
+        self.n_frames = int(log_mel_frames(durations[self.utterances], spec).sum())
+        n_bytes = self.n_frames * spec.n_mels * 4
         self._cache: list[Tensor] | None = [] if n_bytes <= CACHE_BYTES else None
         self._complete = False
 
@@ -72,7 +80,8 @@ class FrameStream:
         waiting: list[Tensor] = []
         n_frames = 0
         for waveform in self._windows():
-            waiting.append(torch.as_tensor(log_mel(waveform, spec=self.spec)))
+            samples = torch.from_numpy(waveform).to(self.device)
+            waiting.append(log_mel(samples, spec=self.spec))
             n_frames += len(waiting[-1])
             if n_frames >= BATCH_FRAMES:
                 yield torch.cat(waiting)

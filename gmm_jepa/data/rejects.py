@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class RejectLog:
     def __init__(self, path: str | os.PathLike[str] | None = None):
         self.path = None if path is None else Path(path)
         self._kinds: Counter[str] = Counter()
-        self._added: set[tuple[str, int | None, str | None]] = set()
+        self._added: dict[tuple[str, int | None, str | None], Reject] = {}
         self._on_disk: set[tuple[str, int | None, str | None]] = set()
         self._ends_in_newline = True
         if self.path is not None and self.path.exists():
@@ -59,7 +59,7 @@ class RejectLog:
         key = (record.file, record.line, record.manifest)
         if key in self._added:
             return False
-        self._added.add(key)
+        self._added[key] = record
         self._kinds[record.reason.split(":", 1)[0]] += 1
         if self.path is not None and key not in self._on_disk:
             self._write(record)
@@ -70,6 +70,13 @@ class RejectLog:
         """Record several, as they come from a loader's batches."""
         for file, line, reason, manifest in rejects:
             self.add(file, line, reason, manifest=manifest)
+
+    def __iter__(self) -> Iterator[Reject]:
+        """The distinct rejects given to this log, in order."""
+        return iter(self._added.values())
+
+    def __len__(self) -> int:
+        return len(self._added)
 
     @property
     def count(self) -> int:

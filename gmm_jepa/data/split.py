@@ -38,15 +38,17 @@ def hold_out(
     """
     if len(corpus) < 2:
         raise InputError(
-            f"audio: expected two usable utterances or more, so that one can be held out, "
-            f"got {len(corpus)}"
+            f"audio: expected two usable utterances or more, so that one can be held out (or give "
+            f"--heldout-audio), got {len(corpus)}"
         )
     groups = np.arange(len(corpus))
-    if by != "utterance" and len(corpus) <= MAX_ENTRIES_READ:
+    if by == "speaker" or (by == "auto" and len(corpus) <= MAX_ENTRIES_READ):
         names = [corpus.entry(i).get("speaker") for i in range(len(corpus))]
         named = sorted({str(name) for name in names if name is not None})
         if by == "speaker" and len(named) < 2:
             raise InputError(f"heldout_by: expected two speakers or more, got {len(named)}")
+        if by == "speaker" and None in names:
+            raise InputError("heldout_by: speaker was asked for, but some entries name none")
         if None not in names and len(named) >= (MIN_SPEAKERS if by == "auto" else 2):
             number = {name: i for i, name in enumerate(named)}
             groups = np.array([number[str(name)] for name in names])

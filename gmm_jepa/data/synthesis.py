@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.espeak import Speaker, Speech
 from gmm_jepa.data.phones import label_phones
 from gmm_jepa.data.voices import N_VOICES, Voice, cast_parts
 from gmm_jepa.errors import InputError, require
-
-SAMPLE_RATE_HZ = 16000
 
 _RECIPE_VERSION = 1
 """Goes up with every change that makes other samples or labels from the same arguments."""

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.models.conformer import ConformerEncoder
-
-SAMPLE_RATE_HZ = 16_000
 
 
 @dataclass(frozen=True)

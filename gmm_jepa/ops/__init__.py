@@ -7,6 +7,7 @@ ones by ``register_kernel``. All work in chunks of bounded memory, are determini
 empty inputs.
 """
 
+from gmm_jepa.ops import native, triton_gmm, triton_log_mel
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
 from gmm_jepa.ops.log_mel import log_mel
@@ -35,4 +36,7 @@ __all__ = [
     "masked_kl",
     "masked_kl_targets",
     "masked_mse",
+    "native",
+    "triton_gmm",
+    "triton_log_mel",
 ]

@@ -89,10 +89,10 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return _kmeans_assign(frames.detach(), centroids.detach())
 
 
-@torch.library.custom_op("gmm_jepa::em_statistics", mutates_args=())
-def _em_statistics(
+def em_statistics_reference(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `em_statistics`, in plain torch."""
     K, D = means.shape
     mixture = Mixture(log_weights, means, variances)
     form = quadratic(mixture, torch.float64)
@@ -124,6 +124,11 @@ def _em_statistics(
     return counts, first, second, log_likelihood
 
 
+_em_statistics = torch.library.custom_op(
+    "gmm_jepa::em_statistics", em_statistics_reference, mutates_args=()
+)
+
+
 @_em_statistics.register_fake
 def _(frames, log_weights, means, variances):
     K, D = means.shape
@@ -132,8 +137,8 @@ def _(frames, log_weights, means, variances):
     )
 
 
-@torch.library.custom_op("gmm_jepa::kmeans_assign", mutates_args=())
-def _kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def kmeans_assign_reference(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """`kmeans_assign` in plain torch."""
     # Float64 and one common shift, so that no pair of centroids is confused by rounding.
     shift = centroids.double().mean(0)
     c = centroids.double() - shift
@@ -145,6 +150,11 @@ def _kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         labels[rows] = torch.addmm(bias, x, c.T).argmax(1)  # largest x.c - c^2/2 is nearest
         distances[rows] = (x - c[labels[rows]]).square().sum(1).float()
     return labels, distances
+
+
+_kmeans_assign = torch.library.custom_op(
+    "gmm_jepa::kmeans_assign", kmeans_assign_reference, mutates_args=()
+)
 
 
 @_kmeans_assign.register_fake

@@ -82,8 +82,7 @@ def _check(waveform, lengths_samples, window, filters, hop: int, floor: float) -
         raise InputError("waveform, lengths_samples, window, filters: expected one device")
 
 
-@torch.library.custom_op("gmm_jepa::log_mel", mutates_args=())
-def _log_mel(
+def log_mel_reference(
     waveform: Tensor,
     lengths_samples: Tensor,
     window: Tensor,
@@ -92,6 +91,7 @@ def _log_mel(
     floor: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """`log_mel` in plain torch."""
     if not waveform.shape[0]:
         return waveform.new_empty(
             (0, waveform.shape[1] // hop + 1, filters.shape[1]), dtype=out_dtype
@@ -107,6 +107,9 @@ def _log_mel(
         torch.mm(power, filters, out=mel[chunk]).add_(floor).log_()
     valid = _valid(lengths_samples, T, hop)
     return torch.where(valid[..., None], mel.view(B, n_slots, -1)[:, :T], 0.0).to(out_dtype)
+
+
+_log_mel = torch.library.custom_op("gmm_jepa::log_mel", log_mel_reference, mutates_args=())
 
 
 @_log_mel.register_fake

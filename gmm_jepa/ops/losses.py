@@ -204,8 +204,7 @@ def _add_kl(sums: _Sums, chunk: slice, logits: Tensor, p: Tensor, log_p: Tensor)
         sums.add_gradient(chunk, q * p.sum(1, keepdim=True) - p)
 
 
-@torch.library.custom_op("gmm_jepa::masked_kl", mutates_args=())
-def _masked_kl(
+def masked_kl_reference(
     logits: Tensor,
     frames: Tensor,
     row_weights: Tensor,
@@ -215,6 +214,7 @@ def _masked_kl(
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `masked_kl`, and the gradient, in plain torch."""
     form = quadratic(Mixture(log_weights, means, variances), torch.float32)
     sums = _Sums(logits, row_weights, with_gradient)
     for chunk in sums.chunks:
@@ -227,10 +227,13 @@ def _masked_kl(
     return sums.outputs()
 
 
-@torch.library.custom_op("gmm_jepa::masked_kl_targets", mutates_args=())
-def _masked_kl_targets(
+_masked_kl = torch.library.custom_op("gmm_jepa::masked_kl", masked_kl_reference, mutates_args=())
+
+
+def masked_kl_targets_reference(
     logits: Tensor, targets: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `masked_kl_targets`, and the gradient, in plain torch."""
     sums = _Sums(logits, row_weights, with_gradient)
     for chunk in sums.chunks:
         rows = sums.index[chunk]
@@ -240,10 +243,15 @@ def _masked_kl_targets(
     return sums.outputs()
 
 
-@torch.library.custom_op("gmm_jepa::masked_cross_entropy", mutates_args=())
-def _masked_cross_entropy(
+_masked_kl_targets = torch.library.custom_op(
+    "gmm_jepa::masked_kl_targets", masked_kl_targets_reference, mutates_args=()
+)
+
+
+def masked_cross_entropy_reference(
     logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `masked_cross_entropy`, and the gradient, in plain torch."""
     sums = _Sums(logits, row_weights, with_gradient)
     for chunk in sums.chunks:
         rows = sums.index[chunk]
@@ -259,10 +267,15 @@ def _masked_cross_entropy(
     return sums.outputs()
 
 
-@torch.library.custom_op("gmm_jepa::masked_mse", mutates_args=())
-def _masked_mse(
+_masked_cross_entropy = torch.library.custom_op(
+    "gmm_jepa::masked_cross_entropy", masked_cross_entropy_reference, mutates_args=()
+)
+
+
+def masked_mse_reference(
     prediction: Tensor, target: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
+    """The output of `masked_mse`, and the gradient, in plain torch."""
     sums = _Sums(prediction, row_weights, with_gradient)
     for chunk in sums.chunks:
         rows = sums.index[chunk]
@@ -272,6 +285,9 @@ def _masked_mse(
             sums.add_gradient(chunk, error.mul_(2.0 / max(1, error.shape[1])))
     loss, _, _, gradient = sums.outputs()
     return loss, gradient
+
+
+_masked_mse = torch.library.custom_op("gmm_jepa::masked_mse", masked_mse_reference, mutates_args=())
 
 
 def _fake_outputs(rows: Tensor, n_scalars: int, with_gradient: bool) -> tuple[Tensor, ...]:

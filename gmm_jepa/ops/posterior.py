@@ -130,8 +130,7 @@ def _result_dtype(frames: Tensor) -> torch.dtype:
     return torch.float64 if frames.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("gmm_jepa::gmm_posterior", mutates_args=())
-def _posterior(
+def posterior_reference(
     frames: Tensor,
     log_weights: Tensor,
     means: Tensor,
@@ -141,12 +140,18 @@ def _posterior(
     precision: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """`gmm_posterior` of frames (n, D), in plain torch."""
     form = quadratic(Mixture(log_weights, means, variances), _COMPUTE[precision])
     softmax = torch.log_softmax if log else torch.softmax
     out = frames.new_empty((frames.shape[0], means.shape[0]), dtype=out_dtype)
     for rows in row_chunks(*out.shape):
         out[rows] = softmax(form.log_joint(frames[rows]).div_(temperature), dim=1)
     return out
+
+
+_posterior = torch.library.custom_op(
+    "gmm_jepa::gmm_posterior", posterior_reference, mutates_args=()
+)
 
 
 @_posterior.register_fake
@@ -208,16 +213,21 @@ def _posterior_vjp(ctx, grad):
 _posterior.register_autograd(_posterior_vjp, setup_context=_posterior_setup)
 
 
-@torch.library.custom_op("gmm_jepa::gmm_log_likelihood", mutates_args=())
-def _log_likelihood(
+def log_likelihood_reference(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor, precision: str
 ) -> Tensor:
+    """`gmm_log_likelihood` of frames (n, D), in plain torch."""
     form = quadratic(Mixture(log_weights, means, variances), _COMPUTE[precision])
     out = frames.new_empty(frames.shape[:1], dtype=_result_dtype(frames))
     for rows in row_chunks(frames.shape[0], means.shape[0]):
         joint = form.log_joint(frames[rows])
         out[rows] = log_likelihood_of(joint, torch.softmax(joint, dim=1)).to(out.dtype)
     return out
+
+
+_log_likelihood = torch.library.custom_op(
+    "gmm_jepa::gmm_log_likelihood", log_likelihood_reference, mutates_args=()
+)
 
 
 @_log_likelihood.register_fake
@@ -261,8 +271,7 @@ def _log_likelihood_vjp(ctx, grad):
 _log_likelihood.register_autograd(_log_likelihood_vjp, setup_context=_log_likelihood_setup)
 
 
-@torch.library.custom_op("gmm_jepa::gmm_topk", mutates_args=())
-def _topk(
+def topk_reference(
     frames: Tensor,
     log_weights: Tensor,
     means: Tensor,
@@ -270,6 +279,7 @@ def _topk(
     k: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
+    """`gmm_topk` of frames (n, D), in plain torch."""
     form = quadratic(Mixture(log_weights, means, variances), torch.float64)
     posteriors = frames.new_empty((frames.shape[0], k), dtype=torch.float32)
     indices = frames.new_empty((frames.shape[0], k), dtype=torch.int64)
@@ -278,6 +288,9 @@ def _topk(
         best, indices[rows] = torch.softmax(joint, dim=1).topk(k, dim=1)
         posteriors[rows] = best.float()
     return posteriors, indices
+
+
+_topk = torch.library.custom_op("gmm_jepa::gmm_topk", topk_reference, mutates_args=())
 
 
 @_topk.register_fake

@@ -15,6 +15,7 @@ from gmm_jepa.files import written_aside
 
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
+_ADVICE = "remove this step's folder to go on from the checkpoint before"
 
 
 def save(root: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep: int) -> Path:
@@ -68,7 +69,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # safetensors raises its own, undocumented kinds
-        raise InputError(f"{path}: damaged ({error})") from None
+        raise InputError(f"{path}: damaged ({error}); {_ADVICE}") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -88,4 +89,4 @@ def load_state(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {_ADVICE}") from None

@@ -13,6 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gmm_jepa.errors import InputError
+
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+"""Processes read their shares of the audio before they meet, and shares differ."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
@@ -31,9 +36,11 @@ class Processes:
         return self.rank == 0
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place; returns the tensor."""
+        """Sum over the processes, in place and on any device; returns the tensor."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            summed = tensor.to(self.device)
+            dist.all_reduce(summed)
+            tensor.copy_(summed)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -60,9 +67,12 @@ class Processes:
 def processes() -> Iterator[Processes]:
     """Join the process group that torchrun announces, nccl on CUDA and gloo on CPU, and leave it.
 
-    The group waits up to two hours for a process, since one of them may be fitting the mixture.
+    Raises:
+        InputError: the environment names several processes, but not this one's rank.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "RANK" not in os.environ:
+        raise InputError("RANK: expected beside WORLD_SIZE; start several processes with torchrun")
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -70,7 +80,7 @@ def processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device)
     finally:

@@ -9,6 +9,16 @@ from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
 
+_FREE = (
+    "recipe.data.workers",
+    "recipe.data.max_bad_fraction",
+    "recipe.train.checkpoint_every",
+    "recipe.train.keep_checkpoints",
+    "recipe.train.tensorboard",
+    "recipe.evaluate.",
+)
+"""Settings that may change when a run goes on: the trained model does not depend on them."""
+
 
 class RunFolder:
     """Names inside a run folder; making one touches nothing on disk."""
@@ -26,21 +36,32 @@ class RunFolder:
     def open(self, sources: Sources, recipe: Recipe) -> None:
         """Start a run here, or go on with the one that is here.
 
+        Until there is a mixture or a checkpoint, other settings replace those that are here.
+
         Raises:
             InputError: the folder holds a run with other settings or audio, or something else.
         """
         wanted = {"sources": to_dict(sources), "recipe": to_dict(recipe)}
         if self.config.exists():
             changed = _differences(read_json(self.config), wanted)
-            if changed:
+            binding = [line for name, line in changed.items() if not name.startswith(_FREE)]
+            if binding and self._has_results():
                 raise InputError(
-                    f"{self.root} holds a run with other settings ({'; '.join(changed)}): "
+                    f"{self.root} holds a run with other settings ({'; '.join(binding)}): "
                     "give another folder, or the same settings to go on with it"
                 )
+            if binding:  # nothing was made yet but lists of the audio
+                for path in self.root.glob("*audio.json"):
+                    path.unlink()
+            if changed:
+                write_json(self.config, wanted)
             return
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise InputError(f"{self.root} is not empty and holds no run: give another folder")
         write_json(self.config, wanted)
+
+    def _has_results(self) -> bool:
+        return self.mixture.exists() or self.checkpoints.exists()
 
     def read(self) -> tuple[Sources, Recipe]:
         """Audio and recipe of the run that is here.
@@ -59,15 +80,12 @@ class RunFolder:
         )
 
 
-def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Dotted names of the settings that differ, with both values."""
+def _differences(found: Any, wanted: Any, where: str = "") -> dict[str, str]:
+    """Dotted names of the settings that differ, and what differs in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        names = sorted(set(found) | set(wanted))
-        return [
-            line
-            for name in names
-            for line in _differences(
-                found.get(name), wanted.get(name), f"{where}.{name}".lstrip(".")
-            )
-        ]
-    return [] if found == wanted else [f"{where}: there {found!r}, here {wanted!r}"]
+        differing: dict[str, str] = {}
+        for name in sorted(set(found) | set(wanted)):
+            inner = f"{where}.{name}".strip(".")
+            differing |= _differences(found.get(name), wanted.get(name), inner)
+        return differing
+    return {} if found == wanted else {where: f"{where}: there {found!r}, here {wanted!r}"}

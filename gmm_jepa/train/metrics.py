@@ -100,10 +100,13 @@ class Meters:
         return values
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, so that the next line is the same after a resume."""
+        """What a checkpoint must hold, so that the next line is the same after a resume.
+
+        Called by every process, since each has sums of its own.
+        """
         return {
-            "sums": self._sums.cpu(),
-            "usage": self._usage.cpu(),
+            "sums": self._peers.gather([self._sums.cpu()]),
+            "usage": self._peers.gather([self._usage.cpu()]),
             "skipped": self._skipped.cpu(),
             "streak": self._streak.cpu(),
             "worst_streak": self._worst_streak.cpu(),
@@ -111,9 +114,15 @@ class Meters:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        for name in ("sums", "usage", "skipped", "streak", "worst_streak"):
+        """Go on from a checkpoint; of another number of processes, the main one takes all sums."""
+        for name in ("skipped", "streak", "worst_streak"):
             getattr(self, f"_{name}").copy_(state[name])
+        for name in ("sums", "usage"):
+            parts, own = state[name], getattr(self, f"_{name}")
+            if len(parts) == self._peers.world_size:
+                own.copy_(parts[self._peers.rank])
+            elif self._peers.is_main:
+                own.copy_(torch.stack(parts).sum(0))
         self._n_steps = state["n_steps"]
 
 

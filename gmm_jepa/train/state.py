@@ -35,6 +35,7 @@ class TrainState:
     def __init__(self, recipe: Recipe, mixture: GaussianMixture, peers: Processes) -> None:
         config = recipe.train
         self.step = 0
+        self._peers = peers
         self.model = initial_model(recipe).to(peers.device)
         objective = GmmAnchored(
             self.model,
@@ -68,13 +69,15 @@ class TrainState:
         self.step = state["step"]
 
     def save(self, root: Path, *, keep: int) -> None:
-        """Write the checkpoint of the current step."""
+        """Write the checkpoint of the current step: called by all processes, done by one."""
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "meters": self.meters.state(),
         }
-        checkpoint.save(root, self.step, self.model, state, keep=keep)
+        if self._peers.is_main:
+            checkpoint.save(root, self.step, self.model, state, keep=keep)
+        self._peers.wait()
 
     def update(self, learning_rate: float, clip_norm: float) -> tuple[Tensor, Tensor]:
         """Clip, step and clear the gradients; one that is not finite skips the step on the device.

@@ -50,7 +50,7 @@ def train(
     *,
     rejects: RejectLog,
 ) -> TrainOutcome:
-    """Train until the recipe's last step or a SIGTERM; go on from the newest checkpoint.
+    """Train until the recipe's last step, SIGTERM or Ctrl-C; go on from the newest checkpoint.
 
     On one machine with one number of threads the same recipe gives the same losses bit for bit,
     however often it was interrupted: batches, masks, noise and dropout depend on the step alone.
@@ -79,6 +79,8 @@ def train(
 
     # Data
     plan = batch_plan(corpus, recipe)
+    if peers.is_main and plan.n_too_short:
+        print(f"{plan.n_too_short} utterances left out: shorter than data.min_segment_s")
     batches = make_loader(
         corpus,
         plan,
@@ -109,13 +111,12 @@ def train(
                 log.write(state.step, {**state.meters.read(), **schedule.metrics()})
                 rejects.extend(peers.gather(unread))
                 unread.clear()
-                rejects.check(len(corpus) + rejects.count, recipe.data.max_bad_fraction)
+                if peers.is_main:
+                    rejects.check(len(corpus) + rejects.count, recipe.data.max_bad_fraction)
             # Processes get a signal at different steps; they agree where they meet anyway.
             stop = (due or peers.world_size == 1) and peers.any(stop_asked.is_set())
             if last or stop or state.step % config.checkpoint_every == 0:
-                if peers.is_main:
-                    state.save(folder.checkpoints, keep=config.keep_checkpoints)
-                peers.wait()
+                state.save(folder.checkpoints, keep=config.keep_checkpoints)
             if stop:
                 break
     return TrainOutcome(steps_done=state.step, finished=state.step == config.steps)
@@ -241,17 +242,21 @@ def _log_of(folder: RunFolder, start: int, config: TrainConfig, peers: Processes
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process at once."""
+    """An event that SIGTERM or Ctrl-C sets; the second Ctrl-C ends the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         event.set()
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    previous = signal.signal(signal.SIGTERM, handle)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)

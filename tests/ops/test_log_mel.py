@@ -59,7 +59,8 @@ def test_equals_torchaudio(length, hop):
     expected = _torchaudio(row, hop=hop)
     got = _frames(row[None], [length], hop=hop)[0]
     assert got.shape == (length // hop + 1, 80)
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+    # both are float32 and up to 4e-5 off a float64 oracle
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 
 
 SIGNALS = {

@@ -17,10 +17,32 @@ def test_a_run_can_be_opened_twice_with_equal_settings(tmp_path):
     assert folder.read() == (SOURCES, PRESETS["cpu"]())
 
 
+def test_settings_may_be_mended_until_there_is_a_result(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    recipe = PRESETS["cpu"]()
+    folder.open(SOURCES, recipe)
+    mended = dataclasses.replace(recipe, seed=7)
+    (folder.root / "audio.json").write_text("{}")
+    folder.open(SOURCES, mended)
+    assert folder.read() == (SOURCES, mended)
+    assert not (folder.root / "audio.json").exists()
+
+
+def test_settings_that_do_not_bind_may_change_at_any_time(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    recipe = PRESETS["cpu"]()
+    folder.open(SOURCES, recipe)
+    folder.checkpoints.mkdir()
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=0))
+    folder.open(SOURCES, other)
+    assert folder.read() == (SOURCES, other)
+
+
 def test_other_settings_are_refused_naming_what_differs(tmp_path):
     folder = RunFolder(tmp_path / "run")
     recipe = PRESETS["cpu"]()
     folder.open(SOURCES, recipe)
+    folder.checkpoints.mkdir()
     other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=7))
     with pytest.raises(InputError, match=r"recipe\.train\.steps: there \d+, here 7"):
         folder.open(SOURCES, other)

@@ -1,0 +1,246 @@
+"""Compile every Triton kernel for sm_90 without a GPU, and record what it needs.
+
+    python -m bench.compile_kernels
+
+calls each launcher on CPU tensors of the paper's shapes with Triton's driver replaced by one that
+knows the target alone: what the launcher would launch is compiled, exactly as specialised for
+those arguments. Registers, spills and shared memory of each kernel are what `ptxas -v` says of
+its PTX. One JSON line a kernel is appended to bench/results/compile.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+
+import torch
+import triton
+from gmm_jepa.kernels import (
+    gaussian,
+    gmm_log_likelihood,
+    gmm_posterior,
+    log_mel,
+    masked_cross_entropy,
+    masked_kl,
+    masked_kl_targets,
+    masked_mse,
+)
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
+N, K, D, C = 4096, 1024, 80, 512  # rows do not change what is compiled
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class TargetOnly:
+    """Stands for Triton's driver where there is no device: it has a target, and no more."""
+
+    def get_current_target(self) -> GPUTarget:
+        """The target to compile for."""
+        return TARGET
+
+    def get_current_device(self) -> int:
+        """Any number: nothing runs."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Any number: nothing runs."""
+        return 0
+
+
+def compiled_by(launch: Callable[[], object]) -> list:
+    """The kernels that `launch` would launch, compiled; none is run."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return kernels[-1]
+
+    triton.runtime.driver.set_active(TargetOnly())
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def resources(ptx: str) -> dict[str, int]:
+    """Registers a thread, bytes of spills and of stack, from `ptxas -v`."""
+    ptxas = shutil.which("ptxas") or triton.knobs.nvidia.ptxas.path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "spill_store_bytes": r"(\d+) bytes spill stores",
+        "spill_load_bytes": r"(\d+) bytes spill loads",
+        "stack_bytes": r"(\d+) bytes stack frame",
+    }
+    return {name: int(re.search(pattern, log)[1]) for name, pattern in patterns.items()}
+
+
+def mixture_operand(*, exact: bool, components: int = K, features: int = D) -> gaussian.Operand:
+    """A mixture of the right shape; values do not change what is compiled."""
+    row = torch.ones(components)
+    if exact:
+        grid = torch.ones(components, features)
+        return gaussian.direct_operand(grid, grid, row.double())
+    affine = torch.ones(features)
+    return gaussian.split_operand(affine, affine, torch.ones(2 * features, components), row)
+
+
+def mixture_cases() -> dict[str, Callable[[], object]]:
+    """Kernels of the mixture and the losses at the paper's shapes: name -> launch."""
+    cases: dict[str, Callable[[], object]] = {}
+    frames, weights = torch.zeros(N, D), torch.ones(N)
+    labels = torch.zeros(N, dtype=torch.int64)
+    for dtype in (F32, BF16):
+        name = str(dtype).removeprefix("torch.")
+        logits, latents = torch.zeros(N, K, dtype=dtype), torch.zeros(N, C, dtype=dtype)
+        cases |= {
+            f"gmm_posterior fast {name}": lambda dtype=dtype: gmm_posterior.gmm_posterior(
+                frames, mixture_operand(exact=False), K, out_dtype=dtype
+            ),
+            f"gmm_posterior exact {name}": lambda dtype=dtype: gmm_posterior.gmm_posterior(
+                frames, mixture_operand(exact=True), K, out_dtype=dtype
+            ),
+            f"masked_kl {name}": lambda logits=logits: masked_kl.masked_kl(
+                logits, frames, weights, mixture_operand(exact=False)
+            ),
+            f"masked_kl_targets {name}": lambda logits=logits: masked_kl_targets.masked_kl_targets(
+                logits, logits, weights
+            ),
+            f"masked_cross_entropy {name}": lambda logits=logits: (
+                masked_cross_entropy.masked_cross_entropy(logits, labels, weights)
+            ),
+            f"masked_mse {name}": lambda latents=latents: masked_mse.masked_mse(
+                latents, latents, weights
+            ),
+        }
+    for exact in (False, True):
+        name = "exact" if exact else "fast"
+        cases |= {
+            f"gmm_log_likelihood {name}": lambda exact=exact: gmm_log_likelihood.gmm_log_likelihood(
+                frames, mixture_operand(exact=exact)
+            ),
+            f"gmm_argmax {name}": lambda exact=exact: gmm_log_likelihood.gmm_argmax(
+                frames, mixture_operand(exact=exact)
+            ),
+        }
+    return cases | large_cases()
+
+
+def large_cases() -> dict[str, Callable[[], object]]:
+    """The largest mixture the kernels are meant for."""
+    frames, weights, logits = torch.zeros(N, 512), torch.ones(N), torch.zeros(N, 8192)
+
+    def operand() -> gaussian.Operand:
+        return mixture_operand(exact=False, components=8192, features=512)
+
+    return {
+        "gmm_posterior fast float32 K=8192 D=512": lambda: gmm_posterior.gmm_posterior(
+            frames, operand(), 8192
+        ),
+        "masked_kl float32 K=8192 D=512": lambda: masked_kl.masked_kl(
+            logits, frames, weights, operand()
+        ),
+    }
+
+
+def log_mel_cases() -> dict[str, Callable[[], object]]:
+    """Log-mel at the paper's front end, and at a wider one: name -> launch."""
+
+    def launch(
+        samples: torch.dtype, out: torch.dtype, n_fft: int = 400, n_mels: int = 80
+    ) -> object:
+        return log_mel.log_mel(
+            torch.zeros(2, 240_000, dtype=samples),
+            torch.full((2,), 240_000),
+            torch.zeros(n_fft),
+            torch.zeros(n_fft // 2 + 1, n_mels),
+            hop=320,
+            floor=1e-6,
+            out_dtype=out,
+        )
+
+    return {
+        "log_mel float32": lambda: launch(F32, F32),
+        "log_mel float32 to bfloat16": lambda: launch(F32, BF16),
+        "log_mel bfloat16": lambda: launch(BF16, BF16),
+        "log_mel int16": lambda: launch(torch.int16, F32),
+        "log_mel n_fft 1024, 128 mels": lambda: launch(F32, F32, 1024, 128),
+    }
+
+
+# Each entry gives name -> launch on CPU tensors; append yours.
+REGISTRY: list[Callable[[], dict[str, Callable[[], object]]]] = [mixture_cases, log_mel_cases]
+
+
+def main() -> None:
+    """Compile, print a table, append to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    options = parser.parse_args()
+    print(f"{'case':44} {'kernel':36} regs  spills (bytes)  shared (KiB)  wgmma  warps")
+    for cases in REGISTRY:
+        for case, launch in cases().items():
+            if options.only in case:
+                for kernel in compiled_by(launch):
+                    record(case, kernel, append=not options.dry)
+
+
+def commit() -> str:
+    """The commit the tree is at, with a plus sign where it holds changes."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def record(case: str, kernel, *, append: bool) -> None:
+    """Print one compiled kernel's needs and append them to the results."""
+    line = {
+        "case": case,
+        "kernel": kernel.metadata.name,
+        "target": "sm_90a",
+        **resources(kernel.asm["ptx"]),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "commit": commit(),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    spills = f"{line['spill_store_bytes']} + {line['spill_load_bytes']}"
+    print(
+        f"{case:44} {line['kernel']:36} {line['registers']:4}  {spills:>14}  "
+        f"{line['shared_bytes'] / 1024:12.1f}  {line['wgmma']:5}  {line['warps']:5}",
+        flush=True,
+    )
+    if append:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Every op beside its peers: one table, and JSON lines in bench/results/ops.jsonl.
+
+    python -m bench.ops --shapes small paper --device cpu
+
+Correctness comes first: an op that is further from float64 than its contract allows is not timed,
+and the command fails. Then a warm-up, and the op and its peers in turn: median, p20 and p80. On
+CUDA times are the device's own events, the L2 cache is flushed between runs. Gradients are cleared
+before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where no peak is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.cases import Case, makers
+from bench.peaks import Peaks, peaks_of
+from bench.shapes import SHAPES, Shape
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Many times any L2 cache: writing it also keeps the GPU busy while Python enqueues the op, so that
+# the events see the op alone.
+FLUSH_BYTES = 1 << 30
+MIN_RUNS, MAX_RUNS = 5, 50
+HEADER = (
+    f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'frames/s':>9} {'x real':>8} "
+    f"{'GB/s':>7} {'TFLOP/s':>8} {'% floor':>7}  peers: ms (our speed / theirs)"
+)
+
+
+def timer(device: str) -> Callable[[Callable[[], object]], float]:
+    """A function that runs its argument once and gives seconds."""
+    if device == "cpu":
+
+        def on_cpu(run: Callable[[], object]) -> float:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+
+        return on_cpu
+    cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def on_cuda(run: Callable[[], object]) -> float:
+        cache.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return on_cuda
+
+
+def times_of(case: Case, device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every run of the op ("ours") and of its peers, in turn, for about so long."""
+    sides = {"ours": case.run, **case.peers}
+    time_once = timer(device)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    begin, rounds = time.perf_counter(), -2  # two rounds of warm-up
+    while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() - begin < seconds):
+        for side, run in sides.items():
+            for leaf in case.with_gradient:
+                leaf.grad = None
+            elapsed = time_once(run)
+            if rounds >= 0:
+                times[side].append(elapsed)
+        rounds += 1
+    return times
+
+
+def measure(case: Case, shape: Shape, device: str, peaks: Peaks | None, seconds: float) -> dict:
+    """Everything that one line of the table and of the results holds, but the surroundings."""
+    times = times_of(case, device, seconds)
+    milliseconds = {
+        side: [round(1e3 * float(np.percentile(values, p)), 5) for p in (50, 20, 80)]
+        for side, values in times.items()
+    }
+    median_s = milliseconds["ours"][0] / 1e3
+    floor_s = None
+    if peaks is not None:
+        floor_s = case.work.floor_s(
+            flops_per_s=peaks.flops_per_s[case.products], bytes_per_s=peaks.bytes_per_s
+        )
+    return {
+        "ms_median_p20_p80": milliseconds,
+        "runs": len(times["ours"]),
+        "frames_per_s": shape.frames / median_s,
+        "times_real_time": shape.rows * shape.seconds / median_s,
+        "gb_per_s": case.work.bytes / median_s / 1e9,
+        "tflop_per_s": case.work.flops / median_s / 1e12,
+        "percent_of_floor": None if floor_s is None else 100 * floor_s / median_s,
+        "speed_over_peer": {
+            side: milliseconds[side][0] / milliseconds["ours"][0] for side in case.peers
+        },
+    }
+
+
+def row_of(case: Case, measured: dict) -> str:
+    """One line of the table."""
+    median, p20, p80 = measured["ms_median_p20_p80"]["ours"]
+    percent = measured["percent_of_floor"]
+    peers = "  ".join(
+        f"{peer} {measured['ms_median_p20_p80'][peer][0]:.3f} ({ratio:.2f})"
+        for peer, ratio in measured["speed_over_peer"].items()
+    )
+    return (
+        f"{case.name:32} {case.dtype:12} {median:9.3f} {p20:9.3f} {p80:9.3f} "
+        f"{measured['frames_per_s']:9.3g} {measured['times_real_time']:8.3g} "
+        f"{measured['gb_per_s']:7.1f} {measured['tflop_per_s']:8.3f} "
+        f"{'' if percent is None else f'{percent:.1f}':>7}  {peers}"
+    )
+
+
+def surroundings(device: str, peaks: Peaks | None) -> dict:
+    """Commit, versions and device."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    on_cuda = device == "cuda"
+    return {
+        "commit": commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or "cpu",
+        "threads": None if on_cuda else torch.get_num_threads(),
+        "peaks": None if peaks is None else peaks._asdict(),
+    }
+
+
+def main() -> None:
+    """Check, measure, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="the ops whose name contains this")
+    parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each case")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results")
+    options = parser.parse_args()
+    peaks = peaks_of(options.device)
+    where = surroundings(options.device, peaks)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(where))
+    wrong = 0
+    for name in options.shapes:
+        shape = SHAPES[name]
+        print(f"\n{name}: {shape.describe()}\n{HEADER}")
+        for make in makers(shape, options.device):
+            torch.manual_seed(0)
+            case = make()
+            if options.only not in case.name:
+                continue
+            error = case.check()
+            if not error <= 1.0:  # also where it is not a number
+                wrong += 1
+                print(f"{case.name:32} {case.dtype:12} WRONG: {error:.3g} times the error allowed")
+                continue
+            measured = measure(case, shape, options.device, peaks, options.seconds)
+            print(row_of(case, measured), flush=True)
+            line = {"op": case.name, "dtype": case.dtype, "shape": name, **shape._asdict()}
+            line |= {"error_of_allowed": error, **measured, **where}
+            with (options.out / "ops.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Peak rates of a device, from which floors are computed. Unknown devices have none."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class Peaks(NamedTuple):
+    """Rates that the device reaches in practice, not those of its data sheet."""
+
+    bytes_per_s: float
+    """copy, bytes read and written together"""
+    flops_per_s: dict[str, float]
+    """matrix products by kind; "float16 in three" is float32 made of three float16 products"""
+
+
+_HOPPER = {
+    "bfloat16": 790e12,
+    "float16 in three": 790e12 / 3,
+    "tf32": 380e12,
+    "float32": 67e12,
+}
+MEASURED_BEFORE = {
+    "H100": Peaks(3.0e12, _HOPPER),
+    "H200": Peaks(4.3e12, _HOPPER),
+}
+
+
+def peaks_of(device: str) -> Peaks | None:
+    """Of the first CUDA device by name, or of this CPU by measurement; None where unknown."""
+    if device == "cpu":
+        return _of_this_cpu()
+    name = torch.cuda.get_device_name()
+    return next((peaks for part, peaks in MEASURED_BEFORE.items() if part in name), None)
+
+
+def _of_this_cpu() -> Peaks:
+    """Best of several: products of 2,048 squared, and a copy of 128 MB."""
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    copy_s = _best(lambda: target.copy_(source))
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = torch.randn(2, 2048, 2048).to(dtype)
+        rates[name] = 2.0 * 2048**3 / _best(lambda a=a, b=b: torch.mm(a, b))
+    rates["bfloat16"] = max(rates.values())  # not every CPU multiplies bfloat16
+    return Peaks(2 * 4 * source.numel() / copy_s, rates)
+
+
+def _best(function, repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)

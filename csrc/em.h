@@ -1,0 +1,23 @@
+// Sufficient statistics of one EM iteration.
+#pragma once
+
+#include "arrays.h"
+#include "kernels.h"
+
+namespace gmm_jepa {
+
+// All float64, contiguous, written in full.
+struct Statistics {
+    double* counts;          // (K,), sum of responsibilities
+    double* first;           // (K, D), responsibilities' x frames
+    double* second;          // (K, D), responsibilities' x frames squared
+    double* log_likelihood;  // (), sum of log p(x)
+};
+
+// T is float or double. The same bits for any number of threads; NaN throughout where a frame is
+// not finite. Throws std::bad_alloc only.
+template <typename T>
+void em_statistics(const Matrix<T>& frames, const MixtureView& mixture, const Statistics& out,
+                   const Kernels& kernels, int n_threads);
+
+}  // namespace gmm_jepa

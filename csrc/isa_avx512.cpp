@@ -1,0 +1,13 @@
+// See kernels_impl.h; built with flags of its own by setup.py.
+#include <immintrin.h>
+
+#define GMM_JEPA_NAME "avx512"
+#define GMM_JEPA_BYTES 64
+#define GMM_JEPA_TILE 6
+#define GMM_JEPA_VECTORS 4
+#define GMM_JEPA_BF16 0
+#include "kernels_impl.h"
+
+namespace gmm_jepa {
+const Kernels* kernels_avx512() { return &kTable; }
+}  // namespace gmm_jepa

@@ -1,0 +1,87 @@
+// The inner loops that exist once per instruction set, behind one table of functions.
+//
+// Every isa_*.cpp compiles kernels_impl.h with its own flags and fills one table. These files use
+// nothing from the standard library that could be emitted as a shared inline function: the linker
+// would be free to keep the AVX-512 copy for everybody.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gmm_jepa {
+
+// Tables of a log-mel transform, made by log_mel.cpp; (re, im) pairs are adjacent.
+struct LogMelPlan {
+    int n_fft, n_mels, n_stages;
+    const int* radices;
+    float floor;
+    const float* window;
+    const float* twiddles;  // of each stage: p = 0 .. m - 1, j = 1 .. radix - 1
+    const float* roots;     // exp(-2 pi i k / n_fft), k = 0 .. n_fft / 2
+    const int* firsts;      // first bin of each mel filter
+    const int* counts;      // its bins
+    const float* weights;   // their weights, filter after filter
+};
+
+// A screen's operands are 32-bit words: one pair of bfloat16 (z, z^2), or z and z^2 as two floats.
+struct Kernels {
+    const char* name;
+    bool bfloat16;  // operands of the screen; products and sums are float32 in any case
+    int panel;      // components of a weight panel
+    int tile;       // frames of a register tile
+    int lanes;      // floats of a vector register
+
+    // z = (x - centre) * inverse_scale, then operands [z, z^2] of n_dims features.
+    // False where a value is not finite or too large for the screen.
+    bool (*pack_float)(const float* x, const float* centre, const float* inverse_scale, int n_dims,
+                       uint32_t* words);
+    bool (*pack_double)(const double* x, const float* centre, const float* inverse_scale,
+                        int n_dims, uint32_t* words);
+
+    // scores (n_frames, n_panels * panel) = features (n_frames, n_words) @ weights + bias, and the
+    // largest score of each frame; n_frames is a multiple of `tile`.
+    void (*screen)(const uint32_t* features, int n_frames, int n_words, const uint32_t* weights,
+                   const float* bias, int n_panels, float* scores, float* best);
+
+    // First index at which `scores` has `value`, or -1.
+    int (*find)(const float* scores, int n, float value);
+
+    // Indices of scores >= threshold, rising; returns how many.
+    int (*at_least)(const float* scores, int n, float threshold, int32_t* indices);
+
+    // distances[i] = sum_d (x_d - mean_d)^2 precision_d of component indices[i]; rows of
+    // n_dims_padded doubles, zero behind the last dimension.
+    void (*distances)(const double* x, const double* means, const double* precisions,
+                      int n_dims_padded, const int32_t* indices, int n, double* distances);
+
+    // first += sum_i r_i (x_i - centre), second += sum_i r_i (x_i - centre)^2 over n rows of
+    // `frames`, returns sum_i r_i. Each call sums in its own registers before it adds.
+    double (*moments_float)(const float* frames, const double* centre, int n_dims_padded,
+                            const uint32_t* rows, const double* r, int n, double* first,
+                            double* second);
+    double (*moments_double)(const double* frames, const double* centre, int n_dims_padded,
+                             const uint32_t* rows, const double* r, int n, double* first,
+                             double* second);
+
+    // Log-mel of `lanes` frames of n_fft samples each; out[lane] (n_mels,) may be null. `scratch`:
+    // 2 n_fft lanes floats, aligned to 64 bytes.
+    void (*log_mel)(const LogMelPlan& plan, const float* const* frames, float* scratch,
+                    float* const* out);
+};
+
+// Rows of parameters and of frames are padded with zeros to a multiple of this many values.
+constexpr int kRowMultiple = 16;
+
+// The tables compiled in, best first; null where this build or this processor has no such set.
+const Kernels* kernels_avx512bf16();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+// The table called `name`, or the best one for an empty name; throws std::invalid_argument.
+const Kernels& kernels(const char* name);
+
+// Names of all tables that this processor can run, best first, comma separated.
+const char* available_kernels();
+
+}  // namespace gmm_jepa

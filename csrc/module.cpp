@@ -1,0 +1,188 @@
+// gmm_jepa._native: addresses, sizes and strides in, nothing returned but through them. The caller
+// (gmm_jepa/ops/native.py) owns the memory and has checked shapes, types and devices.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "em.h"
+#include "kernels.h"
+#include "log_mel.h"
+#include "posterior.h"
+
+namespace py = pybind11;
+
+namespace gmm_jepa {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (address, n_rows, n_columns, stride_row, stride_column)
+struct MatrixArguments {
+    explicit MatrixArguments(const py::tuple& t)
+        : address(t[0].cast<uintptr_t>()),
+          n_rows(t[1].cast<int64_t>()),
+          n_columns(t[2].cast<int64_t>()),
+          stride_row(t[3].cast<int64_t>()),
+          stride_column(t[4].cast<int64_t>()) {
+        if (n_rows < 0 || n_columns < 1 || (n_rows > 0 && !address)) {
+            throw std::invalid_argument("frames: expected an address, rows >= 0, columns >= 1");
+        }
+    }
+
+    template <typename T>
+    Matrix<T> as() const {
+        return {pointer<const T>(address), n_rows, n_columns, stride_row, stride_column};
+    }
+
+    uintptr_t address;
+    int64_t n_rows, n_columns, stride_row, stride_column;
+};
+
+// (log_weights, means, variances, n_components): addresses of contiguous float64
+MixtureView mixture_view(const py::tuple& t, int64_t n_dims) {
+    const MixtureView mixture{pointer<const double>(t[0].cast<uintptr_t>()),
+                              pointer<const double>(t[1].cast<uintptr_t>()),
+                              pointer<const double>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
+                              n_dims};
+    const int64_t most = int64_t(1) << 30;
+    if (mixture.n_components < 1 || mixture.n_components > most || n_dims > most ||
+        !mixture.log_weights || !mixture.means || !mixture.variances) {
+        throw std::invalid_argument("mixture: expected addresses and 1 to 2^30 components");
+    }
+    return mixture;
+}
+
+void em_statistics_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
+                      const py::tuple& out, int n_threads, const std::string& instruction_set) {
+    const MatrixArguments x(frames);
+    const MixtureView view = mixture_view(mixture, x.n_columns);
+    const Statistics statistics{
+        pointer<double>(out[0].cast<uintptr_t>()), pointer<double>(out[1].cast<uintptr_t>()),
+        pointer<double>(out[2].cast<uintptr_t>()), pointer<double>(out[3].cast<uintptr_t>())};
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    if (is_float64) {
+        em_statistics(x.as<double>(), view, statistics, table, n_threads);
+    } else {
+        em_statistics(x.as<float>(), view, statistics, table, n_threads);
+    }
+}
+
+void posterior_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
+                  double temperature, uintptr_t out, bool out_is_float64, int n_threads,
+                  const std::string& instruction_set) {
+    const MatrixArguments x(frames);
+    const MixtureView view = mixture_view(mixture, x.n_columns);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    const auto run = [&](auto matrix) {
+        if (out_is_float64) {
+            posterior(matrix, view, temperature, pointer<double>(out), table, n_threads);
+        } else {
+            posterior(matrix, view, temperature, pointer<float>(out), table, n_threads);
+        }
+    };
+    is_float64 ? run(x.as<double>()) : run(x.as<float>());
+}
+
+void log_likelihood_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
+                       uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const MatrixArguments x(frames);
+    const MixtureView view = mixture_view(mixture, x.n_columns);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    const auto run = [&](auto matrix) {
+        log_likelihood(matrix, view, pointer<double>(out), table, n_threads);
+    };
+    is_float64 ? run(x.as<double>()) : run(x.as<float>());
+}
+
+void topk_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture, int64_t k,
+             double temperature, uintptr_t posteriors, uintptr_t indices, int n_threads,
+             const std::string& instruction_set) {
+    const MatrixArguments x(frames);
+    const MixtureView view = mixture_view(mixture, x.n_columns);
+    if (k < 1 || k > view.n_components) throw std::invalid_argument("k: expected 1 to K");
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    const auto run = [&](auto matrix) {
+        topk(matrix, view, static_cast<int>(k), temperature, pointer<float>(posteriors),
+             pointer<int64_t>(indices), table, n_threads);
+    };
+    is_float64 ? run(x.as<double>()) : run(x.as<float>());
+}
+
+void nearest_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
+                uintptr_t labels, uintptr_t squared_distances, int n_threads,
+                const std::string& instruction_set) {
+    const MatrixArguments x(frames);
+    const MixtureView view = mixture_view(mixture, x.n_columns);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    const auto run = [&](auto matrix) {
+        nearest(matrix, view, pointer<int64_t>(labels), pointer<float>(squared_distances), table,
+                n_threads);
+    };
+    is_float64 ? run(x.as<double>()) : run(x.as<float>());
+}
+
+// settings: addresses of window and filters, n_fft, n_mels, hop, floor
+void log_mel_at(const py::tuple& waveform, bool is_int16, uintptr_t lengths,
+                const py::tuple& settings, uintptr_t out, int n_threads,
+                const std::string& instruction_set) {
+    const MatrixArguments x(waveform);
+    const LogMelSettings s{pointer<const float>(settings[0].cast<uintptr_t>()),
+                           pointer<const float>(settings[1].cast<uintptr_t>()),
+                           settings[2].cast<int>(),
+                           settings[3].cast<int>(),
+                           settings[4].cast<int64_t>(),
+                           settings[5].cast<float>()};
+    if (!log_mel_supports(s.n_fft) || s.n_mels < 1 || s.hop < 1) {
+        throw std::invalid_argument("n_fft, n_mels, hop: not supported");
+    }
+    for (int64_t row = 0; row < x.n_rows; ++row) {
+        const int64_t length = pointer<const int64_t>(lengths)[row];
+        if (length < 0 || length > x.n_columns) {
+            throw std::invalid_argument("lengths_samples: expected 0 to the width of the waveform");
+        }
+    }
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    const auto run = [&](auto matrix) {
+        log_mel(matrix, pointer<const int64_t>(lengths), s, pointer<float>(out), table, n_threads);
+    };
+    is_int16 ? run(x.as<int16_t>()) : run(x.as<float>());
+}
+
+}  // namespace
+}  // namespace gmm_jepa
+
+PYBIND11_MODULE(_native, module) {
+    using namespace gmm_jepa;
+    module.doc() = "Kernels for CPUs; see gmm_jepa.ops.native.";
+    module.def("instruction_sets", [] { return std::string(available_kernels()); },
+               "Names of the sets that this processor can run, best first, comma separated.");
+    module.def("em_statistics", &em_statistics_at, py::arg("frames"), py::arg("is_float64"),
+               py::arg("mixture"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("posterior", &posterior_at, py::arg("frames"), py::arg("is_float64"),
+               py::arg("mixture"), py::arg("temperature"), py::arg("out"),
+               py::arg("out_is_float64"), py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("log_likelihood", &log_likelihood_at, py::arg("frames"), py::arg("is_float64"),
+               py::arg("mixture"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("topk", &topk_at, py::arg("frames"), py::arg("is_float64"), py::arg("mixture"),
+               py::arg("k"), py::arg("temperature"), py::arg("posteriors"), py::arg("indices"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("nearest", &nearest_at, py::arg("frames"), py::arg("is_float64"),
+               py::arg("mixture"), py::arg("labels"), py::arg("squared_distances"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("log_mel", &log_mel_at, py::arg("waveform"), py::arg("is_int16"),
+               py::arg("lengths"), py::arg("settings"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
+}

@@ -1,0 +1,66 @@
+// Threads for the length of one call. None outlive it, so that a process may fork at any time
+// (data loaders do), and no second OpenMP runtime is loaded beside torch's.
+#pragma once
+
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace gmm_jepa {
+
+// All threads of a `parallel` call wait here for each other.
+class Barrier {
+  public:
+    explicit Barrier(int n_threads) : n_threads_(n_threads) {}
+
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const long round = round_;
+        if (++waiting_ == n_threads_) {
+            waiting_ = 0;
+            ++round_;
+            all_here_.notify_all();
+        } else {
+            all_here_.wait(lock, [&] { return round_ != round; });
+        }
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable all_here_;
+    int n_threads_;
+    int waiting_ = 0;
+    long round_ = 0;
+};
+
+// Runs work(thread) for thread 0 .. n_threads - 1, the first of them on the caller's thread.
+// `work` must not throw between barriers; what it throws otherwise is thrown again here.
+template <typename Work>
+void parallel(int n_threads, const Work& work) {
+    std::vector<std::exception_ptr> errors(n_threads);
+    const auto guarded = [&](int thread) {
+        try {
+            work(thread);
+        } catch (...) {
+            errors[thread] = std::current_exception();
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int thread = 1; thread < n_threads; ++thread) threads.emplace_back(guarded, thread);
+    guarded(0);
+    for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& error : errors) {
+        if (error) std::rethrow_exception(error);
+    }
+}
+
+// The share of `n` items, from `first` to `last`, that falls to one thread.
+struct Share {
+    Share(int64_t n, int thread, int n_threads)
+        : first(n * thread / n_threads), last(n * (thread + 1) / n_threads) {}
+    int64_t first, last;
+};
+
+}  // namespace gmm_jepa

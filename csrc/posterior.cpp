@@ -1,0 +1,125 @@
+#include "posterior.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "candidates.h"
+#include "parallel.h"
+
+namespace gmm_jepa {
+namespace {
+
+// Calls each(candidates, padded rows, place in the group, row) for every frame.
+template <typename T, typename Each>
+void for_each_frame(const Matrix<T>& frames, const MixtureView& mixture, double margin,
+                    const Kernels& kernels, int n_threads, const Each& each) {
+    const ScreenedMixture screened(mixture, kernels);
+    const int64_t groups = std::max<int64_t>(1, frames.n_rows / kGroup);
+    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, groups));
+    parallel(n_threads, [&](int thread) {
+        const Share share(frames.n_rows, thread, n_threads);
+        Candidates candidates(screened, margin);
+        std::vector<T> rows(size_t(kGroup) * screened.n_dims_padded);
+        for (int64_t start = share.first; start < share.last; start += kGroup) {
+            const int n = static_cast<int>(std::min<int64_t>(kGroup, share.last - start));
+            load_rows(frames, start, n, screened.n_dims_padded, rows.data());
+            candidates.screen(rows.data(), n);
+            for (int i = 0; i < n; ++i) each(candidates, rows.data(), i, start + i);
+        }
+    });
+}
+
+}  // namespace
+
+template <typename T, typename Out>
+void posterior(const Matrix<T>& frames, const MixtureView& mixture, double temperature, Out* out,
+               const Kernels& kernels, int n_threads) {
+    const int64_t K = mixture.n_components;
+    const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
+        const int n = candidates.find(rows, i);
+        double* values = candidates.log_joint();
+        const double total = normalise(values, n, candidates.largest(), temperature);
+        Out* to = out + row * K;
+        std::fill_n(to, K, std::isfinite(total) ? Out(0) : std::numeric_limits<Out>::quiet_NaN());
+        if (!std::isfinite(total)) return;
+        for (int j = 0; j < n; ++j) to[candidates.components()[j]] = static_cast<Out>(values[j]);
+    };
+    for_each_frame(frames, mixture, kMarginNats * temperature, kernels, n_threads, each);
+}
+
+template <typename T>
+void log_likelihood(const Matrix<T>& frames, const MixtureView& mixture, double* out,
+                    const Kernels& kernels, int n_threads) {
+    const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
+        const int n = candidates.find(rows, i);
+        out[row] = normalise(candidates.log_joint(), n, candidates.largest(), 1.0);
+    };
+    for_each_frame(frames, mixture, kMarginNats, kernels, n_threads, each);
+}
+
+template <typename T>
+void topk(const Matrix<T>& frames, const MixtureView& mixture, int k, double temperature,
+          float* posteriors, int64_t* indices, const Kernels& kernels, int n_threads) {
+    const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
+        int n = candidates.find(rows, i);
+        if (n < k) n = candidates.find_all(rows, i);
+        const double* values = candidates.log_joint();
+        const double total = normalise(candidates.log_joint(), n, candidates.largest(), temperature);
+        std::vector<int> order(n);
+        std::iota(order.begin(), order.end(), 0);
+        const int32_t* components = candidates.components();
+        if (std::isfinite(total)) {
+            const auto before = [=](int a, int b) {
+                return values[a] != values[b] ? values[a] > values[b]
+                                              : components[a] < components[b];
+            };
+            std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
+        }
+        for (int j = 0; j < k; ++j) {
+            posteriors[row * k + j] = static_cast<float>(values[order[j]]);
+            indices[row * k + j] = components[order[j]];
+        }
+    };
+    for_each_frame(frames, mixture, kMarginNats * temperature, kernels, n_threads, each);
+}
+
+template <typename T>
+void nearest(const Matrix<T>& frames, const MixtureView& mixture, int64_t* labels,
+             float* squared_distances, const Kernels& kernels, int n_threads) {
+    const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
+        const int n = candidates.find(rows, i);
+        int64_t label = mixture.n_components;
+        for (int j = 0; j < n; ++j) {
+            if (candidates.log_joint()[j] != candidates.largest()) continue;
+            label = std::min<int64_t>(label, candidates.components()[j]);
+        }
+        labels[row] = label < mixture.n_components ? label : 0;
+        double square = 0.0;
+        for (int64_t d = 0; d < mixture.n_dims; ++d) {
+            const double z = double(frames(row, d)) - mixture.means[labels[row] * mixture.n_dims + d];
+            square += z * z;
+        }
+        squared_distances[row] = static_cast<float>(square);
+    };
+    for_each_frame(frames, mixture, 0.0, kernels, n_threads, each);
+}
+
+#define GMM_JEPA_INSTANTIATE(T)                                                                   \
+    template void posterior(const Matrix<T>&, const MixtureView&, double, float*, const Kernels&, \
+                            int);                                                                 \
+    template void posterior(const Matrix<T>&, const MixtureView&, double, double*,                \
+                            const Kernels&, int);                                                 \
+    template void log_likelihood(const Matrix<T>&, const MixtureView&, double*, const Kernels&,   \
+                                 int);                                                            \
+    template void nearest(const Matrix<T>&, const MixtureView&, int64_t*, float*, const Kernels&, \
+                          int);                                                                   \
+    template void topk(const Matrix<T>&, const MixtureView&, int, double, float*, int64_t*,       \
+                       const Kernels&, int);
+GMM_JEPA_INSTANTIATE(float)
+GMM_JEPA_INSTANTIATE(double)
+#undef GMM_JEPA_INSTANTIATE
+
+}  // namespace gmm_jepa

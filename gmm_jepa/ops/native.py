@@ -1,0 +1,246 @@
+"""The native module's kernels in the place of the torch ones on CPUs.
+
+``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides. Where it was not
+built nothing is registered here, and the operators run on torch alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops.em import (
+    _em_statistics,
+    _kmeans_assign,
+    em_statistics_reference,
+    kmeans_assign_reference,
+)
+from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
+from gmm_jepa.ops.posterior import (
+    _log_likelihood,
+    _posterior,
+    _topk,
+    log_likelihood_reference,
+    posterior_reference,
+    topk_reference,
+)
+
+try:
+    from gmm_jepa import _native
+except ImportError as error:
+    _native = None
+    _why_absent = str(error)
+
+_WIDE = (torch.float32, torch.float64)
+
+# Every call names the set it runs with; the empty name is the best one.
+_instruction_set = ""
+
+
+def instruction_sets() -> list[str]:
+    """Names of the sets that this build and this processor can run, best first; empty without."""
+    return _native.instruction_sets().split(",") if _native is not None else []
+
+
+def use_instruction_set(name: str) -> None:
+    """Run with one of `instruction_sets`, or with the best for ``""``; for tests and benchmarks."""
+    global _instruction_set
+    if name and name not in instruction_sets():
+        raise ValueError(f"name: expected one of {instruction_sets()}, got {name!r}")
+    _instruction_set = name
+
+
+def status() -> str:
+    """One line for people: live with which instruction set, or why not."""
+    if _native is None:
+        return f"off: {_why_absent}"
+    best, *others = instruction_sets()
+    return f"live ({_instruction_set or best}; can also run {', '.join(others) or 'none'})"
+
+
+def em_statistics(
+    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sufficient statistics, see `gmm_jepa.ops.em.em_statistics`."""
+    K, D = means.shape
+    if not K or not D:
+        return em_statistics_reference(frames, log_weights, means, variances)
+    x, parameters = _frames(frames), _parameters(log_weights, means, variances)
+    shapes = ((K,), (K, D), (K, D), ())
+    out = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    _native.em_statistics(
+        _matrix(x),
+        x.dtype == torch.float64,
+        _addresses(parameters),
+        tuple(o.data_ptr() for o in out),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out
+
+
+def posterior(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    temperature: float,
+    log: bool,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Posteriors (n, K), exact in either precision; see `gmm_jepa.ops.posterior.gmm_posterior`.
+
+    The logarithm is needed of components that carry nothing, too: torch computes it.
+    """
+    K, D = means.shape
+    mixture = (log_weights, means, variances)
+    if log or not K or not D:
+        return posterior_reference(frames, *mixture, temperature, log, precision, out_dtype)
+    x, parameters = _frames(frames), _parameters(*mixture)
+    dtype = out_dtype if out_dtype in _WIDE else torch.float32
+    out = torch.empty((x.shape[0], K), dtype=dtype)
+    _native.posterior(
+        _matrix(x),
+        x.dtype == torch.float64,
+        _addresses(parameters),
+        temperature,
+        out.data_ptr(),
+        dtype == torch.float64,
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out.to(out_dtype)
+
+
+def log_likelihood(
+    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor, precision: str
+) -> Tensor:
+    """Log-densities (n,), exact in either precision."""
+    mixture = (log_weights, means, variances)
+    if not means.numel():
+        return log_likelihood_reference(frames, *mixture, precision)
+    x, parameters = _frames(frames), _parameters(*mixture)
+    out = torch.empty(x.shape[0], dtype=torch.float64)
+    _native.log_likelihood(
+        _matrix(x),
+        x.dtype == torch.float64,
+        _addresses(parameters),
+        out.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out.to(x.dtype)
+
+
+def topk(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The k largest posteriors (n, k) and their components; ties go to the first component."""
+    mixture = (log_weights, means, variances)
+    if not means.numel():
+        return topk_reference(frames, *mixture, k, temperature)
+    x, parameters = _frames(frames), _parameters(*mixture)
+    posteriors = torch.empty((x.shape[0], k), dtype=torch.float32)
+    indices = torch.empty((x.shape[0], k), dtype=torch.int64)
+    _native.topk(
+        _matrix(x),
+        x.dtype == torch.float64,
+        _addresses(parameters),
+        k,
+        temperature,
+        posteriors.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return posteriors, indices
+
+
+def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroids (n,) and squared distances (n,) float32."""
+    K, D = centroids.shape
+    if not K or not D:
+        return kmeans_assign_reference(frames, centroids)
+    means = centroids.to(torch.float64).contiguous()
+    # Any variance gives the same labels; a tenth of the centroids' own keeps the screen's scale
+    # of nats to that of distances.
+    variance = (0.1 * means.var(0, correction=0).mean()).clamp_min(1e-30)
+    variances = variance.expand(K, D).contiguous()
+    x, log_weights = _frames(frames), means.new_zeros(K)
+    labels = torch.empty(x.shape[0], dtype=torch.int64)
+    distances = torch.empty(x.shape[0], dtype=torch.float32)
+    _native.nearest(
+        _matrix(x),
+        x.dtype == torch.float64,
+        _addresses([log_weights, means, variances]),
+        labels.data_ptr(),
+        distances.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return labels, distances
+
+
+def log_mel(
+    waveform: Tensor,
+    lengths_samples: Tensor,
+    window: Tensor,
+    filters: Tensor,
+    hop: int,
+    floor: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Log-mel frames (B, S // hop + 1, n_mels), in float32 but for a float64 waveform."""
+    (B, S), n_mels = waveform.shape, filters.shape[1]
+    n_fft = window.shape[0]
+    # below float32's normal range a logarithm by parts of the number is not exact
+    plain = waveform.dtype == torch.float64 or not floor >= 1e-30
+    if plain or not (B and S and n_mels and _native.log_mel_supports(n_fft)):
+        return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
+    x = waveform if waveform.dtype in (torch.float32, torch.int16) else waveform.float()
+    window, filters = window.float().contiguous(), filters.float().contiguous()
+    lengths = lengths_samples.contiguous()
+    out = torch.empty((B, S // hop + 1, n_mels), dtype=torch.float32)
+    _native.log_mel(
+        _matrix(x),
+        x.dtype == torch.int16,
+        lengths.data_ptr(),
+        (window.data_ptr(), filters.data_ptr(), n_fft, n_mels, hop, floor),
+        out.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out.to(out_dtype)
+
+
+def _frames(frames: Tensor) -> Tensor:
+    """Frames as float32 or float64; the half types are exact in float32."""
+    return frames if frames.dtype in _WIDE else frames.float()
+
+
+def _parameters(*parameters: Tensor) -> list[Tensor]:
+    return [p.detach().to(torch.float64).contiguous() for p in parameters]
+
+
+def _addresses(parameters: list[Tensor]) -> tuple[int, int, int, int]:
+    """Of log-weights, means and variances, and K."""
+    return (*(p.data_ptr() for p in parameters), parameters[0].shape[0])
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    return (x.data_ptr(), *x.shape, *x.stride())
+
+
+if _native is not None:
+    _em_statistics.register_kernel("cpu")(em_statistics)
+    _kmeans_assign.register_kernel("cpu")(kmeans_assign)
+    _log_mel.register_kernel("cpu")(log_mel)
+    _posterior.register_kernel("cpu")(posterior)
+    _log_likelihood.register_kernel("cpu")(log_likelihood)
+    _topk.register_kernel("cpu")(topk)

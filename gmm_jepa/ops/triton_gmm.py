@@ -1,0 +1,221 @@
+"""Triton kernels take the place of the mixture's and the losses' plain-torch ones on CUDA.
+
+The functions here have the signatures of the custom ops; the dispatcher calls them for CUDA
+tensors. Triton is imported when the first of them runs. Where it is absent, and for what the
+kernels do not cover (float64 anywhere; ``precision="exact"`` with a float64 mixture; backward
+passes through frames), the plain-torch implementation stays.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops import losses, posterior
+from gmm_jepa.ops.mixture import Mixture, quadratic
+
+_COVERED = (torch.float32, torch.bfloat16, torch.float16)
+_OPERANDS_KEPT = 8
+_TOPK_VALUES = 1 << 24  # posteriors alive at one time where k best are asked for: 64 MB
+_operands: OrderedDict[tuple, tuple] = OrderedDict()
+
+
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def gmm_posterior(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    temperature: float,
+    log: bool,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As the op `gmm_jepa::gmm_posterior`."""
+    mixture = Mixture(log_weights, means, variances)
+    exact = precision == "exact"
+    if not _covered(frames, mixture, exact) or out_dtype not in _COVERED:
+        return posterior.posterior_reference(
+            frames, *mixture, temperature, log, precision, out_dtype
+        )
+    from gmm_jepa.kernels import gmm_posterior as kernel
+
+    operand = operand_of(mixture, exact=exact)
+    return kernel.gmm_posterior(
+        frames, operand, means.shape[0], temperature=temperature, log=log, out_dtype=out_dtype
+    )
+
+
+def gmm_log_likelihood(
+    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor, precision: str
+) -> Tensor:
+    """As the op `gmm_jepa::gmm_log_likelihood`."""
+    mixture = Mixture(log_weights, means, variances)
+    exact = precision == "exact"
+    if not _covered(frames, mixture, exact):
+        return posterior.log_likelihood_reference(frames, *mixture, precision)
+    from gmm_jepa.kernels import gmm_log_likelihood as kernel
+
+    return kernel.gmm_log_likelihood(frames, operand_of(mixture, exact=exact))
+
+
+def gmm_topk(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """As the op `gmm_jepa::gmm_topk`; beyond the argmax, a sort of posteriors chunk by chunk."""
+    mixture = Mixture(log_weights, means, variances)
+    if not _covered(frames, mixture, exact=True):
+        return posterior.topk_reference(frames, *mixture, k, temperature)
+    if k == 1:
+        from gmm_jepa.kernels import gmm_log_likelihood as kernel
+
+        operand = operand_of(mixture, exact=True)
+        best, index = kernel.gmm_argmax(frames, operand, temperature=temperature)
+        return best[:, None], index[:, None]
+    posteriors = frames.new_empty((frames.shape[0], k), dtype=torch.float32)
+    indices = frames.new_empty((frames.shape[0], k), dtype=torch.int64)
+    step = max(1, _TOPK_VALUES // means.shape[0])
+    for rows in (slice(start, start + step) for start in range(0, frames.shape[0], step)):
+        all_of = gmm_posterior(frames[rows], *mixture, temperature, False, "exact", torch.float32)
+        posteriors[rows], indices[rows] = all_of.topk(k, dim=1)
+    return posteriors, indices
+
+
+def masked_kl(
+    logits: Tensor,
+    frames: Tensor,
+    row_weights: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op `gmm_jepa::masked_kl`."""
+    mixture = Mixture(log_weights, means, variances)
+    if not _all_covered(logits, frames, row_weights):
+        return losses.masked_kl_reference(
+            logits, frames, row_weights, *mixture, temperature, with_gradient
+        )
+    from gmm_jepa.kernels import masked_kl as kernel
+
+    operand = operand_of(mixture, exact=False)
+    return kernel.masked_kl(
+        logits,
+        frames,
+        row_weights,
+        operand,
+        temperature=temperature,
+        with_gradient=with_gradient,
+    )
+
+
+def masked_kl_targets(
+    logits: Tensor, targets: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op `gmm_jepa::masked_kl_targets`."""
+    if not _all_covered(logits, targets, row_weights):
+        return losses.masked_kl_targets_reference(logits, targets, row_weights, with_gradient)
+    from gmm_jepa.kernels import masked_kl_targets as kernel
+
+    return kernel.masked_kl_targets(logits, targets, row_weights, with_gradient=with_gradient)
+
+
+def masked_cross_entropy(
+    logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op `gmm_jepa::masked_cross_entropy`."""
+    if not _all_covered(logits, row_weights):
+        return losses.masked_cross_entropy_reference(logits, labels, row_weights, with_gradient)
+    from gmm_jepa.kernels import masked_cross_entropy as kernel
+
+    return kernel.masked_cross_entropy(logits, labels, row_weights, with_gradient=with_gradient)
+
+
+def masked_mse(
+    prediction: Tensor, target: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As the op `gmm_jepa::masked_mse`."""
+    if not _all_covered(prediction, target, row_weights):
+        return losses.masked_mse_reference(prediction, target, row_weights, with_gradient)
+    from gmm_jepa.kernels import masked_mse as kernel
+
+    return kernel.masked_mse(prediction, target, row_weights, with_gradient=with_gradient)
+
+
+def operand_of(mixture: Mixture, *, exact: bool):
+    """The mixture packed for the kernels (`gmm_jepa.kernels.gaussian.Operand`).
+
+    The last few are kept: folding takes about as long as a kernel on a whole batch. The kept
+    entry holds the mixture's tensors, so their addresses cannot be reused, and their version
+    counters tell when they were written to. Each stream has its own: no stream waits for another.
+    """
+    from gmm_jepa.kernels import gaussian
+
+    key = _key(mixture, exact)
+    if key is None:
+        return _pack(gaussian, mixture, exact)
+    if key not in _operands:
+        _operands[key] = (_pack(gaussian, mixture, exact), mixture)
+        if len(_operands) > _OPERANDS_KEPT:
+            _operands.popitem(last=False)
+    _operands.move_to_end(key)
+    return _operands[key][0]
+
+
+def _key(mixture: Mixture, exact: bool) -> tuple | None:
+    """What a kept operand is known by; None if it must not be kept."""
+    if any(parameter.is_inference() for parameter in mixture):
+        return None  # no version counter: cannot tell whether it is still true
+    stream = None
+    if mixture.means.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # what a graph makes has its values only when the graph runs
+        stream = torch.cuda.current_stream(mixture.means.device).cuda_stream
+    tensors = ((p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in mixture)
+    return (exact, stream, *tensors)
+
+
+def _pack(gaussian, mixture: Mixture, exact: bool):
+    if not exact:
+        return gaussian.split_operand(*quadratic(mixture, torch.float32))
+    log_weights, means, variances = mixture
+    constant = (2.0 * math.pi * variances.double()).log().sum(1)
+    return gaussian.direct_operand(means, variances, log_weights.double() - 0.5 * constant)
+
+
+def _all_covered(*tensors: Tensor) -> bool:
+    return all(tensor.dtype in _COVERED for tensor in tensors)
+
+
+def _covered(frames: Tensor, mixture: Mixture, exact: bool) -> bool:
+    """Float32's direct form is exact for what was given in float32; float64 stays float64."""
+    return frames.dtype in _COVERED and (not exact or mixture.means.dtype == torch.float32)
+
+
+def register() -> None:
+    """Make the functions above the CUDA kernels of their ops."""
+    posterior._posterior.register_kernel("cuda")(gmm_posterior)
+    posterior._log_likelihood.register_kernel("cuda")(gmm_log_likelihood)
+    posterior._topk.register_kernel("cuda")(gmm_topk)
+    losses._masked_kl.register_kernel("cuda")(masked_kl)
+    losses._masked_kl_targets.register_kernel("cuda")(masked_kl_targets)
+    losses._masked_cross_entropy.register_kernel("cuda")(masked_cross_entropy)
+    losses._masked_mse.register_kernel("cuda")(masked_mse)
+
+
+if available():
+    register()

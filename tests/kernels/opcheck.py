@@ -1,0 +1,56 @@
+"""Run as a program: `torch.library.opcheck` of every op with its Triton kernel behind it.
+
+    python tests/kernels/opcheck.py cpu|cuda
+
+A process of its own, because on "cpu" it puts the kernels, interpreted, in the place of the CPU's.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from gmm_jepa.ops import losses, posterior, triton_gmm
+
+N, K, D = 40, 9, 5
+
+
+def main(device: str) -> None:
+    if device == "cpu":
+        for module, names in (
+            (posterior, ("posterior", "log_likelihood", "topk")),
+            (losses, ("masked_kl", "masked_kl_targets", "masked_cross_entropy", "masked_mse")),
+        ):
+            for name in names:
+                kernel = name if module is losses else f"gmm_{name}"
+                getattr(module, f"_{name}").register_kernel("cpu")(getattr(triton_gmm, kernel))
+    torch.manual_seed(0)
+    mixture = (
+        torch.full((K,), 1 / K, device=device).log(),
+        torch.randn(K, D, device=device),
+        torch.rand(K, D, device=device) + 0.1,
+    )
+    frames = torch.randn(N, D, device=device, requires_grad=True)
+    logits = torch.randn(N, K, device=device, requires_grad=True)
+    targets = torch.softmax(torch.randn(N, K, device=device), 1)
+    weights = torch.rand(N, device=device)
+    labels = torch.randint(K, (N,), device=device)
+    ops = torch.ops.gmm_jepa
+    float32 = torch.float32
+    for op, arguments in (
+        (ops.gmm_posterior, (frames, *mixture, 1.0, False, "fast", float32)),
+        (ops.gmm_posterior, (frames, *mixture, 2.0, True, "exact", float32)),
+        (ops.gmm_log_likelihood, (frames, *mixture, "exact")),
+        (ops.gmm_topk, (frames.detach(), *mixture, 1, 1.0)),
+        (ops.gmm_topk, (frames.detach(), *mixture, 3, 1.0)),
+        (ops.masked_kl, (logits, frames.detach(), weights, *mixture, 1.0, True)),
+        (ops.masked_kl_targets, (logits, targets, weights, True)),
+        (ops.masked_cross_entropy, (logits, labels, weights, True)),
+        (ops.masked_mse, (logits, targets, weights, True)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,194 @@
+"""Posterior, log-likelihood and argmax kernels against float64, to DESIGN's two contracts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gmm_jepa import features, ops
+from gmm_jepa.data.audio import read_audio
+from gmm_jepa.ops import Mixture, triton_gmm
+from gmm_jepa.ops.mixture import quadratic
+
+POSTERIOR = {"exact": 1e-5, "fast": 1e-3}
+LOG_DENSITY = {"exact": 1e-4, "fast": 5e-3}
+PRECISIONS = ("exact", "fast")
+
+
+def _readable(case) -> torch.Tensor:
+    """Rows without NaN: the posterior of the others is theirs."""
+    return ~case.frames.isnan().any(1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_posterior(case, oracle, precision):
+    frames, mixture = case.frames, case.mixture
+    got = triton_gmm.gmm_posterior(frames, *mixture, 1.0, False, precision, torch.float32)
+    expected = torch.softmax(oracle(frames, mixture), 1)
+    rows = _readable(case)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(
+        got[rows].double(), expected[rows], atol=POSTERIOR[precision], rtol=0
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_log_posterior_at_a_temperature(case, oracle, precision):
+    frames, mixture = case.frames, case.mixture
+    got = triton_gmm.gmm_posterior(frames, *mixture, 2.5, True, precision, torch.float32)
+    expected = torch.log_softmax(oracle(frames, mixture) / 2.5, 1)
+    near = expected > -20
+    # float32 holds log p(x, k), of a few hundred nats, to 6e-8 of its size
+    size = float(oracle(frames, mixture)[near].abs().max()) if near.any() else 0.0
+    torch.testing.assert_close(
+        got[near].double(), expected[near], atol=LOG_DENSITY[precision] + 2e-7 * size, rtol=1e-6
+    )
+    taken_out = mixture.log_weights == -torch.inf
+    assert (got[:, taken_out] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_log_likelihood(case, oracle, precision):
+    got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, precision)
+    expected = torch.logsumexp(oracle(case.frames, case.mixture), 1)
+    rows = _readable(case)
+    atol = LOG_DENSITY[precision]
+    if precision == "fast" and len(expected):
+        atol += 2.0**-23 * _cancelled(case.frames[rows], case.mixture)
+    torch.testing.assert_close(got[rows].double(), expected[rows], atol=atol, rtol=2e-7)
+
+
+def _cancelled(frames: torch.Tensor, mixture: Mixture) -> float:
+    """Largest sum of absolute terms in the quadratic form of a frame's best component, nats."""
+    form = quadratic(mixture, torch.float64)
+    terms = form.features(frames).abs() @ form.weight.abs()
+    best = form.log_joint(frames).argmax(1, keepdim=True)
+    return float(terms.gather(1, best).max())
+
+
+def test_argmax(case, oracle):
+    posterior, index = triton_gmm.gmm_topk(case.frames, *case.mixture, 1, 3.0)
+    expected = torch.softmax(oracle(case.frames, case.mixture) / 3.0, 1)
+    rows = _readable(case)
+    best, best_index = expected[rows].topk(1, 1)
+    torch.testing.assert_close(posterior[rows].double(), best, atol=1e-5, rtol=0)
+    clear = best_gap(expected[rows]) > 1e-5
+    assert torch.equal(index[rows][clear], best_index[clear])
+
+
+def best_gap(posterior: torch.Tensor) -> torch.Tensor:
+    """(n,) by how much the best component leads."""
+    if posterior.shape[1] == 1:
+        return posterior[:, 0]
+    first, second = posterior.topk(2, 1).values.unbind(1)
+    return first - second
+
+
+def test_topk(draw, oracle):
+    case = draw(40, 19, 7, spread=0.5)
+    posteriors, indices = triton_gmm.gmm_topk(case.frames, *case.mixture, 3, 1.0)
+    expected = torch.softmax(oracle(case.frames, case.mixture), 1).topk(3, 1)
+    torch.testing.assert_close(posteriors.double(), expected.values, atol=1e-5, rtol=0)
+    assert torch.equal(indices, expected.indices)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_bf16_in_and_out(draw, oracle, log):
+    case = draw(50, 40, 80, spread=0.2)
+    frames = case.frames.bfloat16()
+    got = triton_gmm.gmm_posterior(frames, *case.mixture, 1.0, log, "fast", torch.bfloat16)
+    function = torch.log_softmax if log else torch.softmax
+    expected = function(oracle(frames, case.mixture), 1)
+    assert got.dtype == torch.bfloat16
+    # two ulp of at most 2^-7, and what the fast contract allows before rounding
+    atol = LOG_DENSITY["fast"] if log else POSTERIOR["fast"]
+    torch.testing.assert_close(got.double(), expected, rtol=2 * 2.0**-7, atol=atol)
+
+
+def test_strided_frames_are_read_in_place(draw, oracle):
+    case = draw(33, 10, 12)
+    wide = torch.full((12, 66), torch.nan, device=case.frames.device)
+    wide[:, ::2] = case.frames.T
+    frames = wide[:, ::2].T
+    got = triton_gmm.gmm_posterior(frames, *case.mixture, 1.0, False, "fast", torch.float32)
+    expected = torch.softmax(oracle(frames, case.mixture), 1)
+    torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_nan_frame_spoils_its_own_row_only(draw):
+    case = draw(20, 10, 12)
+    clean = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
+    case.frames[3, 5] = torch.nan
+    got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
+    assert got.isnan().nonzero().flatten().tolist() == [3]
+    keep = torch.arange(20) != 3
+    assert torch.equal(got[keep], clean[keep])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_units_of_the_features_do_not_matter(draw, oracle, scale):
+    """Float16 parts are scaled: neither tiny nor huge features leave its range."""
+    case = draw(30, 12, 20, spread=0.5)
+    mixture = case.mixture._replace(
+        means=case.mixture.means * scale, variances=case.mixture.variances.double() * scale**2
+    )
+    frames = case.frames * scale
+    got = triton_gmm.gmm_posterior(frames, *mixture, 1.0, False, "fast", torch.float32)
+    expected = torch.softmax(oracle(frames, mixture), 1)
+    torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_frame_far_off_keeps_finite_log_densities(draw, oracle):
+    """Its square, 1e10 deviations, is beyond float16."""
+    case = draw(8, 6, 10)
+    case.frames[::2] *= 1e5
+    got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
+    expected = torch.logsumexp(oracle(case.frames, case.mixture), 1)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=5e-3)
+
+
+def test_a_mixture_written_to_is_packed_anew(draw, oracle):
+    case = draw(20, 10, 12)
+    triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
+    case.mixture.means.add_(0.5)
+    got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
+    expected = torch.logsumexp(oracle(case.frames, case.mixture), 1)
+    torch.testing.assert_close(got.double(), expected, atol=5e-3, rtol=0)
+
+
+def test_real_speech(device, shared, oracle):
+    """Frames of read speech under components centred on some of them, variances at the floor."""
+    speech = shared / "speech"
+    first = json.loads((speech / "arctic.jsonl").read_text().splitlines()[0])
+    waveform = read_audio(speech / first["audio_filepath"], duration_s=2.0)
+    frames = torch.as_tensor(features.log_mel(waveform)).to(device)
+    mixture = Mixture(
+        torch.full((50,), 0.02, device=device).log(),
+        frames[::2][:50].clone(),
+        torch.full((50, 80), 0.1, device=device),
+    )
+    frames = frames[1::2][:50] + 0.0
+    expected = oracle(frames, mixture)
+    for precision in PRECISIONS:
+        got = triton_gmm.gmm_posterior(frames, *mixture, 1.0, False, precision, torch.float32)
+        torch.testing.assert_close(
+            got.double(), torch.softmax(expected, 1), atol=POSTERIOR[precision], rtol=0
+        )
+        likelihood = triton_gmm.gmm_log_likelihood(frames, *mixture, precision)
+        torch.testing.assert_close(
+            likelihood.double(),
+            torch.logsumexp(expected, 1),
+            atol=LOG_DENSITY[precision],
+            rtol=2e-7,
+        )
+
+
+@pytest.mark.gpu
+def test_the_ops_call_the_kernels_on_cuda(draw):
+    case = draw(300, 64, 80)
+    if case.frames.device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    direct = triton_gmm.gmm_posterior(case.frames, *case.mixture, 1.0, False, "fast", torch.float32)
+    assert torch.equal(ops.gmm_posterior(case.frames, case.mixture), direct)

@@ -1,0 +1,203 @@
+"""Masked loss kernels against float64: loss, target entropy, agreement and every gradient."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmm_jepa import features, ops
+from gmm_jepa.data.audio import read_audio
+from gmm_jepa.ops import Mixture, triton_gmm
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kl_oracle(logits: Tensor, targets: Tensor, weights: Tensor):
+    """loss, entropy, agreement and gradient in float64, from the definitions."""
+    rows = weights != 0
+    w, p = weights[rows].double(), targets[rows].double()
+    log_q = torch.log_softmax(logits[rows].double(), 1)
+    entropy = -torch.special.xlogy(p, p).sum(1)
+    loss = -(p * log_q).sum(1) - entropy
+    same = (log_q.argmax(1) == p.argmax(1)).double()
+    gradient = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    gradient[rows] = w[:, None] * (log_q.exp() * p.sum(1, keepdim=True) - p)
+    return (w * loss).sum(), (w * entropy).sum(), (w * same).sum(), gradient
+
+
+def check(got, expected, *, rtol: float, atol: float, gradient_atol: float = 0.0) -> None:
+    """Scalars and the gradient; `atol` is per unit of row weight."""
+    for name, g, e in zip(("loss", "entropy", "agreement"), got[:-1], expected[:-1]):
+        assert g.dtype == torch.float32
+        assert g.shape == ()
+        torch.testing.assert_close(g.double(), e, rtol=rtol, atol=atol, msg=name)
+    gradient = got[-1]
+    # two ulp of bf16 are at most 2^-6 of a value
+    gradient_rtol = 2.0**-6 if gradient.dtype == torch.bfloat16 else rtol
+    torch.testing.assert_close(
+        gradient.double(), expected[-1], rtol=gradient_rtol, atol=gradient_atol
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl(case, oracle, dtype, temperature):
+    frames, mixture, logits, weights = case
+    logits = logits.to(dtype)
+    got = triton_gmm.masked_kl(logits, frames, weights, *mixture, temperature, True)
+    targets = torch.softmax(oracle(frames, mixture) / temperature, 1)
+    expected = kl_oracle(logits, targets, weights)
+    assert got[3].dtype == dtype
+    total, heaviest = float(weights.sum()), float(weights.max()) if len(weights) else 0.0
+    # posteriors within 1e-3: so is the loss, for each nat between the logits
+    spread = _spread(logits[weights != 0])
+    check(
+        got,
+        expected,
+        rtol=1e-4,
+        atol=1e-4 * spread * total + 1e-9,
+        gradient_atol=1e-3 * heaviest,
+    )
+    assert (got[3][weights == 0] == 0).all()
+
+
+def _spread(logits: Tensor) -> float:
+    if logits.numel() == 0:
+        return 1.0
+    return max(1.0, float((logits.amax(1) - logits.amin(1)).max()))
+
+
+def test_kl_given_its_own_posteriors(case):
+    """Given the posteriors, the loss is right to 1e-5, whatever they are."""
+    frames, mixture, logits, weights = case
+    got = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    posteriors = triton_gmm.gmm_posterior(frames, *mixture, 1.0, False, "fast", torch.float32)
+    expected = kl_oracle(logits, posteriors, weights)
+    unit = float(weights.sum())
+    check(got, expected, rtol=1e-5, atol=4e-6 * unit + 1e-12, gradient_atol=1e-6 * unit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_of_given_targets(case, dtype):
+    _, _, logits, weights = case
+    logits = logits.to(dtype)
+    targets = torch.softmax(3.0 * torch.randn(logits.shape, device=logits.device), 1)
+    if targets.shape[1] > 1:
+        targets[::2, ::2] = 0.0  # 0 log 0, and rows that do not sum to one
+    targets[weights == 0] = torch.nan
+    got = triton_gmm.masked_kl_targets(logits, targets, weights, True)
+    unit = float(weights.sum())
+    expected = kl_oracle(logits, targets, weights)
+    check(got, expected, rtol=1e-5, atol=4e-6 * unit, gradient_atol=1e-6 * unit)
+    assert (got[3][weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(case, dtype):
+    _, _, logits, weights = case
+    N, K = logits.shape
+    logits = logits.to(dtype)
+    labels = torch.randint(K, (N,), device=logits.device)
+    labels[weights == 0] = -100  # never read
+    got = triton_gmm.masked_cross_entropy(logits, labels, weights, True)
+    hard = torch.nn.functional.one_hot(labels.clamp_min(0), K)
+    expected = kl_oracle(logits, hard, weights)
+    unit = float(weights.sum())
+    check(got, expected, rtol=1e-5, atol=4e-6 * unit, gradient_atol=1e-6 * unit)
+    assert (got[3][weights == 0] == 0).all()
+
+
+def test_a_wrong_label_shows(draw):
+    case = draw(9, 5, 3)
+    labels = torch.full((9,), 5, device=case.logits.device)
+    loss, *_ = triton_gmm.masked_cross_entropy(case.logits, labels, case.weights + 1.0, False)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mse(case, dtype):
+    """Predictor and teacher latents: here logits, and others far from zero."""
+    _, _, prediction, weights = case
+    rows = weights != 0
+    prediction = (prediction + 30.0).to(dtype)
+    target = torch.randn(prediction.shape, device=prediction.device).to(dtype) + 30.0
+    target[~rows] = torch.nan
+    loss, gradient = triton_gmm.masked_mse(prediction, target, weights, True)
+    error = prediction[rows].double() - target[rows].double()
+    w = weights[rows].double()
+    torch.testing.assert_close(
+        loss.double(), (w * error.square().mean(1)).sum(), rtol=1e-5, atol=1e-12
+    )
+    expected = torch.zeros(prediction.shape, dtype=torch.float64, device=loss.device)
+    expected[rows] = 2.0 * w[:, None] * error / prediction.shape[1]
+    rtol = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gradient.double(), expected, rtol=rtol, atol=1e-12)
+
+
+def test_without_gradient_the_scalars_are_the_same(draw):
+    case = draw(80, 21, 13)
+    frames, mixture, logits, weights = case
+    labels = torch.zeros(80, dtype=torch.int64, device=logits.device)
+    targets = torch.softmax(logits, 1)
+    for op, arguments in (
+        (triton_gmm.masked_kl, (logits, frames, weights, *mixture, 1.0)),
+        (triton_gmm.masked_kl_targets, (logits, targets, weights)),
+        (triton_gmm.masked_cross_entropy, (logits, labels, weights)),
+        (triton_gmm.masked_mse, (logits, targets, weights)),
+    ):
+        *scalars, gradient = op(*arguments, True)
+        *alone, nothing = op(*arguments, False)
+        assert all(torch.equal(a, b) for a, b in zip(scalars, alone))
+        assert gradient.shape == logits.shape
+        assert nothing.numel() == 0
+
+
+def test_strided_rows_are_read_in_place_and_left_alone(draw, oracle):
+    frames, mixture, logits, weights = draw(45, 21, 13)
+    wide = torch.full((21, 90), torch.nan, device=logits.device)
+    wide[:, ::2] = logits.T
+    strided = wide[:, ::2].T
+    before = wide.clone()
+    for a, b in zip(
+        triton_gmm.masked_kl(strided, frames, weights, *mixture, 1.0, True),
+        triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True),
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(wide, before, equal_nan=True, rtol=0, atol=0)
+
+
+def test_same_input_same_bits(draw):
+    frames, mixture, logits, weights = draw(300, 21, 13)
+    first = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    again = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_real_speech(device, shared, oracle):
+    """Read speech, half of it masked, under components centred on some of its frames."""
+    speech = shared / "speech"
+    first = json.loads((speech / "arctic.jsonl").read_text().splitlines()[0])
+    waveform = read_audio(speech / first["audio_filepath"], duration_s=2.0)
+    frames = torch.as_tensor(features.log_mel(waveform)).to(device)
+    variances = torch.full((50, 80), 0.1, device=device)
+    mixture = Mixture(torch.full((50,), 0.02, device=device).log(), frames[:100:2], variances)
+    logits = torch.randn(len(frames), 50, device=device)
+    weights = (torch.arange(len(frames), device=device) % 20 < 10).float() / len(frames)
+    got = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    expected = kl_oracle(logits, torch.softmax(oracle(frames, mixture), 1), weights)
+    check(got, expected, rtol=1e-3, atol=1e-3, gradient_atol=1e-3 / len(frames))
+
+
+@pytest.mark.gpu
+def test_the_ops_call_the_kernels_on_cuda(draw):
+    frames, mixture, logits, weights = draw(300, 64, 80)
+    if logits.device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    direct = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    got = ops.masked_kl(logits.requires_grad_(), frames, weights, mixture)
+    got.loss.backward()
+    assert torch.equal(got.loss.detach(), direct[0])
+    assert torch.equal(logits.grad, direct[3])

@@ -1,0 +1,86 @@
+"""Operation counts against figures worked out by hand and against PyTorch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gmm_jepa import flops
+from gmm_jepa.models.config import ConformerConfig
+from gmm_jepa.models.jepa import JepaModel
+
+SMALL = ConformerConfig(
+    channels=(4, 8, 16), strides=(8, 5), residual_blocks=2, code_dim=32, layers=2, heads=4
+)
+
+
+def test_a_log_mel_frame():
+    frame = flops.log_mel_frame(400)
+    assert frame.transform == pytest.approx(161e3, rel=0.01)
+    assert frame.mel == pytest.approx(1e3, rel=0.25)
+    assert flops.log_mel(1).bytes == 1600
+    assert flops.log_mel_frame(400, folds=2).transform == frame.transform / 2
+    assert flops.log_mel_frame(512, folds=0).transform == 2.5 * 512 * 9
+
+
+def test_a_posterior_row():
+    assert flops.gmm_posterior(1).flops == pytest.approx(328e3, rel=0.01)
+    assert flops.gmm_posterior(1).bytes == pytest.approx(4.4e3, rel=0.01)
+    assert flops.gmm_posterior(1, out_bytes=2).bytes == pytest.approx(2.4e3, rel=0.02)
+
+
+def test_the_losses_and_an_em_iteration():
+    assert flops.masked_kl(1).bytes == pytest.approx(4.4e3, rel=0.01)
+    assert flops.em_iteration(1).flops == 2 * flops.gmm_posterior(1).flops
+    assert flops.em_iteration(1, candidates=10).flops == pytest.approx(328e3 + 8e3, rel=0.01)
+    assert flops.em_iteration(1).bytes == 320
+    assert flops.masked_mse(1, 512, in_bytes=4).bytes == 3 * 512 * 4
+
+
+def test_a_floor_is_the_longer_of_two_times():
+    work = flops.Work(100.0, 10.0)
+    assert work.floor_s(flops_per_s=50.0, bytes_per_s=1.0) == 10.0
+    assert work.floor_s(flops_per_s=5.0, bytes_per_s=1.0) == 20.0
+    assert work + work == work.scaled(2)
+
+
+def test_a_training_step_of_the_default_conformer():
+    seconds = 15
+    per_second = flops.training_step_flops(ConformerConfig(), 16_000 * seconds) / seconds
+    assert per_second == pytest.approx(25e9, rel=0.05)
+    batch = flops.training_step_flops(ConformerConfig(), 16_000 * seconds, n_rows=32)
+    assert batch == pytest.approx(32 * seconds * per_second)
+
+
+@pytest.mark.parametrize("daam", [False, True])
+def test_against_pytorchs_counter(daam):
+    config = ConformerConfig(**{**SMALL.to_dict(), "daam": daam})
+    model, waveform = JepaModel(config, 24).eval(), torch.randn(2, 8000)
+    n_frames = config.n_frames(8000)
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            z = model.encode(waveform).output
+        assert counter.get_total_flops() == pytest.approx(
+            2 * flops.encoder_flops(config, 8000), rel=0.03
+        )
+        with FlopCounterMode(display=False) as counter:
+            model.predict(z, torch.ones(z.shape[:2]))
+            model.cluster_head(z)
+    assert counter.get_total_flops() == pytest.approx(
+        2 * flops.heads_flops(config, n_frames, 24), rel=0.03
+    )
+
+
+def test_backward_is_twice_forward():
+    """One tap: the counter takes the backward pass of a depthwise convolution for a full one."""
+    config = ConformerConfig(**{**SMALL.to_dict(), "conv_kernel": 1})
+    model, waveform = JepaModel(config, 24).eval(), torch.randn(2, 8000)
+    math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math_attention, FlopCounterMode(display=False) as counter:
+        z = model.encode(waveform).output
+        loss = model.predict(z, torch.ones(z.shape[:2])).sum() + model.cluster_head(z).sum()
+        loss.backward()
+    forward = flops.encoder_flops(config, 8000)
+    forward += flops.heads_flops(config, config.n_frames(8000), 24)
+    assert counter.get_total_flops() == pytest.approx(2 * 3 * forward, rel=0.05)
