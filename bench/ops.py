@@ -66,7 +66,7 @@ def times_of(case: Case, device: str, seconds: float) -> dict[str, list[float]]:
     sides = {"ours": case.run, **case.peers}
     time_once = timer(device)
     times: dict[str, list[float]] = {side: [] for side in sides}
-    begin, rounds = time.perf_counter(), -2  # two rounds of warm-up
+    begin, rounds = time.perf_counter(), -1  # the check was one warm-up, this is another
     while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() - begin < seconds):
         for side, run in sides.items():
             for leaf in case.with_gradient:

@@ -6,11 +6,27 @@
 #include <numeric>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "candidates.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
 namespace {
+
+// Fresh memory of a large result is a third of the time of posteriors in pages of 4 KB.
+void prefer_huge_pages(void* data, size_t n_bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = uintptr_t(1) << 21;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+    const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + n_bytes) & ~(kPage - 1);
+    if (stop > start) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#else
+    (void)data, (void)n_bytes;
+#endif
+}
 
 // Calls each(candidates, padded rows, place in the group, row) for every frame.
 template <typename T, typename Each>
@@ -38,6 +54,7 @@ template <typename T, typename Out>
 void posterior(const Matrix<T>& frames, const MixtureView& mixture, double temperature, Out* out,
                const Kernels& kernels, int n_threads) {
     const int64_t K = mixture.n_components;
+    prefer_huge_pages(out, sizeof(Out) * size_t(frames.n_rows) * size_t(K));
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         const int n = candidates.find(rows, i);
         double* values = candidates.log_joint();

@@ -105,20 +105,21 @@ class GmmAnchored(nn.Module):
         online = encoded.output.flatten(0, 1)
 
         predicted = model.predict(encoded.output, batch.keep, encoded.lengths_frames)
-        jepa = ops.masked_mse(
-            predicted.flatten(0, 1).index_select(0, batch.predicted_rows),
-            teacher.index_select(0, batch.predicted_rows),
-            batch.predicted_weights,
-        )
         anchored = online.index_select(0, batch.anchored_rows)
         logits = model.cluster_head(anchored)
-        kl = ops.masked_kl(
-            logits,
-            features,
-            batch.anchored_weights,
-            self.mixture,
-            temperature=self.temperature,
-        )
+        with torch.autocast(logits.device.type, enabled=False):  # the ops take bf16 as it is
+            jepa = ops.masked_mse(
+                predicted.flatten(0, 1).index_select(0, batch.predicted_rows),
+                teacher.index_select(0, batch.predicted_rows),
+                batch.predicted_weights,
+            )
+            kl = ops.masked_kl(
+                logits,
+                features,
+                batch.anchored_weights,
+                self.mixture,
+                temperature=self.temperature,
+            )
         return AnchoredLosses(
             total=jepa + anchor_weight * kl.loss,
             jepa=jepa.detach(),

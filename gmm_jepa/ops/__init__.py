@@ -7,6 +7,8 @@ ones by ``register_kernel``. All work in chunks of bounded memory, are determini
 empty inputs.
 """
 
+import torch
+
 from gmm_jepa.ops import native, triton_gmm, triton_log_mel
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
@@ -20,6 +22,25 @@ from gmm_jepa.ops.losses import (
 )
 from gmm_jepa.ops.mixture import Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
+
+# Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
+# is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
+for _device in ("cpu", "cuda"):
+    for _name in (
+        "em_statistics",
+        "gmm_log_likelihood",
+        "gmm_log_likelihood_backward",
+        "gmm_posterior",
+        "gmm_posterior_backward",
+        "gmm_topk",
+        "kmeans_assign",
+        "log_mel",
+        "masked_cross_entropy",
+        "masked_kl",
+        "masked_kl_targets",
+        "masked_mse",
+    ):
+        torch.library.register_autocast(f"gmm_jepa::{_name}", _device, torch.float32)
 
 __all__ = [
     "EMStatistics",

@@ -169,6 +169,17 @@ def test_micro_batches_change_nothing_but_rounding(manifest, tmp_path):
     assert_close(whole, parts, relative=2e-4)
 
 
+def test_bf16_follows_fp32(manifest, tmp_path):
+    wide = train(manifest, tmp_path / "wide", "--train.steps", "20")
+    narrow = train(
+        manifest, tmp_path / "narrow", "--train.steps", "20", "--train.precision", "bf16"
+    )
+    assert losses(narrow) != losses(wide)
+    for a, b in zip(narrow, wide):
+        assert a["kl"] == pytest.approx(b["kl"], rel=0.02)
+        assert a["target_entropy"] == pytest.approx(b["target_entropy"], rel=1e-5)
+
+
 def test_sigterm_saves_and_ends_cleanly(manifest, tmp_path):
     more = ("--train.steps", "100000", "--train.checkpoint-every", "100000")
     running = process(manifest, tmp_path / "run", *more)
