@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -132,6 +133,7 @@ def measure(sides: dict[str, Callable], n_frames: int, repeats: int) -> dict:
         side()
     for _ in range(repeats):
         for name, side in sides.items():
+            time.sleep(0.3)  # thread pools of the side before spin for a while
             times[name].append(seconds(side))
     found = rates(times, n_frames)
     best = found["native"]["median"]

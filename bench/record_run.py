@@ -1,6 +1,6 @@
 """Keep the result of a run: its evaluation as one JSON line in ``bench/results/runs.jsonl``.
 
-    python bench/record_run.py runs/demo/run --command "make demo" --seconds 303
+python bench/record_run.py runs/demo/run --command "make demo" --seconds 303
 """
 
 from __future__ import annotations

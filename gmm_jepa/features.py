@@ -61,6 +61,7 @@ class LogMelSpec:
             raise InputError(f"floor: expected a finite number above 0, got {self.floor}")
         object.__setattr__(self, "_filters", _make_filters(self))
         object.__setattr__(self, "_window", torch.hann_window(self.n_fft, periodic=True))
+        object.__setattr__(self, "_copies", {})
         empty = (self._filters.amax(0) == 0).nonzero().flatten().tolist()
         if empty:
             raise InputError(
@@ -71,11 +72,18 @@ class LogMelSpec:
 
     def filters(self, device: torch.device | str = "cpu") -> Tensor:
         """Mel filters (n_fft // 2 + 1, n_mels) float32, HTK scale, no norm. Shared: read only."""
-        return self._filters.to(device)
+        return self._on(device)[0]
 
     def window(self, device: torch.device | str = "cpu") -> Tensor:
         """Periodic Hann window (n_fft,) float32. Shared: read only."""
-        return self._window.to(device)
+        return self._on(device)[1]
+
+    def _on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Filters and window on a device, copied there once."""
+        key = str(device)
+        if key not in self._copies:
+            self._copies[key] = (self._filters.to(device), self._window.to(device))
+        return self._copies[key]
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain values, for JSON."""

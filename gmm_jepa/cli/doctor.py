@@ -13,7 +13,7 @@ import torch
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.cli.table import format_table
-from gmm_jepa.ops import native
+from gmm_jepa.ops import native, triton_gmm
 
 _OPTIONAL = {
     "triton": "kernels on CUDA",
@@ -78,9 +78,17 @@ def backends() -> list[tuple[str, str]]:
     return [
         ("torch on cpu", "live (all ops)"),
         ("torch on cuda", cuda),
-        ("triton kernels", "off: this version has none"),
+        ("triton kernels", _triton_status()),
         ("native module", native.status()),
     ]
+
+
+def _triton_status() -> str:
+    if not triton_gmm.available():
+        return "off: triton is not installed"
+    if not torch.cuda.is_available():
+        return f"off: {_why_no_cuda()}"
+    return "live (posterior, log-likelihood, log-mel, masked losses)"
 
 
 def _why_no_cuda() -> str:
