@@ -1,4 +1,4 @@
-"""Posterior, log-likelihood and argmax kernels against float64, to the fast and the exact contract."""
+"""Posterior, log-likelihood and argmax against float64, to the fast and the exact contract."""
 
 from __future__ import annotations
 
