@@ -8,8 +8,8 @@ DEMO   := runs/demo
 .PHONY: help setup demo demo-long test native native-sanitize lint format bench clean
 
 help:
-	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (8 minutes)"
-	@echo "make demo-long  the same with a training of twenty minutes"
+	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (5 minutes)"
+	@echo "make demo-long  the same with a training four times as long"
 	@echo "make test       all tests"
 	@echo "make native     builds the native module again"
 	@echo "make native-sanitize  its C++ under sanitizers"

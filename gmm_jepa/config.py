@@ -352,7 +352,7 @@ def cpu() -> Recipe:
 
 
 def cpu_long() -> Recipe:
-    """The same small conformer, trained for less than twenty minutes on two CPU cores."""
+    """The same small conformer, trained four times as long."""
     short = cpu()
     return dataclasses.replace(short, train=dataclasses.replace(short.train, steps=5000))
 
