@@ -255,6 +255,11 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Held-out measurements."""
 
+    @property
+    def target_shift_samples(self) -> int:
+        """Samples the mixture's frames are shifted by, so that they lie on the encoder's."""
+        return int(self.encoder.frame_centre_samples) if self.objective.align_targets else 0
+
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**31, f"seed: expected 0 to 2^31 - 1, got {self.seed}")
         hop, strides = self.front_end.hop_samples, self.encoder.strides

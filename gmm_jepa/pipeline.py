@@ -108,7 +108,11 @@ class Run:
             if self.peers.is_main:
                 rejects = [*listed, *rejects]
                 self.rejects.extend(rejects)
-                self._check(len(corpus) + len(listed), rejects)
+                self.rejects.check(
+                    len(corpus) + len(listed),
+                    self.recipe.data.max_bad_fraction,
+                    n_bad=len(rejects),
+                )
                 summary = {
                     "fingerprint": corpus.fingerprint,
                     "utterances": len(corpus),
@@ -142,15 +146,6 @@ class Run:
             )
         unreadable = sorted(self.peers.gather(share[~good].tolist()))
         return unreadable, self.peers.gather(list(rejects))
-
-    def _check(self, n_found: int, rejects: list[Reject]) -> None:
-        """Stop where too much of `n_found` inputs was rejected."""
-        n_allowed = self.recipe.data.max_bad_fraction * n_found
-        if len(rejects) > n_allowed:
-            raise InputError(
-                f"{len(rejects)} of {n_found} inputs are bad, more than --data.max-bad-fraction "
-                f"{self.recipe.data.max_bad_fraction:g} allows: {self.rejects.summary()}"
-            )
 
     def mixture(self, corpus: Corpus) -> GaussianMixture:
         """The run's mixture: read if it is there, else fitted by all processes together."""
@@ -189,8 +184,8 @@ class Run:
                 corpus, self.recipe.front_end, rejects=self.rejects, max_s=PREFLIGHT_S
             )
             refuse_degenerate(given, sample)
-        if self.peers.is_main and not self.folder.mixture.exists():
-            given.save(self.folder.mixture, front_end=self.recipe.front_end)
+            if self.peers.is_main:
+                given.save(self.folder.mixture, front_end=self.recipe.front_end)
         self.peers.wait()
 
     def train(self, corpus: Corpus, mixture: GaussianMixture) -> TrainOutcome:
@@ -204,7 +199,6 @@ class Run:
             InputError: there is no checkpoint.
         """
         recipe, device = self.recipe, self.peers.device
-        shift = recipe.encoder.frame_centre_samples if recipe.objective.align_targets else 0
         with Stages() as progress:
             evaluation = evaluate(
                 self.model().to(device),
@@ -216,7 +210,7 @@ class Run:
                 max_train_s=recipe.evaluate.max_train_s,
                 max_test_s=recipe.evaluate.max_test_s,
                 temperature=recipe.objective.temperature,
-                shift_samples=int(shift),
+                shift_samples=recipe.target_shift_samples,
                 seed=recipe.seed,
                 progress=progress,
             )

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 def track(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
     """The items, with a bar that follows them."""
-    yield from _tqdm(items, desc=what, unit=unit)
+    yield from tqdm_bar(items, desc=what, unit=unit)
 
 
 class Bar:
@@ -25,7 +25,7 @@ class Bar:
     """
 
     def __init__(self, what: str, unit: str, *, shown: bool = True) -> None:
-        self._bar = _tqdm(desc=what, unit=unit, disable=not shown)
+        self._bar = tqdm_bar(desc=what, unit=unit, disable=not shown)
 
     def __call__(self, done: float, total: float) -> None:
         """Move to `done` of `total`."""
@@ -61,5 +61,6 @@ class Stages:
             self._bar.__exit__()
 
 
-def _tqdm(*arguments: Any, **options: Any) -> Any:
+def tqdm_bar(*arguments: Any, **options: Any) -> Any:
+    """A tqdm bar as the others, for callers that need all it can do."""
     return require("tqdm", extra="train").tqdm(*arguments, dynamic_ncols=True, **options)

@@ -90,21 +90,23 @@ class RejectLog:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
         return f"{self.count} rejected ({kinds}){self._pointer()}"
 
-    def check(self, total: int, max_bad_fraction: float) -> None:
+    def check(self, total: int, max_bad_fraction: float, *, n_bad: int | None = None) -> None:
         """Stop where too much is bad.
 
         Args:
             total: how many things were looked at, good and bad.
             max_bad_fraction: how many of them may be bad, 0 to 1.
+            n_bad: how many of them are; None: all that this log was given.
 
         Raises:
-            InputError: `count` exceeds ``max_bad_fraction * total``.
+            InputError: `n_bad` exceeds ``max_bad_fraction * total``.
         """
         if not 0 <= max_bad_fraction <= 1:
             raise InputError(f"max_bad_fraction must be in 0..1, got {max_bad_fraction}")
-        if self.count > max_bad_fraction * total:
+        n_bad = self.count if n_bad is None else n_bad
+        if n_bad > max_bad_fraction * total:
             raise InputError(
-                f"{self.count} of {total} inputs are bad, more than max_bad_fraction = "
+                f"{n_bad} of {total} inputs are bad, more than max_bad_fraction = "
                 f"{max_bad_fraction:g} allows: {self.summary()}"
             )
 

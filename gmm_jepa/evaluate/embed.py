@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
+from gmm_jepa.data.frames import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.models.conformer import ConformerEncoder
@@ -82,19 +83,6 @@ class Encoded:
     """(U, L + 1) weights of the aggregation."""
 
 
-def choose_utterances(
-    durations_samples: NDArray[np.int64], *, max_samples: int, longest_samples: int, seed: int
-) -> NDArray[np.int64]:
-    """Indices, ascending, of a random sample that holds at most `max_samples` (but one at least).
-
-    An utterance counts with `longest_samples` at most. The same arguments give the same sample.
-    """
-    order = np.random.default_rng(seed).permutation(len(durations_samples))
-    total = np.cumsum(np.minimum(durations_samples[order], longest_samples))
-    n = max(1, int(np.searchsorted(total, max_samples, side="right")))
-    return np.sort(order[:n])
-
-
 def load_sample(
     corpus: Any, *, max_s: float, seed: int, heldout: bool, longest_s: float = 20.0
 ) -> tuple[list[Utterance], int]:
@@ -113,12 +101,8 @@ def load_sample(
     longest = int(longest_s * SAMPLE_RATE_HZ)
     if not len(corpus):
         return [], 0
-    chosen = choose_utterances(
-        np.asarray(corpus.durations_samples),
-        max_samples=int(max_s * SAMPLE_RATE_HZ),
-        longest_samples=longest,
-        seed=seed,
-    )
+    heard = np.minimum(np.asarray(corpus.durations_samples), longest)
+    chosen = draw_utterances(heard, int(max_s * SAMPLE_RATE_HZ), seed=seed)
     utterances, unreadable = [], 0
     for i in chosen.tolist():
         n_samples = min(int(corpus.durations_samples[i]), longest)

@@ -69,7 +69,7 @@ class GmmAnchored(nn.Module):
         mixture: the frozen anchor, K components over the front end's mel bands.
         front_end: the log-mel features the mixture was fitted on.
         temperature: of the posteriors.
-        align_targets: centre log-mel frames on the encoder's frames.
+        target_shift_samples: sample on which log-mel frame 0 is centred.
     """
 
     def __init__(
@@ -79,14 +79,13 @@ class GmmAnchored(nn.Module):
         front_end: LogMelSpec,
         *,
         temperature: float = 1.0,
-        align_targets: bool = False,
+        target_shift_samples: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.front_end = front_end
         self.temperature = temperature
-        shift = model.online.frame_centre_samples if align_targets else 0
-        self.target_shift_samples = int(shift)
+        self.target_shift_samples = target_shift_samples
         for name, tensor in mixture._asdict().items():
             self.register_buffer(f"mixture_{name}", tensor, persistent=False)
 

@@ -42,7 +42,7 @@ class TrainState:
             mixture.mixture(device=peers.device),
             recipe.front_end,
             temperature=recipe.objective.temperature,
-            align_targets=recipe.objective.align_targets,
+            target_shift_samples=recipe.target_shift_samples,
         )
         self.forward: nn.Module = objective
         if peers.world_size > 1:

@@ -20,11 +20,11 @@ from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
-from gmm_jepa.errors import require
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.objectives.gmm_anchored import MaskedBatch
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import interpolate, learning_rate, progress
+from gmm_jepa.progress import tqdm_bar
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
@@ -223,14 +223,13 @@ class _Log:
 
 @contextlib.contextmanager
 def _log_of(folder: RunFolder, start: int, config: TrainConfig, peers: Processes) -> Iterator[_Log]:
-    tqdm = require("tqdm", extra="train")
     with contextlib.ExitStack() as stack:
         metrics = None
         if peers.is_main:
             metrics = stack.enter_context(
                 MetricsLog(folder.metrics, start, tensorboard=config.tensorboard)
             )
-        bar = tqdm.tqdm(
+        bar = tqdm_bar(
             initial=start,
             total=config.steps,
             desc="training",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gmm_jepa.data.frames import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate import embed
 from gmm_jepa.features import LogMelSpec, log_mel
@@ -53,18 +54,16 @@ def encoder() -> ConformerEncoder:
 
 def test_choice_keeps_to_the_budget_and_repeats() -> None:
     durations = np.full(100, 16_000)
-    kwargs = {"max_samples": 10 * 16_000, "longest_samples": 320_000}
-    chosen = embed.choose_utterances(durations, **kwargs, seed=3)
+    max_samples = 10 * 16_000
+    chosen = draw_utterances(durations, max_samples, seed=3)
     assert len(chosen) == 10
     assert (np.diff(chosen) > 0).all()
-    assert chosen.tolist() == embed.choose_utterances(durations, **kwargs, seed=3).tolist()
-    assert chosen.tolist() != embed.choose_utterances(durations, **kwargs, seed=4).tolist()
+    assert chosen.tolist() == draw_utterances(durations, max_samples, seed=3).tolist()
+    assert chosen.tolist() != draw_utterances(durations, max_samples, seed=4).tolist()
 
 
 def test_choice_takes_one_even_if_it_is_too_long() -> None:
-    found = embed.choose_utterances(
-        np.array([9_000_000]), max_samples=10, longest_samples=320_000, seed=0
-    )
+    found = draw_utterances(np.array([9_000_000]), 10, seed=0)
     assert found.tolist() == [0]
 
 
