@@ -1,0 +1,105 @@
+"""How fast one worker process feeds training, from flac files and from a packed corpus.
+
+    python -m bench.feed
+
+Makes a corpus of noise with the level of speech (flac files, and a packed corpus of the same
+samples) in a temporary folder, checks that both give the same samples, and drains the training
+loader in this process with the batches of a preset: reading alone, and with the masks and the
+noise that a training step wants. Prints times real time, the corpora in turn, and appends
+JSON lines to ``bench/results/feed.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from bench.records import append, surroundings, take_turns
+from gmm_jepa.config import PRESETS, Recipe
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
+from gmm_jepa.data.corpus import Corpus, open_corpus
+from gmm_jepa.data.loader import make_loader
+from gmm_jepa.data.pack import pack_corpus
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.objectives.prepare import MaskAndDisturb
+from gmm_jepa.train.trainer import batch_plan
+
+
+def make_corpora(folder: Path, minutes: float, longest_s: float) -> dict[str, Corpus]:
+    """The same audio twice: as flac files and packed.
+
+    Utterances last half of `longest_s` to all of it. White noise compresses worst of all, so
+    flac decodes no slower on speech.
+    """
+    rng = np.random.default_rng(0)
+    audio = folder / "flac"
+    audio.mkdir()
+    seconds, number = 0.0, 0
+    while seconds < 60 * minutes:
+        n_samples = int(rng.uniform(0.5, 1.0) * longest_s * SAMPLE_RATE_HZ)
+        samples = (0.05 * rng.standard_normal(n_samples)).astype(np.float32)
+        soundfile.write(audio / f"{number:05d}.flac", samples, SAMPLE_RATE_HZ)
+        seconds, number = seconds + n_samples / SAMPLE_RATE_HZ, number + 1
+    flac = open_corpus(audio, rejects=RejectLog())
+    return {"flac": flac, "packed": pack_corpus(flac, folder / "packed", rejects=RejectLog())}
+
+
+def check(corpora: dict[str, Corpus]) -> None:
+    """Both corpora must hold the same samples."""
+    for i in range(0, len(corpora["flac"]), 7):
+        samples = [
+            corpus.read(i, 0, int(corpus.durations_samples[i])) for corpus in corpora.values()
+        ]
+        if not all(np.array_equal(samples[0], other) for other in samples):
+            raise SystemExit(f"utterance {i}: flac and packed samples differ")
+
+
+def drain(corpus: Corpus, recipe: Recipe, *, prepared: bool) -> Callable[[], None]:
+    """One pass over all batches, here."""
+    plan = batch_plan(corpus, recipe)
+    prepare = None
+    if prepared:
+        prepare = MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed)
+
+    def run() -> None:
+        for _ in make_loader(corpus, plan, stop_step=plan.n_batches(), prepare=prepare):
+            pass
+
+    return run
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0, help="of audio")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    arguments = parser.parse_args()
+    recipe = PRESETS[arguments.preset]()
+    with tempfile.TemporaryDirectory() as folder:
+        corpora = make_corpora(Path(folder), arguments.minutes, recipe.data.max_segment_s)
+        check(corpora)
+        sides = {
+            f"{name}, {'masks and noise' if prepared else 'reading alone'}": drain(
+                corpus, recipe, prepared=prepared
+            )
+            for name, corpus in corpora.items()
+            for prepared in (False, True)
+        }
+        times = take_turns(sides, arguments.repeats)
+        audio_s = corpora["flac"].total_s
+    for name, seconds in times.items():
+        rates = {key: round(audio_s / value) for key, value in seconds.items()}
+        spread = f"({rates['p80']:,} to {rates['p20']:,})"
+        print(f"{name:<26}{rates['median']:>8,} x real time  {spread}")
+        line = {"name": "feed", "side": name, "preset": arguments.preset, **surroundings()}
+        append("feed", line | {"audio_s": audio_s, "times_real_time": rates})
+
+
+if __name__ == "__main__":
+    main()
