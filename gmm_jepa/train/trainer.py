@@ -97,12 +97,7 @@ def train(
     unread: list[Reject] = []
     with _log_of(folder, start, config, peers) as log, _stop_signal() as stop_asked:
         for batch in batches:
-            schedule = _schedule(recipe, state.step)
-            _accumulate(state, batch, schedule, recipe, peers)
-            norm, skipped = state.update(schedule.learning_rate, config.clip_norm)
-            state.model.update_teacher(schedule.teacher_decay)
-            audio_s = batch.extras["audio_s"]
-            state.meters.add_step(norm, skipped, audio_s=audio_s, waited_s=batch.wait_s)
+            schedule = training_step(state, batch, recipe, peers)
             unread += batch.rejects
 
             last = state.step == config.steps
@@ -137,6 +132,21 @@ class Schedule(NamedTuple):
             "learning_rate": self.learning_rate,
             "teacher_decay": self.teacher_decay,
         }
+
+
+def training_step(state: TrainState, batch: Batch, recipe: Recipe, peers: Processes) -> Schedule:
+    """One optimiser step on a global batch, nothing read back from the device.
+
+    Returns:
+        The scheduled values of the step.
+    """
+    schedule = _schedule(recipe, state.step)
+    _accumulate(state, batch, schedule, recipe, peers)
+    norm, skipped = state.update(schedule.learning_rate, recipe.train.clip_norm)
+    state.model.update_teacher(schedule.teacher_decay)
+    audio_s = batch.extras["audio_s"]
+    state.meters.add_step(norm, skipped, audio_s=audio_s, waited_s=batch.wait_s)
+    return schedule
 
 
 def batch_plan(corpus: Corpus, recipe: Recipe) -> BatchPlan:

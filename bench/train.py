@@ -1,0 +1,277 @@
+"""The training step beside the published recipe in plain eager PyTorch, in one run.
+
+    python -m bench.train --preset cpu --precision fp32 bf16
+    python -m bench.train --preset paper --rows 4 --seconds 4
+
+First the proof: from equal weights, with dropout and augmentation off, both sides must give the
+same loss at every one of a few steps in float32. Then, with both on, the sides take turns: median
+audio seconds per second, peak memory (on CUDA the allocator's; on a CPU the growth of a process of
+its own) and the share of the device's peak by the operations of `gmm_jepa.flops`. Our side
+includes the loader (reading, masks, noise) in the same process; the plain side is handed its audio
+and masks. JSON lines go to ``bench/results/train.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import resource
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from bench.peaks import peaks_of
+from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
+from bench.records import append, surroundings, take_turns
+from gmm_jepa import flops
+from gmm_jepa.config import PRESETS, Recipe
+from gmm_jepa.data.audio import SAMPLE_RATE_HZ
+from gmm_jepa.data.base import Corpus
+from gmm_jepa.data.loader import Batch, make_loader
+from gmm_jepa.gmm import GaussianMixture
+from gmm_jepa.models import export_published
+from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.state import TrainState
+from gmm_jepa.train.trainer import batch_plan, training_step
+
+PROOF_STEPS = 3
+PROOF_TOLERANCE = 1e-4
+
+
+class MemoryCorpus(Corpus):
+    """Utterances of equal length in memory: modulated noise, so that no frame is like the next."""
+
+    def __init__(self, n_utterances: int, seconds: float) -> None:
+        rng = np.random.default_rng(0)
+        n_samples = round(seconds * SAMPLE_RATE_HZ)
+        self.durations_samples = np.full(n_utterances, n_samples, np.int64)
+        level = np.repeat(rng.uniform(0, 0.2, (n_utterances, n_samples // 800 + 1)), 800, axis=1)
+        noise = rng.standard_normal((n_utterances, n_samples), np.float32)
+        self._samples = (noise * level[:, :n_samples]).astype(np.float32)
+
+    @property
+    def fingerprint(self) -> str:
+        """Never compared."""
+        return "memory"
+
+    def entry(self, i: int) -> dict:
+        """Its number."""
+        return {"id": i}
+
+    def locate(self, i: int) -> tuple[str, int | None, str | None]:
+        """Nowhere."""
+        return f"utterance {i}", None, None
+
+    def _read(self, i: int, start: int, n: int) -> np.ndarray:
+        return self._samples[i, start : start + n]
+
+
+def sized(recipe: Recipe, rows: int | None, seconds: float | None, precision: str) -> Recipe:
+    """The recipe with batches of so many rows of so many seconds."""
+    seconds = seconds or recipe.data.max_segment_s
+    batch_s = rows * seconds if rows else recipe.data.batch_s
+    data = dataclasses.replace(
+        recipe.data, max_segment_s=seconds, batch_s=batch_s, min_segment_s=seconds / 2
+    )
+    train = dataclasses.replace(recipe.train, precision=precision)
+    return dataclasses.replace(recipe, data=data, train=train)
+
+
+def quiet(recipe: Recipe) -> Recipe:
+    """Without dropout and augmentation."""
+    return dataclasses.replace(
+        recipe,
+        encoder=dataclasses.replace(recipe.encoder, dropout=0.0),
+        objective=dataclasses.replace(recipe.objective, mix_probability=0.0, noise_probability=0.0),
+    )
+
+
+def mixture_of(recipe: Recipe) -> GaussianMixture:
+    """Some mixture of the recipe's size; what it is does not change the work."""
+    rng = np.random.default_rng(0)
+    K, D = recipe.mixture.n_components, recipe.front_end.n_mels
+    mixture = GaussianMixture(n_components=K)
+    mixture.weights_ = np.full(K, 1.0 / K)
+    mixture.means_ = rng.normal(-5.0, 3.0, (K, D))
+    mixture.covariances_ = rng.uniform(0.5, 2.0, (K, D))
+    return mixture
+
+
+class Ours:
+    """The package's step: loader, losses, update, teacher."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, device: torch.device) -> None:
+        self.recipe, self.peers = recipe, Processes(rank=0, world_size=1, device=device)
+        self.mixture = mixture_of(recipe)
+        self.state = TrainState(recipe, self.mixture, self.peers)
+        self.state.model.train()
+        self.batches = self._endless(corpus)
+
+    def _endless(self, corpus: Corpus) -> Iterator[Batch]:
+        recipe = self.recipe
+        prepare = MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed)
+        return make_loader(
+            corpus,
+            batch_plan(corpus, recipe),
+            stop_step=1 << 30,
+            pin_memory=self.peers.device.type == "cuda",
+            prepare=prepare,
+        )
+
+    def __call__(self) -> None:
+        """One step."""
+        training_step(self.state, next(self.batches), self.recipe, self.peers)
+
+
+class Plain:
+    """The peer's step on the batches of the same loader, made beforehand."""
+
+    def __init__(self, recipe: Recipe, ours: Ours, batches: list[Batch], *, augment: bool) -> None:
+        train, objective = recipe.train, recipe.objective
+        device = ours.peers.device
+        self.recipe = recipe
+        self.batches = [(b.waveform.to(device), ~b.extras["mask"].to(device)) for b in batches]
+        log_weights, means, variances = ours.mixture.mixture(device=device)
+        self.step = PlainStep(
+            recipe.encoder,
+            PlainMixture(means, variances, log_weights.exp()),
+            PlainSettings(
+                learning_rate=train.learning_rate,
+                betas=train.betas,
+                weight_decay=train.weight_decay,
+                clip_norm=train.clip_norm,
+                teacher_decay=train.teacher_decay,
+                temperature=objective.temperature,
+                unmasked_weight=objective.unmasked_weight,
+                augment=augment,
+                autocast=train.precision == "bf16",
+            ),
+            device,
+        )
+        self.step.load(export_published(ours.state.model))
+        self.turn = 0
+
+    def __call__(self) -> float:
+        """One step; its loss."""
+        clean, keep = self.batches[self.turn % len(self.batches)]
+        self.turn += 1
+        return self.step(clean, keep, self.recipe.objective.anchor_start)
+
+
+def prove(recipe: Recipe, corpus: Corpus, device: torch.device) -> list[tuple[float, float]]:
+    """Losses of the first steps, ours and the peer's; SystemExit where they differ."""
+    recipe = quiet(
+        dataclasses.replace(
+            recipe,
+            train=dataclasses.replace(
+                recipe.train, precision="fp32", warmup_share=0.0, learning_rate_schedule="constant"
+            ),
+        )
+    )
+    objective = dataclasses.replace(recipe.objective, anchor_schedule="constant")
+    recipe = dataclasses.replace(recipe, objective=objective)
+    ours = Ours(recipe, corpus, device)
+    batches = [next(ours.batches) for _ in range(PROOF_STEPS)]
+    plain = Plain(recipe, ours, batches, augment=False)
+    pairs = []
+    for batch in batches:
+        (part,) = micro_batches(batch, 1, unmasked_weight=recipe.objective.unmasked_weight)
+        with torch.no_grad():
+            part = type(part)(*(tensor.to(device) for tensor in part))
+            own = ours.state.forward(part, recipe.objective.anchor_start).total.item()
+        training_step(ours.state, batch, recipe, ours.peers)
+        pairs.append((own, plain()))
+    worst = max(abs(a - b) / abs(b) for a, b in pairs)
+    if not worst < PROOF_TOLERANCE:
+        raise SystemExit(f"losses differ by {worst:.1e}: {pairs}")
+    return pairs
+
+
+def memory_growth(side: str, recipe: Recipe, rows: int, seconds: float) -> float:
+    """Bytes by which one side's steps raise the peak of a fresh CPU process."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_grown, (side, recipe, rows, seconds))
+
+
+def _grown(side: str, recipe: Recipe, rows: int, seconds: float) -> float:
+    ours = Ours(recipe, MemoryCorpus(2 * rows, seconds), torch.device("cpu"))
+    step = ours if side == "ours" else Plain(recipe, ours, [next(ours.batches)], augment=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def cuda_peak(step) -> float:
+    """Bytes of the allocator's peak during a step."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return float(torch.cuda.max_memory_allocated())
+
+
+def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, repeats: int) -> dict:
+    """Both sides in turn."""
+    corpus = MemoryCorpus(4 * rows, seconds)
+    ours = Ours(recipe, corpus, device)
+    plain = Plain(recipe, ours, [next(ours.batches) for _ in range(4)], augment=True)
+    times = take_turns({"ours": ours, "plain": plain}, repeats, device=device.type)
+    if device.type == "cuda":
+        memory = {name: cuda_peak(step) for name, step in (("ours", ours), ("plain", plain))}
+    else:
+        memory = {side: memory_growth(side, recipe, rows, seconds) for side in ("ours", "plain")}
+    audio_s = rows * seconds
+    work = flops.training_step_flops(
+        recipe.encoder,
+        round(seconds * SAMPLE_RATE_HZ),
+        n_rows=rows,
+        n_clusters=recipe.mixture.n_components,
+    )
+    peaks = peaks_of(device.type)
+    unit = "bfloat16" if recipe.train.precision == "bf16" else "float32"
+    share = None
+    if peaks is not None:
+        share = work / times["ours"]["median"] / peaks.flops_per_s[unit]
+    return {
+        "audio_s_per_s": {side: audio_s / t["median"] for side, t in times.items()},
+        "step_s": times,
+        "times_as_fast_as_plain": times["plain"]["median"] / times["ours"]["median"],
+        "peak_memory_mb": {side: round(value / 1e6) for side, value in memory.items()},
+        "tflop_per_s": work / times["ours"]["median"] / 1e12,
+        "share_of_peak": share,
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--rows", type=int, help="utterances in a batch")
+    parser.add_argument("--seconds", type=float, help="of each utterance")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    for precision in options.precision:
+        recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
+        seconds = recipe.data.max_segment_s
+        rows = round(recipe.data.batch_s / seconds)
+        pairs = prove(recipe, MemoryCorpus(4 * rows, seconds), device)
+        found = measure(recipe, rows, seconds, device, options.repeats)
+        rate = found["audio_s_per_s"]
+        print(
+            f"{options.preset}, {rows} x {seconds:g} s, {precision}: ours {rate['ours']:.1f} audio "
+            f"s/s, plain {rate['plain']:.1f}, {found['times_as_fast_as_plain']:.2f} times as fast, "
+            f"peak memory {found['peak_memory_mb']} MB"
+        )
+        line = {"name": "train_step", "preset": options.preset, "precision": precision}
+        line |= {"shape": {"rows": rows, "seconds": seconds}, "losses_ours_plain": pairs}
+        append("train", {**line, **found, **surroundings(options.device)})
+
+
+if __name__ == "__main__":
+    main()
