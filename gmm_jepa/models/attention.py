@@ -28,18 +28,23 @@ class GatedRelativeBias(nn.Module):
 
     def table(self, n_frames: int) -> Tensor:
         """(H, 2 T - 1): the bias of relative position rel = key - query at column rel + T - 1."""
-        device = self.embedding.weight.device
-        relative = torch.arange(1 - n_frames, n_frames, device=device)
-        buckets = relative_bucket(
-            relative, n_buckets=self.n_buckets, max_distance=self.max_distance
+        return position_table(
+            self.embedding, n_frames, n_buckets=self.n_buckets, max_distance=self.max_distance
         )
-        return self.embedding(buckets).T
 
     def gate(self, q: Tensor) -> Tensor:
         """(B, H, T, d) unscaled queries -> (B, H, T) gates."""
         vectors = torch.stack([self.gate_u, self.gate_r], dim=-1)  # (H, d, 2)
         u, r = torch.sigmoid(q @ vectors.to(q.dtype)).unbind(dim=-1)
         return 1 + u + (1 - u) * r * self.scale.to(q.dtype)[:, None]
+
+
+def position_table(
+    embedding: nn.Embedding, n_frames: int, *, n_buckets: int, max_distance: int
+) -> Tensor:
+    """(H, 2 T - 1): the embedding (n_buckets, H) of rel = key - query at column rel + T - 1."""
+    relative = torch.arange(1 - n_frames, n_frames, device=embedding.weight.device)
+    return embedding(relative_bucket(relative, n_buckets=n_buckets, max_distance=max_distance)).T
 
 
 def relative_bucket(relative: Tensor, *, n_buckets: int, max_distance: int) -> Tensor:
@@ -81,7 +86,12 @@ def gated_bias_attention(
         (B, H, T, d).
     """
     n_frames = q.shape[2]
-    by_position = table.unfold(1, n_frames, 1).flip(1)  # (H, T, T): row i, column j
+    # Row r, column j of the windows is table[r + j]; upside down, row i is r = T - 1 - i. (As
+    # strides, because `unfold` fixes T when the model is exported.)
+    windows = table.contiguous().as_strided(
+        (len(table), n_frames, n_frames), (2 * n_frames - 1, 1, 1)
+    )
+    by_position = windows.flip(1)  # (H, T, T)
     bias = by_position * gate[..., None]
     if key_lengths is not None:
         bias = bias.masked_fill(~key_mask(key_lengths, n_frames), -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.padding import Count, stage_length
@@ -48,6 +48,8 @@ class ConformerConfig:
     """Dropout probability everywhere."""
     unit_rms: bool = False
     """Divide every utterance by its RMS before the first convolution (published: off)."""
+    aggregation: Literal["attention", "last"] = "attention"
+    """The output: the layers' weighted sum, or the last block's (published WavLM-style)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -72,6 +74,7 @@ class ConformerConfig:
             self, "max_distance", self.max_distance > near, f"more than n_buckets / 4 = {near}"
         )
         _require(self, "dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        _require(self, "aggregation", self.aggregation in ("attention", "last"), "attention, last")
 
     @property
     def hop_samples(self) -> int:

@@ -6,37 +6,21 @@ of the row alone and unpadded, to rounding. See `gmm_jepa.models.padding`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmm_jepa.errors import InputError
 from gmm_jepa.models.attention import GatedRelativeBias, attention, gated_bias_attention
 from gmm_jepa.models.config import AGGREGATION_HEADS, ConformerConfig
 from gmm_jepa.models.convolution import FrameConv
+from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import FrontEnd
 from gmm_jepa.models.padding import (
-    Count,
     FrameGroupNorm,
     FrameMask,
     mean_over_frames,
     zero_padding,
 )
-
-
-class EncoderOutput(NamedTuple):
-    """What an encoder makes of a batch of B waveforms; frames past a row's length are zero."""
-
-    output: Tensor
-    """(B, T, D), the weighted sum of the layers, z."""
-    layers: tuple[Tensor, ...]
-    """The projection's output and every block's, each (B, T, D)."""
-    layer_weights: Tensor
-    """(B, len(layers)), rows sum to one."""
-    lengths_frames: Tensor
-    """(B,) int64, real frames of each row."""
 
 
 class FeedForward(nn.Module):
@@ -155,12 +139,11 @@ class LayerAggregation(nn.Module):
         return total, weights
 
 
-class ConformerEncoder(nn.Module):
-    """Waveform to frames of width ``config.code_dim``, one every ``hop_samples``."""
+class ConformerEncoder(Encoder[ConformerConfig]):
+    """Strided front end, conformer blocks, layer aggregation."""
 
     def __init__(self, config: ConformerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.front_end = FrontEnd(config)
         self.relative_bias = (
             GatedRelativeBias(
@@ -173,62 +156,20 @@ class ConformerEncoder(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.layers))
-        self.aggregation = LayerAggregation(config.code_dim)
+        self.aggregation = (
+            LayerAggregation(config.code_dim) if config.aggregation == "attention" else None
+        )
 
-    @property
-    def hop_samples(self) -> int:
-        """Samples from one frame's centre to the next."""
-        return self.config.hop_samples
-
-    @property
-    def frame_centre_samples(self) -> float:
-        """Sample on which frame 0 is centred, by stride and padding arithmetic."""
-        return self.config.frame_centre_samples
-
-    def n_frames(self, n_samples: Count) -> Count:
-        """Frames made of so many samples (an int, or an integer tensor)."""
-        return self.config.n_frames(n_samples)
-
-    def forward(self, waveform: Tensor, lengths_samples: Tensor | None = None) -> EncoderOutput:
-        """Encode a padded batch.
-
-        Args:
-            waveform: (B, S) float, in [-1, 1]. Padding may hold anything, even NaN.
-            lengths_samples: (B,) integer, real samples of each row, 0 to S; None says that all
-                are real and takes the faster path without masks.
-
-        Raises:
-            InputError: shapes do not fit.
-        """
-        _check_batch(waveform, lengths_samples)
-        if lengths_samples is not None:
-            lengths_samples = lengths_samples.to(waveform.device, torch.int64)
-        n_frames = self.n_frames(waveform.shape[1])
-        if n_frames == 0:  # shorter than one frame: run one frame of padding, return none
-            lengths_samples = waveform.new_zeros(len(waveform), dtype=torch.int64)
-            waveform = F.pad(waveform, (0, 2 * self.hop_samples - waveform.shape[1]))
-        x, mask = self.front_end(waveform, lengths_samples)
+    def blocks_of(self, x: Tensor, mask: FrameMask | None) -> list[Tensor]:
+        """Frames (B, T, D) with zero padding -> the output of every block, the same."""
         bias = self.relative_bias
         table = None if bias is None else bias.table(x.shape[1])
-        layers = [x]
+        layers = []
         for block in self.blocks:
             x = block(x, mask, bias, table)
             layers.append(x)
-        output, weights = self.aggregation(tuple(layers), mask)
-        lengths = torch.full((len(x),), n_frames, device=x.device) if mask is None else mask.lengths
-        return EncoderOutput(
-            output[:, :n_frames], tuple(layer[:, :n_frames] for layer in layers), weights, lengths
-        )
+        return layers
 
-
-def _check_batch(waveform: Tensor, lengths_samples: Tensor | None) -> None:
-    if waveform.dim() != 2 or not waveform.is_floating_point():
-        raise InputError(
-            f"waveform: expected a float tensor (batch, samples), "
-            f"got {waveform.dtype} of shape {tuple(waveform.shape)}"
-        )
-    if lengths_samples is not None and lengths_samples.shape != waveform.shape[:1]:
-        raise InputError(
-            f"lengths_samples: expected one length a row, shape ({waveform.shape[0]},), "
-            f"got {tuple(lengths_samples.shape)}"
-        )
+    def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
+        """Layers, each (B, T, D) -> output (B, T, D) and the layers' weights (B, L)."""
+        return last_layer(layers) if self.aggregation is None else self.aggregation(layers, mask)

@@ -28,14 +28,16 @@ class FrameConv(nn.Module):
         padding: int = 0,
         dilation: int = 1,
         groups: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel))
-        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         bound = 1 / math.sqrt(in_channels // groups * kernel)  # nn.Conv1d's own default
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_channels) -> (B, T', out_channels); padding frames of x must be zero."""

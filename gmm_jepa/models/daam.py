@@ -111,8 +111,8 @@ def density_weights(
     std = (variance + 1e-8).sqrt()
     log_density = torch.zeros_like(chunk)
     for offset, width in zip(offsets, widths):
-        y = ((chunk - (mean + offset)) / std).clamp(-10, 10)
-        c2 = width.clamp(0.01, 10).square() + 1e-8
+        y = ((chunk - (mean + offset)) / std).clamp(-10.0, 10.0)
+        c2 = width.clamp(0.01, 10.0).square() + 1e-8
         log_density = log_density - y.square() / (2 * c2)
     if valid is not None:
         log_density = log_density.masked_fill(~valid, _HIDDEN)

@@ -9,6 +9,7 @@ from gmm_jepa.models.attention import GatedRelativeBias
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.conformer import ConformerBlock
 from gmm_jepa.models.padding import FrameMask, zero_padding
+from gmm_jepa.models.transformer import TransformerConfig
 
 
 class ClusterBlock(nn.Module):
@@ -44,6 +45,25 @@ class ClusterHead(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.out_proj(self.out_norm(x))
+
+
+def build_predictor(config: ConformerConfig | TransformerConfig) -> nn.Module:
+    """The published predictor over an encoder of this config."""
+    kind = FramePredictor if isinstance(config, TransformerConfig) else Predictor
+    return kind(config)
+
+
+class FramePredictor(nn.Module):
+    """Linear, GELU, linear, each frame for itself: the published one over the transformer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.code_dim, config.code_dim)
+        self.out_proj = nn.Linear(config.code_dim, config.code_dim)
+
+    def forward(self, z: Tensor, mask: FrameMask | None, bias: nn.Module | None) -> Tensor:
+        """(B, T, D) -> (B, T, D) with zero padding; no attention, so `bias` is not used."""
+        return zero_padding(self.out_proj(F.gelu(self.in_proj(z))).to(z.dtype), mask)
 
 
 class Predictor(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmm_jepa.models import ConformerConfig
+from gmm_jepa.models import ConformerConfig, TransformerConfig
 
 SMALL = ConformerConfig(
     channels=(4, 6, 8, 10),
@@ -20,6 +20,9 @@ SMALL = ConformerConfig(
     daam=False,
     relative_bias=False,
     dropout=0.0,
+)
+TRANSFORMER = TransformerConfig(
+    conv_dim=6, code_dim=16, layers=2, heads=2, ffn_dim=24, dropout=0.0, unit_rms=True
 )
 FULL = replace(SMALL, daam=True, relative_bias=True, unit_rms=True)
 

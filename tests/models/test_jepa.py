@@ -16,7 +16,7 @@ from .small import FULL, SMALL, ragged_batch, shake
 def loss_of(model: JepaModel, lengths: list[int]) -> torch.Tensor:
     waveform, lengths_samples = ragged_batch(lengths)
     out = model.encode(waveform, lengths_samples)
-    target = model.teach(waveform, lengths_samples)
+    target = model.teach(waveform, lengths_samples).output
     keep = torch.rand(out.output.shape[:2]) > 0.5
     prediction = model.predict(out.output, keep, out.lengths_frames)
     logits = model.cluster_head(out.output)
@@ -47,7 +47,7 @@ def test_teacher_starts_as_the_online_encoder_and_follows_it() -> None:
     waveform, lengths = ragged_batch([4000, 3000])
     model.eval()
     z = model.encode(waveform, lengths).output
-    torch.testing.assert_close(model.teach(waveform, lengths), z)
+    torch.testing.assert_close(model.teach(waveform, lengths).output, z)
     before = [p.clone() for p in model.teacher.parameters()]
     shake(model.online)
     model.update_teacher(0.9)
@@ -60,9 +60,9 @@ def test_teacher_takes_no_gradient_and_no_dropout() -> None:
     assert model.online.training
     assert not any(module.training for module in model.teacher.modules())
     waveform, lengths = ragged_batch([4000, 3000])
-    target = model.teach(waveform, lengths)
+    target = model.teach(waveform, lengths).output
     assert not target.requires_grad
-    assert torch.equal(target, model.teach(waveform, lengths))
+    assert torch.equal(target, model.teach(waveform, lengths).output)
     first, second = (model.encode(waveform, lengths).output for _ in range(2))
     assert not torch.equal(first, second)
 

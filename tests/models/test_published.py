@@ -14,7 +14,18 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.models import JepaModel, export_published, load_published
 from gmm_jepa.models.published import published_config
 
-from .small import FULL, SMALL, shake
+from .small import FULL, SMALL, TRANSFORMER, shake
+
+KINDS = {
+    "conformer": (FULL, {}),
+    "conformer without DAAM": (SMALL, {}),
+    "conformer without position bias": (replace(FULL, relative_bias=False), {}),
+    "transformer": (TRANSFORMER, {}),
+    "WavLM-style": (
+        replace(FULL, aggregation="last"),
+        {"cluster_head": "linear", "predicts": False},
+    ),
+}
 
 
 def write(folder: Path, model: JepaModel, change: Any = None) -> tuple[Path, Path]:
@@ -28,9 +39,10 @@ def write(folder: Path, model: JepaModel, change: Any = None) -> tuple[Path, Pat
     return checkpoint, config
 
 
-@pytest.mark.parametrize("config", [SMALL, FULL, replace(FULL, relative_bias=False)])
-def test_round_trip(tmp_path: Path, config: Any) -> None:
-    model = shake(JepaModel(config, n_clusters=5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(tmp_path: Path, kind: str) -> None:
+    config, options = KINDS[kind]
+    model = shake(JepaModel(config, n_clusters=5, **options))
     loaded = load_published(*write(tmp_path, model))
     assert loaded.config == config
     assert loaded.n_clusters == 5
@@ -62,5 +74,24 @@ def test_refusals(tmp_path: Path, change: Any, message: str) -> None:
 def test_other_kinds_are_refused(tmp_path: Path) -> None:
     checkpoint, config = write(tmp_path, JepaModel(SMALL, n_clusters=5))
     config.write_text(json.dumps({"kind": "wavlm"}))
-    with pytest.raises(InputError, match="expected kind 'jepa_conformer', got 'wavlm'"):
+    with pytest.raises(InputError, match="expected kind jepa_conformer or .*, got 'wavlm'"):
         load_published(checkpoint, config)
+
+
+def test_a_model_without_a_published_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="no published kind has a ConformerEncoder"):
+        export_published(JepaModel(SMALL, n_clusters=5, cluster_head="linear"))
+    with pytest.raises(InputError, match="no published kind"):
+        export_published(JepaModel(replace(SMALL, aggregation="last"), n_clusters=5))
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    checkpoint, config = write(tmp_path, JepaModel(SMALL, n_clusters=5))
+    torch.save([1, 2], checkpoint)
+    with pytest.raises(InputError, match="expected a dictionary, got list"):
+        load_published(checkpoint, config)
+    checkpoint.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="not readable"):
+        load_published(checkpoint, config)
+    with pytest.raises(InputError, match="no such file"):
+        load_published(tmp_path / "absent.pt", config)
