@@ -74,7 +74,7 @@ def test_refusals(tmp_path: Path, change: Any, message: str) -> None:
 def test_other_kinds_are_refused(tmp_path: Path) -> None:
     checkpoint, config = write(tmp_path, JepaModel(SMALL, n_clusters=5))
     config.write_text(json.dumps({"kind": "wavlm"}))
-    with pytest.raises(InputError, match="expected kind jepa_conformer or .*, got 'wavlm'"):
+    with pytest.raises(InputError, match=r"expected kind jepa_conformer or .*, got 'wavlm'"):
         load_published(checkpoint, config)
 
 

@@ -19,12 +19,12 @@ def test_frames_and_their_places() -> None:
     config = TransformerConfig()
     assert config.hop_samples == 320
     assert config.n_frames(32_000) == 99
-    assert [config.n_frames(n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
-    # Frame 0 sees samples 0 to 399 and is centred between 199 and 200: by the receptive field.
+    assert [config.n_frames(n) for n in (0, 639, 640, 959, 960)] == [0, 0, 1, 1, 2]
+    # Frame 0 sees samples 0 to 639 and lies in their middle.
     field = 1
     for kernel, stride in zip(KERNELS[::-1], STRIDES[::-1]):
         field = (field - 1) * stride + kernel
-    assert field == 400
+    assert field == 640
     assert config.frame_centre_samples == (field - 1) / 2
 
 
@@ -33,7 +33,7 @@ def test_padding_changes_nothing(relative_bias: bool) -> None:
     torch.manual_seed(0)
     encoder = shake(TransformerEncoder(replace(TRANSFORMER, relative_bias=relative_bias)))
     encoder = encoder.double().eval()
-    lengths = [9000, 5200, 720, 400, 399, 0]
+    lengths = [9000, 5200, 960, 640, 639, 0]
     waveform, lengths_samples = ragged_batch(lengths, padding=float("nan"))
     padded = encoder(waveform.double(), lengths_samples)
     for row, n_samples in enumerate(lengths):
