@@ -1,4 +1,4 @@
-"""A mixture on disk: safetensors with the front end it belongs to; and the published layout."""
+"""Clusters on disk: safetensors with the front end they belong to; and the published layouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,29 @@ from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
 from gmm_jepa.gmm.estimator import GaussianMixture
+from gmm_jepa.gmm.kmeans import KMeans
 from gmm_jepa.ops import Mixture
 
-FORMAT = "gmm-jepa-mixture"
 FORMAT_VERSION = 1
 # The published code adds this to the stored covariances whenever it computes posteriors.
 PUBLISHED_VARIANCE_OFFSET = 1e-6
 
-_TENSORS = ("weights", "means", "covariances")
+
+class _Kind(NamedTuple):
+    """One kind of file."""
+
+    name: str
+    """what it holds, in words and as the key of its description"""
+    tensors: tuple[str, ...]
+
+    @property
+    def format(self) -> str:
+        """Its mark."""
+        return f"gmm-jepa-{self.name}"
+
+
+MIXTURE = _Kind("mixture", ("weights", "means", "covariances"))
+KMEANS = _Kind("kmeans", ("cluster_centers",))
 
 
 def save_mixture(
@@ -44,14 +59,7 @@ def save_mixture(
         InputError: the mixture is not fitted, or the front end gives other features than it has.
         ImportError: safetensors is absent.
     """
-    safetensors = require("safetensors.torch", extra="train")
     gm.check_fitted()
-    if front_end is not None and front_end.n_mels != gm.n_features_in_:
-        raise InputError(
-            f"front_end: expected {gm.n_features_in_} mels as the mixture has features, "
-            f"got {front_end.describe()}"
-        )
-    arrays = {name: np.ascontiguousarray(getattr(gm, f"{name}_")) for name in _TENSORS}
     description = {
         "n_components": gm.means_.shape[0],
         "n_features": gm.means_.shape[1],
@@ -64,18 +72,9 @@ def save_mixture(
         "n_reseeded": gm.n_reseeded_,
         "n_frames": gm.n_frames_,
         "lower_bounds": gm.lower_bounds_,
-        "front_end": None if front_end is None else front_end.to_dict(),
     }
-    text = json.dumps(description, sort_keys=True)
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "mixture": text,
-        "sha256": _hash(arrays, text),
-    }
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    with written_aside(Path(path)) as aside:
-        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+    arrays = {name: getattr(gm, f"{name}_") for name in MIXTURE.tensors}
+    _save(path, MIXTURE, arrays, description, front_end)
 
 
 def load_mixture(
@@ -92,23 +91,7 @@ def load_mixture(
         InputError: the file is missing, damaged, of another kind, or of another front end.
         ImportError: safetensors is absent.
     """
-    metadata, arrays = _read(Path(path))
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path}: not a mixture file (format {metadata.get('format')!r})")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise InputError(
-            f"{path}: format version {metadata.get('format_version')}, expected {FORMAT_VERSION}"
-        )
-    if set(arrays) != set(_TENSORS) or metadata.get("sha256") != _hash(
-        arrays, metadata.get("mixture", "")
-    ):
-        raise InputError(f"{path}: damaged, its content does not match its sha256")
-    description = json.loads(metadata["mixture"])
-    stored = description["front_end"]
-    stored_spec = None if stored is None else LogMelSpec.from_dict(stored)
-    if front_end is not None and stored_spec != front_end:
-        found = "names no front end" if stored_spec is None else f"has {stored_spec.describe()}"
-        raise InputError(f"{path}: {found}; expected {front_end.describe()}")
+    arrays, description, stored_spec = _load(path, MIXTURE, front_end)
     gm = _fitted(arrays["weights"], arrays["means"], arrays["covariances"])
     for name in ("tol", "max_iter", "variance_floor", "n_init_frames", "random_state"):
         setattr(gm, name, description[name])
@@ -125,6 +108,54 @@ def load_mixture(
     return gm
 
 
+def save_kmeans(
+    path: str | os.PathLike[str], kmeans: KMeans, front_end: LogMelSpec | None = None
+) -> None:
+    """Write fitted centroids, float64 ``cluster_centers`` (K, D), as `save_mixture` does.
+
+    Raises:
+        InputError: nothing was fitted, or the front end gives other features than it has.
+        ImportError: safetensors is absent.
+    """
+    kmeans.check_fitted()
+    description = {
+        "n_clusters": kmeans.n_clusters,
+        "tol": kmeans.tol,
+        "max_iter": kmeans.max_iter,
+        "n_init_frames": kmeans.n_init_frames,
+        "random_state": kmeans.random_state,
+        "inertia": kmeans.inertia_,
+        "n_iter": kmeans.n_iter_,
+    }
+    _save(path, KMEANS, {"cluster_centers": kmeans.cluster_centers_}, description, front_end)
+
+
+def load_kmeans(path: str | os.PathLike[str], *, front_end: LogMelSpec | None = None) -> KMeans:
+    """Read what `save_kmeans` wrote; arguments and errors as in `load_mixture`."""
+    arrays, description, stored_spec = _load(path, KMEANS, front_end)
+    kmeans = KMeans(description["n_clusters"])
+    for name in ("tol", "max_iter", "n_init_frames", "random_state"):
+        setattr(kmeans, name, description[name])
+    kmeans.set_centers(arrays["cluster_centers"])
+    kmeans.inertia_, kmeans.n_iter_ = description["inertia"], description["n_iter"]
+    kmeans.front_end_ = stored_spec
+    return kmeans
+
+
+def load_published_kmeans(path: str | os.PathLike[str]) -> KMeans:
+    """Read a published ``kmeans.pt``: a dictionary with ``centroids`` (K, D).
+
+    Raises:
+        InputError: the file is missing, damaged or of another layout.
+    """
+    (centroids,) = _published(path, ("centroids",), "k-means")
+    if centroids.ndim != 2:
+        raise InputError(f"{path}: expected centroids (K, D), got {centroids.shape}")
+    kmeans = KMeans(centroids.shape[0])
+    kmeans.set_centers(centroids)
+    return kmeans
+
+
 def load_published(path: str | os.PathLike[str]) -> GaussianMixture:
     """Read a published ``gmm.pt``: a dictionary with ``means``, ``covariances`` and ``weights``.
 
@@ -134,14 +165,7 @@ def load_published(path: str | os.PathLike[str]) -> GaussianMixture:
     Raises:
         InputError: the file is missing, damaged or of another layout.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a published mixture ({_first_line(error)})") from error
-    missing = [name for name in _TENSORS if name not in content] if _is_dict(content) else _TENSORS
-    if missing:
-        raise InputError(f"{path}: not a published mixture, no {missing[0]!r}")
-    weights, means, covariances = (content[name].double().numpy() for name in _TENSORS)
+    weights, means, covariances = _published(path, MIXTURE.tensors, "mixture")
     if means.ndim != 2 or covariances.shape != means.shape or weights.shape != means.shape[:1]:
         raise InputError(
             f"{path}: expected weights (K,), means (K, D), covariances (K, D), got "
@@ -159,26 +183,86 @@ def _fitted(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> 
     return gm
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def _published(path: str | os.PathLike[str], names: tuple[str, ...], what: str) -> list[np.ndarray]:
+    """Entries of a published file, float64; nothing is unpickled but tensors and plain values."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a published {what} ({_first_line(error)})") from error
+    missing = [name for name in names if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise InputError(f"{path}: not a published {what}, no {missing[0]!r}")
+    return [content[name].double().numpy() for name in names]
+
+
+def _save(
+    path: str | os.PathLike[str],
+    kind: _Kind,
+    arrays: dict[str, np.ndarray],
+    description: dict[str, Any],
+    front_end: LogMelSpec | None,
+) -> None:
+    safetensors = require("safetensors.torch", extra="train")
+    n_features = arrays[kind.tensors[-1]].shape[1]
+    if front_end is not None and front_end.n_mels != n_features:
+        raise InputError(
+            f"front_end: expected {n_features} mels as the {kind.name} has features, "
+            f"got {front_end.describe()}"
+        )
+    described = {**description, "front_end": None if front_end is None else front_end.to_dict()}
+    arrays = {name: np.ascontiguousarray(arrays[name]) for name in kind.tensors}
+    text = json.dumps(described, sort_keys=True)
+    metadata = {
+        "format": kind.format,
+        "format_version": str(FORMAT_VERSION),
+        kind.name: text,
+        "sha256": _hash(arrays, kind.tensors, text),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with written_aside(Path(path)) as aside:
+        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+
+
+def _load(
+    path: str | os.PathLike[str], kind: _Kind, front_end: LogMelSpec | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], LogMelSpec | None]:
+    """Tensors, description and front end of a file of one kind."""
+    metadata, arrays = _read(Path(path), kind)
+    if metadata.get("format") != kind.format:
+        raise InputError(f"{path}: not a {kind.name} file (format {metadata.get('format')!r})")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise InputError(
+            f"{path}: format version {metadata.get('format_version')}, expected {FORMAT_VERSION}"
+        )
+    if set(arrays) != set(kind.tensors) or metadata.get("sha256") != _hash(
+        arrays, kind.tensors, metadata.get(kind.name, "")
+    ):
+        raise InputError(f"{path}: damaged, its content does not match its sha256")
+    description = json.loads(metadata[kind.name])
+    stored = description["front_end"]
+    stored_spec = None if stored is None else LogMelSpec.from_dict(stored)
+    if front_end is not None and stored_spec != front_end:
+        found = "names no front end" if stored_spec is None else f"has {stored_spec.describe()}"
+        raise InputError(f"{path}: {found}; expected {front_end.describe()}")
+    return arrays, description, stored_spec
+
+
+def _read(path: Path, kind: _Kind) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     safetensors = require("safetensors", extra="train")
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             return dict(file.metadata() or {}), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a mixture file ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a {kind.name} file ({_first_line(error)})") from error
 
 
-def _hash(arrays: dict[str, np.ndarray], text: str) -> str:
+def _hash(arrays: dict[str, np.ndarray], tensors: tuple[str, ...], text: str) -> str:
     digest = hashlib.sha256(text.encode())
-    for name in _TENSORS:
+    for name in tensors:
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _is_dict(content: Any) -> bool:
-    return isinstance(content, dict)
 
 
 def _first_line(error: BaseException) -> str:

@@ -82,16 +82,21 @@ def start_from(
         whole sample.
     """
     if centroids is None:
-        n_choice = min(sample.shape[0], CHOICE_FRAMES * n_components)
-        choice = np.sort(random.choice(sample.shape[0], n_choice, replace=False))
-        centroids = kmeans_plus_plus(sample[torch.from_numpy(choice)], n_components, random)
+        centroids = first_centroids(sample, n_components, random)
         for _ in range(LLOYD_STEPS):
-            groups = _group(sample, centroids)
+            groups = hard_statistics(sample, centroids)
             n = groups.counts[:, None]
             centroids = torch.where(n > 0, groups.first / n.clamp_min(1.0), centroids)
     spread = sample.double().var(0, correction=0).expand_as(centroids)
     blank = Mixture(torch.zeros(n_components, dtype=torch.float64), centroids, spread)
-    return maximisation(_group(sample, centroids), blank, variance_floor)
+    return maximisation(hard_statistics(sample, centroids), blank, variance_floor)
+
+
+def first_centroids(sample: Tensor, n_centroids: int, random: np.random.Generator) -> Tensor:
+    """k-means++ on as much of the sample (n, D) as is worth it: (K, D) float64."""
+    n_choice = min(sample.shape[0], CHOICE_FRAMES * n_centroids)
+    choice = np.sort(random.choice(sample.shape[0], n_choice, replace=False))
+    return kmeans_plus_plus(sample[torch.from_numpy(choice)], n_centroids, random)
 
 
 def kmeans_plus_plus(frames: Tensor, n_centroids: int, random: np.random.Generator) -> Tensor:
@@ -124,14 +129,18 @@ def kmeans_plus_plus(frames: Tensor, n_centroids: int, random: np.random.Generat
     return frames[chosen].double()
 
 
-def _group(sample: Tensor, centroids: Tensor) -> EMStatistics:
-    """Statistics of the sample with all responsibility on the nearest centroid."""
-    labels, _ = kmeans_assign(sample, centroids)
-    x = sample.double()
-    zeros = torch.zeros_like(centroids)
+def hard_statistics(frames: Tensor, centroids: Tensor) -> EMStatistics:
+    """Statistics of frames (n, D) with all responsibility on the nearest of centroids (K, D).
+
+    The log-likelihood's place is taken by minus the sum of squared distances. float64, on the
+    frames' device.
+    """
+    labels, distances = kmeans_assign(frames, centroids)
+    x = frames.double()
+    zeros = x.new_zeros(centroids.shape)
     return EMStatistics(
         torch.bincount(labels, minlength=centroids.shape[0]).double(),
         zeros.index_add(0, labels, x),
         zeros.index_add(0, labels, x.square()),
-        torch.zeros((), dtype=torch.float64),
+        -distances.sum(dtype=torch.float64),
     )

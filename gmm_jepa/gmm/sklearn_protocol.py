@@ -45,7 +45,7 @@ class SklearnProtocol:
             )
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "means_")
+        return hasattr(self, "n_features_in_")  # set with the parameters
 
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import InputTags, Tags, TargetTags  # its caller is scikit-learn

@@ -1,0 +1,190 @@
+"""k-means by Lloyd's algorithm on streams of any length, from the mixture's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmm_jepa.errors import InputError
+from gmm_jepa.features import LogMelSpec
+from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed
+from gmm_jepa.gmm.estimator import GatherRows
+from gmm_jepa.gmm.seeding import first_centroids, hard_statistics, sample_stream
+from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
+from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
+from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign
+
+
+class KMeans(SklearnProtocol):
+    """k-means with scikit-learn's names, fitted on arrays or on streams.
+
+    Starts from k-means++ on a uniform sample; a pass over the frames sums counts and means in
+    float64, whatever their number. A cluster that loses all its frames takes half of a heavy one.
+
+    Args:
+        n_clusters: K.
+        tol: stops when the squared movement of all centroids together is less than `tol` times the
+            mean variance of a feature.
+        max_iter: passes over the frames at most.
+        n_init_frames: frames sampled uniformly from the stream to start from.
+        random_state: seed of the start; None draws one.
+
+    Attributes:
+        cluster_centers_: (K, D) float64 array.
+        inertia_: sum of squared distances in the last pass.
+        n_iter_: passes made.
+        n_features_in_: D.
+        front_end_: the `LogMelSpec` of the features if the file it was loaded from names one.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int = 1024,
+        *,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        n_init_frames: int = 65_536,
+        random_state: int | None = 0,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_init_frames = n_init_frames
+        self.random_state = random_state
+
+    def fit(
+        self,
+        X: Frames | Batches,
+        y: None = None,
+        *,
+        on_iteration: OnIteration | None = None,
+        all_reduce: AllReduce | None = None,
+        gather_rows: GatherRows | None = None,
+    ) -> KMeans:
+        """Fit; every iteration is one pass over `X`.
+
+        Arguments and errors as in `GaussianMixture.fit`; `on_iteration` is called with the
+        iteration and the mean squared distance.
+        """
+        self._check_parameters(all_reduce, gather_rows)
+        stream = FrameStream(X)
+        current = self._start(stream, gather_rows)
+        reseeds = torch.zeros(self.n_clusters, dtype=torch.int64)
+        for iteration in range(1, self.max_iter + 1):
+            sums = _sums(stream, current.means)
+            if all_reduce is not None:
+                sums = EMStatistics(*all_reduce(sums))
+            n_frames = float(sums.counts.sum())
+            if not bool(torch.isfinite(sums.second).all()):
+                raise InputError("X: values are too large to square; rescale the frames")
+            moved = maximisation(sums, current, variance_floor=0.0)
+            moved, n_reseeded = reseed(moved, sums.counts, reseeds)
+            shift = float((moved.means - current.means).square().sum())
+            current = moved
+            self.inertia_, self.n_iter_ = -float(sums.log_likelihood), iteration
+            if on_iteration is not None:
+                on_iteration(iteration, self.inertia_ / n_frames)
+            if shift <= self.tol * _mean_variance(sums) and not n_reseeded:
+                break
+        self.set_centers(current.means.numpy())
+        return self
+
+    def predict(self, X: Frames) -> Frames:
+        """Nearest centroid of every frame, the first of equals: (N, D) -> (N,) int64."""
+        labels = self._assigned(X)[0]
+        return labels if isinstance(X, Tensor) else labels.numpy()
+
+    def fit_predict(self, X: Frames, y: None = None) -> Frames:
+        """`fit`, then `predict` of the same (N, D) frames."""
+        return self.fit(X).predict(X)
+
+    def score(self, X: Frames, y: None = None) -> float:
+        """Minus the sum of squared distances to the nearest centroids."""
+        return -float(self._assigned(X)[1].sum(dtype=torch.float64))
+
+    def save(self, path: str | PathLike[str], *, front_end: LogMelSpec | None = None) -> None:
+        """Write to a safetensors file, see `gmm_jepa.gmm.files.save_kmeans`."""
+        from gmm_jepa.gmm.files import save_kmeans
+
+        save_kmeans(path, self, front_end)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, front_end: LogMelSpec | None = None) -> KMeans:
+        """Read from a safetensors file, see `gmm_jepa.gmm.files.load_kmeans`."""
+        from gmm_jepa.gmm.files import load_kmeans
+
+        return load_kmeans(path, front_end=front_end)
+
+    def set_centers(self, centers: np.ndarray) -> None:
+        """Take over centroids (K, D) instead of fitting some."""
+        self.cluster_centers_ = np.array(centers, dtype=np.float64)
+        self.n_features_in_ = self.cluster_centers_.shape[1]
+        self.front_end_: LogMelSpec | None = None
+
+    def _start(self, stream: FrameStream, gather_rows: GatherRows | None) -> Mixture:
+        seeds = np.random.SeedSequence(self.random_state).spawn(2)
+        sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
+        sample = sample_stream(stream, self.n_init_frames, sampling)
+        if gather_rows is not None:
+            sample = gather_rows(sample)
+        if len(sample) < self.n_clusters:
+            raise InputError(f"n_samples={len(sample)} should be >= n_clusters={self.n_clusters}.")
+        centroids = first_centroids(sample, self.n_clusters, choosing)
+        spread = sample.double().var(0, correction=0).expand_as(centroids)
+        return Mixture(torch.zeros(self.n_clusters, dtype=torch.float64), centroids, spread)
+
+    def _assigned(self, X: Frames) -> tuple[Tensor, Tensor]:
+        self.check_fitted()
+        frames = as_frames(X)
+        if frames.shape[1] != self.n_features_in_:
+            raise InputError(
+                f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        centers = torch.as_tensor(self.cluster_centers_, device=frames.device)
+        return kmeans_assign(frames, centers.to(frames.dtype))
+
+    def _check_parameters(
+        self, all_reduce: AllReduce | None, gather_rows: GatherRows | None
+    ) -> None:
+        for name in ("n_clusters", "max_iter", "n_init_frames"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}: expected a whole number above 0, got {value!r}")
+        if self.n_init_frames < self.n_clusters:
+            raise InputError(
+                f"n_init_frames: expected at least n_clusters = {self.n_clusters}, "
+                f"got {self.n_init_frames}"
+            )
+        if not self.tol >= 0.0:
+            raise InputError(f"tol: expected 0 or more, got {self.tol!r}")
+        if all_reduce is not None and (gather_rows is None or self.random_state is None):
+            raise InputError(
+                "gather_rows, random_state: expected with all_reduce, so that all processes start "
+                "alike"
+            )
+
+
+def _sums(batches: Iterable[Tensor], centroids: Tensor) -> EMStatistics:
+    """Hard statistics of all batches, float64 on the CPU."""
+    total: EMStatistics | None = None
+    for frames in batches:
+        part = hard_statistics(frames, centroids.to(frames.device))
+        total = part if total is None else EMStatistics(*(t + p for t, p in zip(total, part)))
+    if total is None:  # a process may have no frames of its own
+        K, D = centroids.shape
+        total = EMStatistics(
+            *(torch.zeros(shape, dtype=torch.float64) for shape in ((K,), (K, D), (K, D), ()))
+        )
+    return EMStatistics(*(part.cpu() for part in total))
+
+
+def _mean_variance(sums: EMStatistics) -> float:
+    """Variance of a feature over all frames, averaged over the features."""
+    n = sums.counts.sum()
+    mean = sums.first.sum(0) / n
+    return float((sums.second.sum(0) / n - mean.square()).clamp_min(0.0).mean())
