@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import Shape
@@ -56,8 +55,8 @@ def frames_of(shape: Shape, mixture: ops.Mixture) -> Tensor:
     return mixture.means[k] + mixture.variances[k].sqrt() * noise
 
 
-def oracle_posterior(frames: Tensor, mixture: ops.Mixture) -> Tensor:
-    """(n, K) float64, by the direct form, on the CPU, a component at a time in memory."""
+def oracle_log_joint(frames: Tensor, mixture: ops.Mixture) -> Tensor:
+    """log p(x, k) (n, K) float64, direct form, on the CPU, a component at a time in memory."""
     log_weights, means, variances = (p.double().cpu() for p in mixture)
     x = frames.double().cpu()
     joint = torch.stack(
@@ -68,7 +67,12 @@ def oracle_posterior(frames: Tensor, mixture: ops.Mixture) -> Tensor:
         dim=1,
     )
     constant = 0.5 * (2.0 * math.pi * variances).log().sum(1)
-    return torch.softmax(joint - constant, dim=1)
+    return joint - constant
+
+
+def oracle_posterior(frames: Tensor, mixture: ops.Mixture) -> Tensor:
+    """(n, K) float64."""
+    return torch.softmax(oracle_log_joint(frames, mixture), dim=1)
 
 
 def log_mel(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -> Case:
@@ -97,7 +101,7 @@ def log_mel(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -
     work = flops.log_mel(shape.frames, out_bytes=out_dtype.itemsize, folds=2 if on_cuda else 0)
     peers = {"torchaudio": lambda: torch.log(transform(waveform) + spec.floor).mT}
     products = "float16 in three" if on_cuda else "float32"
-    return Case("log_mel", f"f32 -> {_short(out_dtype)}", run, peers, check, work, products)
+    return Case("log_mel", f"f32 -> {short_name(out_dtype)}", run, peers, check, work, products)
 
 
 def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -> Case:
@@ -127,7 +131,52 @@ def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.floa
         shape.frames, shape.components, shape.features, out_bytes=out_dtype.itemsize
     )
     products = "float16 in three" if device == "cuda" else "bfloat16"  # the CPU may screen in it
-    return Case("gmm_posterior", f"f32 -> {_short(out_dtype)}", run, peers, check, work, products)
+    return Case(
+        "gmm_posterior", f"f32 -> {short_name(out_dtype)}", run, peers, check, work, products
+    )
+
+
+def gmm_log_likelihood(shape: Shape, device: str) -> Case:
+    """Against `addmm` and logsumexp in chunks."""
+    mixture = mixture_of(shape, device)
+    frames, form = frames_of(shape, mixture), quadratic(mixture, torch.float32)
+
+    def run():
+        return ops.gmm_log_likelihood(frames, mixture, precision="fast")
+
+    def plain():
+        chunks = row_chunks(shape.frames, shape.components)
+        return torch.cat([form.log_joint(frames[rows]).logsumexp(1) for rows in chunks])
+
+    def check() -> float:
+        expected = oracle_log_joint(frames[:CHECKED_ROWS], mixture).logsumexp(1)
+        error = run()[:CHECKED_ROWS].double().cpu() - expected
+        return float((error.abs() / (5e-3 + 1e-7 * expected.abs())).max())
+
+    work = flops.gmm_posterior(shape.frames, shape.components, shape.features, out_bytes=0)
+    products = "float16 in three" if device == "cuda" else "bfloat16"
+    return Case("gmm_log_likelihood", "f32", run, {"torch": plain}, check, work, products)
+
+
+def gmm_argmax(shape: Shape, device: str) -> Case:
+    """Posterior and index of the best component, against `addmm`, softmax and max in chunks."""
+    mixture = mixture_of(shape, device)
+    frames, form = frames_of(shape, mixture), quadratic(mixture, torch.float32)
+
+    def run():
+        return ops.gmm_topk(frames, mixture, 1)
+
+    def plain():
+        chunks = row_chunks(shape.frames, shape.components)
+        return [torch.softmax(form.log_joint(frames[rows]), 1).max(1) for rows in chunks]
+
+    def check() -> float:
+        expected = oracle_posterior(frames[:CHECKED_ROWS], mixture).amax(1, keepdim=True)
+        return float((run()[0][:CHECKED_ROWS].double().cpu() - expected).abs().max()) / 1e-5
+
+    work = flops.gmm_posterior(shape.frames, shape.components, shape.features, out_bytes=0)
+    products = "float32" if device == "cuda" else "bfloat16"  # the direct form on CUDA
+    return Case("gmm_argmax", "f32", run, {"torch": plain}, check, work, products)
 
 
 def scikit_learn(mixture: ops.Mixture):
@@ -175,112 +224,29 @@ def em_statistics(shape: Shape, device: str) -> Case:
     return Case("em_statistics", "f32 -> f64", run, peers, check, work, "bfloat16")
 
 
-def _masked(shape: Shape, device: str) -> Tensor:
-    """(N,) weights of a mean over the masked frames, 0 elsewhere."""
-    weights = (torch.rand(shape.frames, device=device) < shape.masked).float()
-    return weights / weights.sum()
+def ema_update(shape: Shape, device: str) -> Case:
+    """Sixteen weights of C by 4 C, against one `lerp_` a tensor."""
+    size = (shape.channels, 4 * shape.channels)
+    student = [torch.randn(size, device=device) for _ in range(16)]
+    ours, theirs = ([torch.zeros_like(t) for t in student] for _ in range(2))
 
+    def plain() -> None:
+        for teacher, online in zip(theirs, student):
+            teacher.lerp_(online, 1.0 - 0.996)
 
-def _backward(loss: Callable[[], Tensor]) -> Run:
-    return lambda: loss().backward()
+    def check() -> float:
+        teacher = [torch.ones_like(t) for t in student]
+        ops.ema_update(teacher, student, 0.996)
+        expected = (0.996 + 0.004 * online.double() for online in student)
+        return max(float((t.double() - e).abs().max()) for t, e in zip(teacher, expected)) / 1e-6
 
-
-def _gradient_error(run: Run, leaf: Tensor, peer: Run) -> float:
-    """Largest difference of the gradients, of the largest value."""
-    gradients = []
-    for function in (run, peer):
-        leaf.grad = None
-        function()
-        gradients.append(leaf.grad.double())
-    leaf.grad = None
-    return float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
-
-
-def masked_kl(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Forward and gradient, against posterior, log-softmax and `kl_div` on the masked rows."""
-    mixture = mixture_of(shape, device)
-    frames, form = frames_of(shape, mixture), quadratic(mixture, torch.float32)
-    logits = torch.randn(shape.frames, shape.components, device=device, dtype=dtype)
-    logits.requires_grad_()
-    weights = _masked(shape, device)
-    rows = weights.nonzero().squeeze(1)
-
-    def peer() -> Tensor:
-        target = torch.softmax(form.log_joint(frames[rows]), dim=1)
-        log_q = torch.log_softmax(logits[rows].float(), dim=1)
-        return F.kl_div(log_q, target, reduction="batchmean")
-
-    run = _backward(lambda: ops.masked_kl(logits, frames, weights, mixture).loss)
-    work = flops.masked_kl(len(rows), shape.components, shape.features, logit_bytes=dtype.itemsize)
-    products = "float16 in three" if device == "cuda" else "float32"
-    allowed = 2e-3 if dtype == torch.float32 else 2e-2
+    n = 16 * size[0] * size[1]
+    run = lambda: ops.ema_update(ours, student, 0.996)  # noqa: E731
     return Case(
-        "masked_kl + gradient",
-        _short(dtype),
-        run,
-        {"torch": _backward(peer)},
-        lambda: _gradient_error(run, logits, _backward(peer)) / allowed,
-        work,
-        products,
-        (logits,),
+        "ema_update", "f32", run, {"torch": plain}, check, flops.Work(3.0 * n, 12.0 * n), "float32"
     )
 
 
-def masked_cross_entropy(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Forward and gradient, against `cross_entropy` on the masked rows."""
-    logits = torch.randn(shape.frames, shape.components, device=device, dtype=dtype)
-    logits.requires_grad_()
-    labels = torch.randint(shape.components, (shape.frames,), device=device)
-    weights = _masked(shape, device)
-    rows = weights.nonzero().squeeze(1)
-    run = _backward(lambda: ops.masked_cross_entropy(logits, labels, weights).loss)
-    peer = _backward(lambda: F.cross_entropy(logits[rows].float(), labels[rows]))
-    traffic = 2.0 * len(rows) * shape.components * dtype.itemsize
-    return Case(
-        "masked_cross_entropy + gradient",
-        _short(dtype),
-        run,
-        {"torch": peer},
-        lambda: _gradient_error(run, logits, peer) / (1e-4 if dtype == torch.float32 else 1e-2),
-        flops.Work(4.0 * len(rows) * shape.components, traffic),
-        "float32",
-        (logits,),
-    )
-
-
-def masked_mse(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Forward and gradient, against `mse_loss` on the masked rows."""
-    size = (shape.frames, shape.channels)
-    prediction = torch.randn(size, device=device, dtype=dtype).requires_grad_()
-    target = torch.randn(size, device=device, dtype=dtype)
-    weights = _masked(shape, device)
-    rows = weights.nonzero().squeeze(1)
-    run = _backward(lambda: ops.masked_mse(prediction, target, weights))
-    peer = _backward(lambda: F.mse_loss(prediction[rows].float(), target[rows].float()))
-    return Case(
-        "masked_mse + gradient",
-        _short(dtype),
-        run,
-        {"torch": peer},
-        lambda: _gradient_error(run, prediction, peer) / (1e-5 if dtype == torch.float32 else 1e-2),
-        flops.masked_mse(len(rows), shape.channels, in_bytes=dtype.itemsize),
-        "float32",
-        (prediction,),
-    )
-
-
-def _short(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype) -> str:
+    """As the table has it."""
     return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-
-
-EVERYWHERE = (log_mel, gmm_posterior, em_statistics, masked_kl, masked_cross_entropy, masked_mse)
-ON_CUDA_TOO_IN_BFLOAT16 = (log_mel, gmm_posterior, masked_kl, masked_cross_entropy, masked_mse)
-
-
-def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
-    """Functions that make each case of a shape."""
-    made = [lambda make=make: make(shape, device) for make in EVERYWHERE]
-    if device == "cuda":
-        half = torch.bfloat16
-        made += [lambda make=make: make(shape, device, half) for make in ON_CUDA_TOO_IN_BFLOAT16]
-    return made

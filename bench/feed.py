@@ -20,13 +20,14 @@ import numpy as np
 import soundfile
 
 from bench.records import append, surroundings, take_turns
-from gmm_jepa.config import PRESETS, Recipe
+from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.corpus import Corpus, open_corpus
 from gmm_jepa.data.loader import make_loader
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.objectives.prepare import MaskAndDisturb
+from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.trainer import batch_plan
 
 

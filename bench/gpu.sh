@@ -3,14 +3,16 @@
 #
 #     bash bench/gpu.sh
 #
-# prints the environment, runs the GPU tests (the first failure stops the script and shows the
-# numbers that differ), lets compute-sanitizer look at a tiny case where it is installed, and
-# prints the table of ops with floors and peers. JSON lines go to ${OUT:-bench/results}.
+# prints the environment, builds the native module into a temporary folder, runs the GPU tests (a
+# failure stops the script and shows the numbers that differ), lets compute-sanitizer look at a
+# tiny case where it is installed, prints the table of ops with floors and peers, and measures a
+# training step. JSON lines go to ${OUT:-bench/results}. TUNE=1 sweeps the mixture kernels' tiles
+# after that, which takes longer than the rest.
 #
 # It has not been run on a GPU yet.
 #
-# Needs: Python 3.10 or later with torch (CUDA), triton, torchaudio, numpy, scipy, scikit-learn and
-# pytest. Nothing is installed and nothing outside the repository is written but temporary links.
+# Needs: Python 3.10 or later with torch (CUDA), triton, torchaudio, numpy, scipy, scikit-learn,
+# pytest; for the native module setuptools, pybind11, a compiler, and nvcc for its CUDA part. Nothing is installed and nothing outside the repository is written but temporary links.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -29,6 +31,15 @@ export PYTHONPATH="$site:$repository" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE
 export TRITON_CACHE_DIR="$site/triton"
 unset TRITON_INTERPRET
 cd "$site"
+
+# Each part has its own limit: 60 + 220 + 30 + 80 + 60 s at most.
+limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
+    local seconds="$1" code=0
+    shift
+    timeout "$seconds" "$@" || code=$?
+    [ "$code" -ne 124 ] || { echo "stopped after $seconds s"; return 0; }
+    return "$code"
+}
 
 echo "== environment"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
@@ -49,34 +60,84 @@ print("compute capability", torch.cuda.get_device_capability())
 print("gmm_jepa", gmm_jepa.__file__, "kernels", gmm_jepa.kernels.__file__)
 PYTHON
 
-echo "== correctness on the GPU"
-# Most of the time is compilation, one kernel for each shape: several processes where xdist is there.
-processes=""
-if "$python" -c "import xdist" 2> /dev/null; then
-    processes="-n $(($(nproc) < 8 ? $(nproc) : 8))"
+echo "== native module"
+# The same setup.py as an installation's; nvcc, where found, adds the CUDA part.
+if (cd "$repository" && timeout 60 "$python" setup.py --quiet build_ext \
+    --build-lib "$site/native" --build-temp "$site/objects" > "$site/native.log" 2>&1); then
+    ln -sf "$site"/native/gmm_jepa/_native*.so "$site/gmm_jepa/" 2> /dev/null || true
+else
+    tail -5 "$site/native.log"
 fi
-# shellcheck disable=SC2086  # one option of two words, or none
-timeout 270 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
-    -o "pythonpath=$site" -p no:cacheprovider -m gpu -x --tb=short --durations=5 $processes \
-    "$repository/tests/kernels"
+"$python" -c "from gmm_jepa.ops import native; print(native.status())"
+
+echo "== correctness on the GPU"
+# Most of the time is compilation, on the CPU, one kernel for each shape: a process for each file,
+# and for the large files one for each part of their tests.
+export OMP_NUM_THREADS=1
+run_tests() { # name, then what pytest is to run
+    local log="$site/$1.log" code=0
+    shift
+    timeout 220 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+        -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
+        -p no:cacheprovider -m gpu -x --tb=short --durations=2 "$@" > "$log" 2>&1 || code=$?
+    # 5: no test selected
+    if [ "$code" -ne 0 ] && [ "$code" -ne 5 ]; then
+        echo "FAILED (code $code): $*"
+        tail -60 "$log"
+        return 1
+    fi
+    echo "$(tail -1 "$log")  ${*##*/}"
+}
+kernels="$repository/tests/kernels"
+jobs=()
+start() {
+    run_tests "$@" &
+    jobs+=("$!")
+}
+start kl "$kernels/test_masked_losses.py" -k "test_kl and not given and not ensemble"
+start kl_ensemble "$kernels/test_masked_losses.py" -k "ensemble"
+start kl_given "$kernels/test_masked_losses.py" -k "test_kl and given"
+start losses "$kernels/test_masked_losses.py" -k "not test_kl"
+start posterior "$kernels/test_gmm_posterior.py" -k "test_posterior"
+start log_posterior "$kernels/test_gmm_posterior.py" -k "test_log_posterior"
+start likelihood "$kernels/test_gmm_posterior.py" -k "test_log_likelihood"
+start mixture "$kernels/test_gmm_posterior.py" \
+    -k "not test_posterior and not test_log_posterior and not test_log_likelihood"
+for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native}/test_*.py; do
+    case "$file" in
+        */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
+        *) ! grep -q "gpu" "$file" || start "$(basename "$file" .py)" "$file" ;;
+    esac
+done
+failed=0
+for job in "${jobs[@]}"; do
+    wait "$job" || failed=1
+done
+[ "$failed" -eq 0 ] || exit 1
+unset OMP_NUM_THREADS
 
 echo "== compute-sanitizer on a tiny case"
 if command -v compute-sanitizer > /dev/null; then
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 45 compute-sanitizer --tool memcheck \
-        --error-exitcode 1 "$python" -m bench.tiny || {
-        code=$?
-        [ "$code" -eq 124 ] || exit "$code"
-        echo "stopped after 45 s"
-    }
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 30 compute-sanitizer --tool memcheck \
+        --error-exitcode 1 "$python" -m bench.tiny
 else
     echo "not installed"
 fi
 
 echo "== ops, floors and peers"
 # shellcheck disable=SC2086  # several shapes are several words
-timeout 150 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 1 --out "$out" || {
-    code=$?
-    [ "$code" -eq 124 ] || exit "$code"
-    echo "stopped after 150 s; what was measured is above"
-}
+limited 80 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.5 --out "$out"
+
+echo "== a training step"
+# Hook: whatever bench.train measures on a CUDA device; absent in a tree without it.
+if [ -f "$repository/bench/train.py" ]; then
+    limited 60 "$python" -m bench.train --device cuda --preset paper --precision bf16 --repeats 3
+else
+    echo "no bench/train.py"
+fi
+
+if [ "${TUNE:-0}" = 1 ]; then
+    echo "== tiles of the mixture kernels"
+    "$python" -m bench.ops --device cuda --shapes paper --tune --out "$out"
+fi
 echo "== results in $out"

@@ -6,6 +6,7 @@ Correctness comes first: an op that is further from float64 than its contract al
 and the command fails. Then a warm-up, and the op and its peers in turn: median, p20 and p80. On
 CUDA times are the device's own events, the L2 cache is flushed between runs. Gradients are cleared
 before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where no peak is known.
+``--tune`` times other tiles of the mixture kernels instead (CUDA only), see `bench.tune`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.cases import Case, makers
+from bench.cases import Case
 from bench.peaks import Peaks, peaks_of
+from bench.registry import makers
 from bench.shapes import SHAPES, Shape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -144,7 +146,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each case")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results")
+    parser.add_argument("--tune", action="store_true", help="sweep the mixture kernels' tiles")
     options = parser.parse_args()
+    if options.tune:
+        from bench.tune import sweep
+
+        sweep([SHAPES[name] for name in options.shapes], options.device, options.only, options.out)
+        return
     peaks = peaks_of(options.device)
     where = surroundings(options.device, peaks)
     options.out.mkdir(parents=True, exist_ok=True)

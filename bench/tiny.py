@@ -29,6 +29,8 @@ def main(device: str = "cuda") -> None:
     logits = torch.randn(N, K, device=device, requires_grad=True)
     targets = torch.randn(N, K, device=device).softmax(1)
     ops.masked_kl(logits, frames, weights, mixture).loss.backward()
+    both = ops.Ensemble((mixture, mixture), (0.5, 0.5))
+    ops.masked_kl(logits, frames, weights, both).loss.backward()
     ops.masked_kl_targets(logits, targets, weights).loss.backward()
     ops.masked_cross_entropy(logits, targets.argmax(1), weights).loss.backward()
     ops.masked_mse(logits, targets, weights).backward()

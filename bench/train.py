@@ -26,13 +26,15 @@ from bench.peaks import peaks_of
 from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
 from bench.records import append, surroundings, take_turns
 from gmm_jepa import flops
-from gmm_jepa.config import PRESETS, Recipe
+from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.models import export_published
+from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
+from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.trainer import batch_plan, training_step
@@ -106,7 +108,7 @@ class Ours:
     def __init__(self, recipe: Recipe, corpus: Corpus, device: torch.device) -> None:
         self.recipe, self.peers = recipe, Processes(rank=0, world_size=1, device=device)
         self.mixture = mixture_of(recipe)
-        self.state = TrainState(recipe, self.mixture, self.peers)
+        self.state = TrainState(recipe, Labels((self.mixture,)), self.peers)
         self.state.model.train()
         self.batches = self._endless(corpus)
 

@@ -1,4 +1,4 @@
-"""The recipe of a run: frozen, nested dataclasses, their checks, and the presets.
+"""The recipe of a run: frozen, nested dataclasses and their checks.
 
 A recipe says how to train; which audio to train on stands beside it in `Sources`. Both are written
 to ``config.json`` in the run folder, and a run resumes only with an equal recipe.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
+from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
+from gmm_jepa.models.transformer import TransformerConfig
+
+ENCODERS = {"conformer": ConformerConfig, "transformer": TransformerConfig}
+"""Names of the kinds of encoders in ``config.json``."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -110,21 +115,51 @@ class MixtureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """GMM-anchored JEPA: masks, anchor and the online encoder's noise (arXiv 2602.09040)."""
+    """The terms of the loss: jepa_weight x JEPA error + lambda x (KL or cross-entropy).
 
+    The five systems are points in this space; defaults as in arXiv 2602.09040.
+    """
+
+    jepa_weight: float = 1.0
+    """Weight of the masked error against the teacher's frames; 0: no such term."""
     anchor_start: float = 1.0
-    """lambda, the weight of the KL to the mixture's posteriors, at the first step."""
+    """lambda, the weight of the cluster term, at the first step; start and end 0: no such term."""
     anchor_end: float = 0.01
     """lambda at the last step."""
     anchor_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     """How lambda goes from start to end; constant stays at start."""
+    labels: Literal["mixture", "kmeans", "online"] = "mixture"
+    """Clusters the head learns: a mixture's components, k-means centroids, or an online mixture's
+    components in the teacher's features."""
+    targets: Literal["soft", "hard"] = "soft"
+    """soft: KL to the posteriors; hard: cross-entropy to the best cluster."""
     temperature: float = 1.0
-    """Temperature of the mixture's posteriors."""
+    """Temperature of the posteriors."""
+    ensemble: tuple[float, ...] = ()
+    """Weights of several mixtures whose posteriors are averaged; empty: one mixture."""
+    cluster_head: Literal["mlp", "linear"] = "mlp"
+    """Deep residual head (published), or one linear layer."""
+    head_input: Literal["encoder", "predictor"] = "encoder"
+    """What the cluster head reads: the encoder's output, or the predictor's."""
+    mask_place: Literal["latent", "input"] = "latent"
+    """latent: the encoder hears everything, its output is masked; input: it sees masked frames."""
     unmasked_weight: float = 0.0
     """Weight w of the frames in sight: KL = (mean over masked + w mean over others) / (1 + w)
     (published: 0)."""
     align_targets: bool = False
     """Centre the log-mel frames on the encoder's frames (published: they lie 12 ms apart)."""
+    iterations: int = 1
+    """Trainings one after another, each on the labels that the last one's encoder gives."""
+    relabel_layer: int | None = None
+    """Layer that is clustered between iterations: 0 the front end, i the output of block i."""
+    online_start: float = 0.25
+    """Share of the steps after which the online mixture takes the place of the log-mel one."""
+    online_seeding: float = 0.05
+    """Share of the steps before that in which it is seeded by mini-batch k-means."""
+    online_decay: float = 0.99
+    """Decay of the online mixture's statistics at every step."""
+    online_layer: int | None = None
+    """Teacher's layer that it models; None: the one of highest effective rank when seeding."""
     mask_share: tuple[float, float] = (0.40, 0.65)
     """Least and greatest share of an utterance's frames that is masked."""
     mask_span_frames: tuple[int, int] = (10, 25)
@@ -134,17 +169,79 @@ class ObjectiveConfig:
     noise_probability: float = 0.25
     """Chance that another signal is added to the online encoder's input as noise."""
 
+    @property
+    def anchored(self) -> bool:
+        """Whether there is a cluster head and a term for it."""
+        return self.anchor_start > 0
+
+    @property
+    def needs_predictor(self) -> bool:
+        """Whether a predictor is trained."""
+        return self.jepa_weight > 0 or (self.anchored and self.head_input == "predictor")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a moving average of the encoder is kept."""
+        return self.jepa_weight > 0 or (self.anchored and self.labels == "online")
+
+    @property
+    def masks(self) -> bool:
+        """Whether the mask token is put anywhere: masking the latents needs a predictor."""
+        return self.mask_place == "input" or self.needs_predictor
+
     def __post_init__(self) -> None:
+        self._check_terms()
+        self._check_labels()
+        self._check_masks()
+
+    def _check_terms(self) -> None:
+        _check(self.jepa_weight >= 0, f"jepa_weight: expected 0 or more, got {self.jepa_weight}")
+        start, end = self.anchor_start, self.anchor_end
         _check(
-            self.anchor_start > 0 and self.anchor_end > 0,
+            (start > 0 and end > 0) or start == end == 0,
             f"anchor_start, anchor_end: expected above 0 (without an anchor the representation "
-            f"drifts), got {self.anchor_start} and {self.anchor_end}",
+            f"drifts), or both 0 for a run without clusters, got {start} and {end}",
+        )
+        _check(
+            self.jepa_weight > 0 or self.anchored,
+            "jepa_weight, anchor_start: both are 0, so that nothing is left to learn",
         )
         _check(self.temperature > 0, f"temperature: expected above 0, got {self.temperature}")
         _check(
             self.unmasked_weight >= 0,
             f"unmasked_weight: expected 0 or more, got {self.unmasked_weight}",
         )
+
+    def _check_labels(self) -> None:
+        _check(
+            self.labels != "kmeans" or self.targets == "hard",
+            "targets: expected hard with k-means labels, which have no posteriors, got soft",
+        )
+        _check(
+            not self.ensemble or (self.labels == "mixture" and self.targets == "soft"),
+            "ensemble: expected with soft targets of mixtures only",
+        )
+        _check(
+            all(weight > 0 for weight in self.ensemble),
+            f"ensemble: expected weights above 0, got {self.ensemble}",
+        )
+        _check(self.iterations >= 1, f"iterations: expected 1 or more, got {self.iterations}")
+        _check(
+            (self.iterations > 1) == (self.relabel_layer is not None),
+            f"iterations, relabel_layer: expected a layer if and only if there are two iterations "
+            f"or more, got {self.iterations} and {self.relabel_layer}",
+        )
+        _check(
+            0 < self.online_seeding <= self.online_start < 1,
+            f"online_seeding, online_start: expected 0 < seeding <= start < 1, "
+            f"got {self.online_seeding} and {self.online_start}",
+        )
+        _check(
+            0 < self.online_decay < 1,
+            f"online_decay: expected between 0 and 1, got {self.online_decay}",
+        )
+
+    def _check_masks(self) -> None:
         low, high = self.mask_share
         _check(
             0 < low <= high < 1, f"mask_share: expected 0 < least <= most < 1, got {low}, {high}"
@@ -198,6 +295,8 @@ class TrainConfig:
     """Newest checkpoints kept."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    alarm: bool = True
+    """Warn where the representation degenerates."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -234,19 +333,41 @@ class EvaluateConfig:
             _check(value > 0, f"{name}: expected seconds above 0, got {value}")
 
 
+System = Literal["gmm-anchored", "pure-jepa", "wavlm-style", "hubert-style", "online-gmm"]
+"""What is trained; each a set of conditions on the objective, see `Recipe`."""
+
+
+class Iteration(NamedTuple):
+    """One training of a run, on one kind of labels; most runs have one."""
+
+    number: int
+    """From 1."""
+    first_step: int
+    """Steps done before it."""
+    stop_step: int
+    """Steps done after it."""
+
+    @property
+    def n_steps(self) -> int:
+        """Its share of the run's steps."""
+        return self.stop_step - self.first_step
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that determines a run, but for the audio."""
 
+    system: System = "gmm-anchored"
+    """Names the objective; its settings may be turned one by one as long as the name holds."""
     seed: int = 0
-    """Seeds weights, batches, masks, noise and the mixture's start; 0 or more."""
+    """Seeds weights, batches, masks, noise and the clusters' start; 0 or more."""
     front_end: LogMelSpec = field(default_factory=LogMelSpec)
     """Log-mel features of the mixture."""
     data: DataConfig = field(default_factory=DataConfig)
     """Segments and batches."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    """The anchor."""
-    encoder: ConformerConfig = field(default_factory=ConformerConfig)
+    """The clusters, whether of a mixture or of k-means."""
+    encoder: EncoderConfig = field(default_factory=ConformerConfig)
     """The encoder that is pretrained."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses and masks."""
@@ -260,126 +381,131 @@ class Recipe:
         """Samples the mixture's frames are shifted by, so that they lie on the encoder's."""
         return int(self.encoder.frame_centre_samples) if self.objective.align_targets else 0
 
+    @property
+    def iterations(self) -> list[Iteration]:
+        """The trainings of the run; the steps are shared evenly."""
+        n, steps = self.objective.iterations, self.train.steps
+        ends = [steps * i // n for i in range(n + 1)]
+        return [Iteration(i + 1, ends[i], ends[i + 1]) for i in range(n)]
+
+    def iteration_at(self, step: int) -> Iteration:
+        """The training to which `step` (counted from 0) belongs; past the end, the last one."""
+        return next((it for it in self.iterations if step < it.stop_step), self.iterations[-1])
+
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**31, f"seed: expected 0 to 2^31 - 1, got {self.seed}")
-        hop, strides = self.front_end.hop_samples, self.encoder.strides
+        hop = self.front_end.hop_samples
         _check(
             hop == self.encoder.hop_samples,
-            f"front_end.hop_samples, encoder.strides: expected equal frame rates, "
-            f"got a hop of {hop} samples and strides {strides} (hop {self.encoder.hop_samples})",
+            f"front_end.hop_samples, encoder: expected equal frame rates, "
+            f"got a hop of {hop} samples and an encoder with a hop of {self.encoder.hop_samples}",
         )
         _check(
             self.front_end.sample_rate_hz == SAMPLE_RATE_HZ,
             f"front_end.sample_rate_hz: expected {SAMPLE_RATE_HZ}, to which all audio is "
             f"resampled, got {self.front_end.sample_rate_hz}",
         )
+        _check(
+            self.objective.iterations <= self.train.steps,
+            f"objective.iterations: expected at most train.steps = {self.train.steps}",
+        )
+        for name in ("relabel_layer", "online_layer"):
+            layer = getattr(self.objective, name)
+            _check(
+                layer is None or 0 <= layer <= self.encoder.layers,
+                f"objective.{name}: expected 0 to {self.encoder.layers}, got {layer}",
+            )
+        _check_system(self.system, self.objective)
+
+
+def _check_system(system: str, objective: ObjectiveConfig) -> None:
+    """Refuse settings that make the system another one."""
+    online, iterates = objective.labels == "online", objective.iterations > 1
+    held = {
+        "gmm-anchored": (
+            objective.anchored and objective.labels == "mixture" and not iterates,
+            "an anchor (anchor_start above 0), labels mixture, one iteration",
+        ),
+        "pure-jepa": (
+            not objective.anchored and not iterates,
+            "no anchor (anchor_start and anchor_end 0), one iteration",
+        ),
+        "wavlm-style": (
+            objective.anchored and not online and not iterates,
+            "an anchor (anchor_start above 0), labels kmeans or mixture, one iteration",
+        ),
+        "hubert-style": (
+            objective.anchored and not online and iterates,
+            "an anchor (anchor_start above 0), two iterations or more and a relabel_layer",
+        ),
+        "online-gmm": (
+            objective.anchored and online and not iterates,
+            "an anchor (anchor_start above 0), labels online, one iteration",
+        ),
+    }
+    holds, expected = held[system]
+    _check(holds, f"system {system}: expected of the objective {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A config as plain JSON values; an encoder says of which kind it is."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        values[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+    kind = next((name for name, encoder in ENCODERS.items() if type(config) is encoder), None)
+    return values if kind is None else {"kind": kind, **values}
 
 
-def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> Any:
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def from_dict(kind: Any, values: dict[str, Any], *, where: str = "config") -> Any:
     """Rebuild a config dataclass from `to_dict`'s output; unknown or missing keys are refused.
 
     Raises:
         InputError: a key is unknown or missing, or a value is refused by the dataclass.
     """
+    _check(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
+    if kind is EncoderConfig or kind in ENCODERS.values():
+        values = dict(values)
+        name = values.pop("kind", None)
+        _check(
+            name in ENCODERS,
+            f"{where}.kind: expected one of {', '.join(ENCODERS)}, got {name!r}",
+        )
+        kind = ENCODERS[name]
     hints = get_type_hints(kind)
     names = {f.name for f in dataclasses.fields(kind)}
-    _check(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
     if names != set(values):
         odd = ", ".join(sorted(names ^ set(values)))
         raise InputError(f"{where}: unknown or missing keys: {odd}")
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value, where=f"{where}.{name}")
-        elif get_origin(hint) is tuple:
-            _check(isinstance(value, list), f"{where}.{name}: expected a list, got {value!r}")
-            value = tuple(value)
-        elif get_origin(hint) is Literal:
-            _check(
-                value in get_args(hint),
-                f"{where}.{name}: expected one of {', '.join(get_args(hint))}, got {value!r}",
-            )
-        else:
-            _check(_fits(value, hint), f"{where}.{name}: expected {hint.__name__}, got {value!r}")
-        built[name] = value
+    built = {name: _value(hints[name], values[name], f"{where}.{name}") for name in values}
     return kind(**built)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """One field from its JSON value."""
+    if hint is EncoderConfig or dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=where)
+    if get_origin(hint) is tuple:
+        _check(isinstance(value, list), f"{where}: expected a list, got {value!r}")
+        return tuple(value)
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        _check(
+            value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}"
+        )
+        return value
+    if get_origin(hint) in (Union, UnionType):  # a value or none
+        kinds = [part for part in get_args(hint) if part is not NoneType]
+        return None if value is None else _value(kinds[0], value, where)
+    _check(_fits(value, hint), f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
 
 
 def _fits(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def paper() -> Recipe:
-    """The published settings: conformer of 32 M, K = 1,024, 32 x 15 s, 50,000 steps."""
-    return Recipe()
-
-
-def cpu() -> Recipe:
-    """A small conformer that learns in four minutes on two CPU cores."""
-    return Recipe(
-        data=DataConfig(
-            max_segment_s=2.0,
-            min_segment_s=0.2,
-            batch_s=16.0,
-            workers=1,
-            heldout_fraction=0.2,
-        ),
-        mixture=MixtureConfig(n_components=256, max_iter=20, tol=1e-3, max_fit_s=3600.0),
-        encoder=ConformerConfig(
-            channels=(8, 16, 32, 64),
-            strides=(8, 8, 5),
-            residual_blocks=1,
-            code_dim=128,
-            layers=2,
-            heads=4,
-            daam=False,
-            dropout=0.0,
-            unit_rms=True,
-        ),
-        objective=ObjectiveConfig(unmasked_weight=1.0),
-        train=TrainConfig(
-            steps=1200,
-            learning_rate=2e-3,
-            warmup_share=0.1,
-            learning_rate_schedule="cosine",
-            log_every=20,
-            checkpoint_every=200,
-        ),
-    )
-
-
-def cpu_long() -> Recipe:
-    """The same small conformer, trained four times as long."""
-    short = cpu()
-    return dataclasses.replace(short, train=dataclasses.replace(short.train, steps=5000))
-
-
-def smoke() -> Recipe:
-    """A toy that runs from audio to report in seconds, to try the tools and to test them."""
-    short = cpu()
-    return dataclasses.replace(
-        short,
-        data=dataclasses.replace(short.data, batch_s=4.0, max_segment_s=1.0, workers=0),
-        mixture=dataclasses.replace(short.mixture, n_components=16, max_iter=5, max_fit_s=120.0),
-        encoder=dataclasses.replace(
-            short.encoder, channels=(4, 4, 8, 8), code_dim=32, layers=1, heads=2
-        ),
-        train=dataclasses.replace(short.train, steps=20, log_every=5, checkpoint_every=10),
-        evaluate=EvaluateConfig(max_train_s=60.0, max_test_s=30.0),
-    )
-
-
-PRESETS: dict[str, Callable[[], Recipe]] = {
-    "cpu": cpu,
-    "cpu-long": cpu_long,
-    "smoke": smoke,
-    "paper": paper,
-}

@@ -1,4 +1,4 @@
-"""The main job, stage by stage: read the audio, fit the mixture, train, evaluate, report.
+"""The main job, stage by stage: read the audio, make the labels, train, evaluate, report.
 
 Every stage leaves its result in the run folder and is passed over when that is there already, so a
 run that was interrupted anywhere goes on by being started again.
@@ -6,44 +6,28 @@ run that was interrupted anywhere goes on by being started again.
 
 from __future__ import annotations
 
-import itertools
-import math
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.special import entr
 
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
-from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
 from gmm_jepa.files import read_json, write_json
-from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture
+from gmm_jepa.labelling import Labeller, newest_model, trained_targets
 from gmm_jepa.models.jepa import JepaModel
-from gmm_jepa.ops import EMStatistics
+from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.progress import Bar, Stages
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
-from gmm_jepa.train.state import initial_model
 from gmm_jepa.train.trainer import TrainOutcome, train
-
-SEED_S = 1200.0
-"""Audio seconds from which the means of a mixture are seeded: 60,000 frames."""
-PREFLIGHT_S = 300.0
-"""Audio seconds on which a given mixture is looked at before the training."""
-MIN_INFORMATION_NATS = 0.1
-"""Mutual information of frame and component under which posteriors are no targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +56,7 @@ class Run:
         self.recipe = recipe
         self.peers = peers
         self.rejects = RejectLog(folder.rejects if peers.is_main else None)
+        self._labeller = Labeller(folder, recipe, self.rejects, peers)
 
     def audio(self) -> Audio:
         """Open the corpora, read all audio once, set the unusable aside, hold a part out.
@@ -147,26 +132,12 @@ class Run:
         unreadable = sorted(self.peers.gather(share[~good].tolist()))
         return unreadable, self.peers.gather(list(rejects))
 
-    def mixture(self, corpus: Corpus) -> GaussianMixture:
-        """The run's mixture: read if it is there, else fitted by all processes together."""
-        path, recipe = self.folder.mixture, self.recipe
-        if not path.exists():
-            mixture = fit_mixture(corpus, recipe, self.rejects, self.peers)
-            if self.peers.is_main:
-                mixture.save(path, front_end=recipe.front_end)
-            self.peers.wait()
-        return self._load_mixture(path)
+    def targets(self, corpus: Corpus) -> Labels:
+        """What the training of the current iteration learns: read if it is there, else made.
 
-    def _load_mixture(self, path: Path) -> GaussianMixture:
-        """Read a mixture that fits the recipe."""
-        mixture = GaussianMixture.load(path, front_end=self.recipe.front_end)
-        n_components = self.recipe.mixture.n_components
-        if mixture.n_components != n_components:
-            raise InputError(
-                f"{path}: a mixture of {mixture.n_components} components, "
-                f"but the recipe says {n_components}"
-            )
-        return mixture
+        All processes work on it together; the seconds it took are in ``labels.json``.
+        """
+        return self._labeller.labels(corpus, self.recipe.iteration_at(self._steps_done()))
 
     def take_mixture(self, path: Path, corpus: Corpus) -> None:
         """Use a mixture that was fitted before, instead of fitting one on `corpus`.
@@ -174,43 +145,52 @@ class Run:
         Raises:
             InputError: it does not fit the recipe, or the run has another one.
         """
-        given = self._load_mixture(path)
-        if self.folder.mixture.exists():
-            own = self._load_mixture(self.folder.mixture)
-            if not np.array_equal(own.means_, given.means_):
-                raise InputError(f"gmm: this run has a mixture already, other than {path}")
-        else:
-            sample = LogMelStream(
-                corpus, self.recipe.front_end, rejects=self.rejects, max_s=PREFLIGHT_S
+        self._labeller.take_mixture(path, corpus)
+
+    def train(self, corpus: Corpus) -> TrainOutcome:
+        """Train to the recipe's last step, or go on from the newest checkpoint.
+
+        Every iteration first makes the labels that it needs.
+        """
+        outcome = TrainOutcome(steps_done=self._steps_done(), finished=True)
+        for iteration in self.recipe.iterations:
+            if outcome.steps_done >= iteration.stop_step:
+                continue
+            outcome = train(
+                self.folder,
+                self.recipe,
+                corpus,
+                self._labeller.labels(corpus, iteration),
+                self.peers,
+                iteration=iteration,
+                rejects=self.rejects,
             )
-            refuse_degenerate(given, sample)
-            if self.peers.is_main:
-                given.save(self.folder.mixture, front_end=self.recipe.front_end)
-        self.peers.wait()
+            if not outcome.finished:
+                break
+        return outcome
 
-    def train(self, corpus: Corpus, mixture: GaussianMixture) -> TrainOutcome:
-        """Train to the recipe's last step, or go on from the newest checkpoint."""
-        return train(self.folder, self.recipe, corpus, mixture, self.peers, rejects=self.rejects)
-
-    def evaluate(self, audio: Audio, mixture: GaussianMixture) -> Evaluation:
+    def evaluate(self, audio: Audio) -> Evaluation:
         """Measure the newest checkpoint on held-out audio and write numbers, plots and report.
 
         Raises:
             InputError: there is no checkpoint.
         """
         recipe, device = self.recipe, self.peers.device
+        model = self.model().to(device)
+        labels = self.targets(audio.train)
+        targets = trained_targets(self.folder, recipe, labels)
         with Stages() as progress:
             evaluation = evaluate(
-                self.model().to(device),
+                model,
                 initial_model(recipe).eval().to(device),
-                mixture,
+                targets,
                 recipe.front_end,
                 audio.train,
                 audio.heldout,
                 max_train_s=recipe.evaluate.max_train_s,
                 max_test_s=recipe.evaluate.max_test_s,
-                temperature=recipe.objective.temperature,
-                shift_samples=recipe.target_shift_samples,
+                mixture=labels.mixture_on_log_mel,
+                head_input=recipe.objective.head_input,
                 seed=recipe.seed,
                 progress=progress,
             )
@@ -219,101 +199,11 @@ class Run:
 
     def model(self) -> JepaModel:
         """The model of the newest checkpoint."""
-        latest = checkpoint.newest(self.folder.checkpoints)
-        if latest is None:
-            raise InputError(f"{self.folder.root}: no checkpoint yet; train first")
-        model = initial_model(self.recipe)
-        checkpoint.load_weights(latest, model)
-        return model.eval()
+        return newest_model(self.folder, self.recipe)
 
-
-def fit_mixture(
-    corpus: Corpus, recipe: Recipe, rejects: RejectLog, peers: Processes
-) -> GaussianMixture:
-    """Fit the mixture of a recipe on a corpus by EM; processes share the frames.
-
-    Args:
-        corpus: training audio.
-        recipe: its `front_end`, `mixture` and `seed` are used.
-        rejects: where unreadable audio is recorded.
-        peers: this process among its peers, to be called by all of them.
-
-    Raises:
-        InputError: too few frames, or the mixture tells nothing of them.
-    """
-    config = recipe.mixture
-    frames = LogMelStream(
-        corpus,
-        recipe.front_end,
-        rejects=rejects,
-        max_s=config.max_fit_s,
-        seed=recipe.seed,
-        rank=peers.rank,
-        world_size=peers.world_size,
-        device=peers.device,
-    )
-    n_frames = int(peers.add(torch.tensor(float(frames.n_frames))))
-    if n_frames < config.n_components:
-        raise InputError(
-            f"mixture.n_components: {config.n_components} components need as many frames at least, "
-            f"but the audio has {n_frames}"
-        )
-    mixture = GaussianMixture(
-        n_components=config.n_components,
-        variance_floor=config.variance_floor,
-        max_iter=config.max_iter,
-        tol=config.tol,
-        random_state=recipe.seed,
-    )
-    # Every process starts from the same frames, however many there are.
-    start = LogMelStream(corpus, recipe.front_end, rejects=rejects, max_s=SEED_S, seed=recipe.seed)
-    start_frames = torch.cat(list(start))
-    with (
-        Bar("fitting the mixture", "iteration", shown=peers.is_main) as bar,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said in words below
-        mixture.fit(
-            frames,
-            on_iteration=lambda done, _: bar(done, config.max_iter),
-            all_reduce=lambda sums: EMStatistics(*(peers.add(part) for part in sums)),
-            gather_rows=lambda _own: start_frames,
-        )
-    if peers.is_main:
-        print(describe(mixture))
-    refuse_degenerate(mixture, frames)
-    return mixture
-
-
-def describe(mixture: GaussianMixture) -> str:
-    """One line on how the fit of a mixture ended."""
-    ending = "converged" if mixture.converged_ else "stopped"
-    weights = np.asarray(mixture.weights_, dtype=np.float64)
-    used = math.exp(entr(torch.from_numpy(weights)).sum())
-    return (
-        f"mixture: {ending} after {mixture.n_iter_} iterations at {mixture.lower_bound_:.3f} nats "
-        f"a frame, {used:.0f} of {mixture.n_components} components in effective use, "
-        f"{mixture.n_reseeded_} re-seeded"
-    )
-
-
-def refuse_degenerate(mixture: GaussianMixture, frames: Iterable[Tensor]) -> None:
-    """Refuse targets from which nothing can be learnt.
-
-    What a frame tells of its component is the entropy of the mean posterior less the mean entropy
-    of the posteriors; it is zero where all components are alike and where one takes every frame.
-
-    Raises:
-        InputError: a frame tells less than `MIN_INFORMATION_NATS`, with several components.
-    """
-    sample = torch.cat([batch[::8] for batch in itertools.islice(frames, 8)])
-    posteriors = mixture.predict_proba(sample).double()
-    information = entr(posteriors.mean(0)).sum() - entr(posteriors).sum(1).mean()
-    if mixture.n_components > 1 and not information >= MIN_INFORMATION_NATS:
-        raise InputError(
-            f"mixture: frames tell {information:.3f} nats of their component, nothing can be "
-            f"learnt from that; is the audio silent?"
-        )
+    def _steps_done(self) -> int:
+        done = checkpoint.steps(self.folder.checkpoints)
+        return done[-1][0] if done else 0
 
 
 def open_run(root: Path, sources: Sources, recipe: Recipe, peers: Processes) -> Run:

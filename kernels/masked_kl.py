@@ -34,6 +34,23 @@ def _first_largest(x, largest, offs_k):
 
 
 @triton.jit
+def _to_memory(log_ratio, DTYPE: tl.constexpr):
+    """What waits in a gradient of type DTYPE: in 16 bits those of a float16."""
+    if DTYPE.primitive_bitwidth == 16:
+        log_ratio = tl.maximum(log_ratio, -60000.0, propagate_nan=tl.PropagateNan.ALL)
+        log_ratio = log_ratio.to(tl.float16).to(DTYPE, bitcast=True)
+    return log_ratio
+
+
+@triton.jit
+def _from_memory(kept):
+    """What `_to_memory` kept, float32."""
+    if kept.dtype.primitive_bitwidth == 16:
+        kept = kept.to(tl.float16, bitcast=True)
+    return kept.to(tl.float32)
+
+
+@triton.jit
 def _fill_with_zeros(row_ptrs, mask_n, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Zeros in K columns of the rows that begin at `row_ptrs` (BLOCK_T, 1)."""
     for k0 in range(0, K, BLOCK_K):
@@ -118,10 +135,7 @@ def _masked_kl_fwd_kernel(
         mask = mask_n[:, None] & (offs_k < K)[None, :]
         k64 = offs_k.to(tl.int64)[None, :]
         if WITH_GRADIENT:
-            kept = joint
-            if gradient_ptr.dtype.element_ty.primitive_bitwidth == 16:
-                kept = tl.maximum(joint, -60000.0, propagate_nan=tl.PropagateNan.ALL)
-                kept = kept.to(tl.float16).to(gradient_ptr.dtype.element_ty, bitcast=True)
+            kept = _to_memory(joint, gradient_ptr.dtype.element_ty)
             tl.store(gradient_ptrs + k64 * stride_g_k, kept, mask=mask)
             references = tl.where((offs_b == block)[None, :], new_l[:, None], references)
         share = tl.exp(joint)
@@ -157,11 +171,9 @@ def _masked_kl_fwd_kernel(
             offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
             k64 = offs_k.to(tl.int64)[None, :]
             mask = mask_n[:, None] & (offs_k < K)[None, :]
-            kept = tl.load(gradient_ptrs + k64 * stride_g_k, mask=mask, other=0.0)
-            if gradient_ptr.dtype.element_ty.primitive_bitwidth == 16:
-                kept = kept.to(tl.float16, bitcast=True)
+            kept = _from_memory(tl.load(gradient_ptrs + k64 * stride_g_k, mask=mask, other=0.0))
             reference = tl.sum(tl.where((offs_b == block)[None, :], references, 0.0), 1)
-            p = tl.exp(kept.to(tl.float32) + (reference - total_l)[:, None])
+            p = tl.exp(kept + (reference - total_l)[:, None])
             a = tl.load(logits_ptrs + k64 * stride_l_k, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.where(mask, w[:, None] * (tl.exp(a - total_a[:, None]) - p), 0.0)
             mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]

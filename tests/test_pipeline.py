@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from gmm_jepa.cli import main
-from gmm_jepa.config import PRESETS, Sources
+from gmm_jepa.config import Sources
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.frames import LogMelStream, draw_utterances
 from gmm_jepa.data.rejects import RejectLog
@@ -13,6 +13,7 @@ from gmm_jepa.data.split import hold_out
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel_frames
 from gmm_jepa.pipeline import open_run
+from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import processes
 from tests.audio import write_corpus
 

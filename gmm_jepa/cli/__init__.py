@@ -19,6 +19,7 @@ COMMANDS = {
     "run": _Command("training", "everything: audio, mixture, training, evaluation, report"),
     "train": _Command("training", "fit the mixture, or take one, and train the encoder"),
     "evaluate": _Command("training", "measure a trained run on held-out audio, write its report"),
+    "compare": _Command("compare", "train several systems alike on one corpus, one page on them"),
     "fit-gmm": _Command("mixture", "fit a Gaussian mixture on the log-mel frames of a corpus"),
     "validate": _Command("corpus", "read all audio of a corpus and list what cannot be used"),
     "pack": _Command("corpus", "decode a corpus once into memory-mapped shards"),

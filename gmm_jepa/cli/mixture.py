@@ -14,7 +14,7 @@ from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
-from gmm_jepa.pipeline import fit_mixture
+from gmm_jepa.fitting import fit_mixture
 from gmm_jepa.train.distributed import processes
 
 

@@ -8,35 +8,47 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from gmm_jepa.config import PRESETS
-from gmm_jepa.errors import InputError
+from gmm_jepa.presets import preset
 
 Options = TypeVar("Options")
 PresetName = Literal["cpu", "cpu-long", "smoke", "paper"]
+ModelName = Literal[
+    "conformer-cpu",
+    "transformer-cpu",
+    "conformer-base",
+    "transformer-small",
+    "transformer-base",
+    "transformer-large",
+]
 
 
 def parse(options: type[Options], command: str, arguments: Sequence[str]) -> Options:
     """Parse a command's options; `--help` prints them and exits.
 
-    Where the options have a field `recipe`, the preset named by `--preset` is its default.
+    Where the options have a field `recipe`, its default is the preset named by `--preset`, as
+    `--system` and `--model` change it.
 
     Raises:
-        InputError: an unknown preset.
+        InputError: an unknown preset, system or model.
         SystemExit: help was asked for (0), or an option is unknown, missing or malformed (2).
     """
     defaults: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(options)}
     if "recipe" in fields:
-        preset = _preset_name(arguments) or fields["preset"].default
-        if preset not in PRESETS:
-            raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        name = _last_value(arguments, "--preset") or fields["preset"].default
+        recipe = preset(
+            name,
+            system=_last_value(arguments, "--system"),
+            model=_last_value(arguments, "--model") if "model" in fields else None,
+        )
         defaults = {name: tyro.MISSING for name, field in fields.items() if _required(field)}
-        defaults |= {"preset": preset, "recipe": PRESETS[preset]()}
+        defaults |= {"preset": name, "recipe": recipe}
     return tyro.cli(
         options,
         prog=f"gmm-jepa {command}",
         args=list(arguments),
         default=options(**defaults) if defaults else None,
+        config=(tyro.conf.AvoidSubcommands,),  # the default's kind of encoder is the one meant
     )
 
 
@@ -44,12 +56,12 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
-def _preset_name(arguments: Sequence[str]) -> str | None:
-    """The value of the last ``--preset``, given apart or with ``=``."""
-    name = None
+def _last_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of the last ``--option``, given apart or with ``=``."""
+    value = None
     for word, following in zip(arguments, [*arguments[1:], None]):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    return name
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value

@@ -9,11 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from gmm_jepa.cli.parse import PresetName, parse
+from gmm_jepa.cli.parse import ModelName, PresetName, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.evaluate.report import summary_rows
-from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.pipeline import Audio, Run, open_run
 from gmm_jepa.train.distributed import Processes, processes
 from gmm_jepa.train.folder import RunFolder
@@ -29,12 +28,14 @@ class RunOptions:
     """Folder of the run."""
     preset: PresetName = "cpu"
     """Settings to start from; any of them can be overridden below."""
+    model: ModelName | None = None
+    """Encoder to train; default: the preset's own."""
     weights: tuple[float, ...] = ()
     """How often an utterance of each source comes per epoch; default: once."""
     heldout_audio: tuple[str, ...] = ()
     """Sources to evaluate on; default: a part of the audio is held out."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    """All settings."""
+    """All settings; `system` sets what that system needs, which can be overridden as well."""
 
     def sources(self) -> Sources:
         """The audio of the run."""
@@ -47,7 +48,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """Fit the mixture (or take one) and train; no evaluation. Goes on where it stopped."""
+    """Make the labels (or take a mixture) and train; no evaluation. Goes on where it stopped."""
 
     gmm: Path | None = None
     """A mixture fitted before; default: fit one on the audio."""
@@ -68,8 +69,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         with processes() as peers:
             folder = RunFolder(options.run)
             run = Run(folder, *folder.read(), peers)
-            audio = run.audio()
-            _evaluate(run, audio, run.mixture(audio.train))
+            _evaluate(run, run.audio())
         return 0
     options = parse(TrainOptions if command == "train" else RunOptions, command, arguments)
     with processes() as peers:
@@ -77,21 +77,20 @@ def main(command: str, arguments: Sequence[str]) -> int:
         audio = run.audio()
         if isinstance(options, TrainOptions) and options.gmm is not None:
             run.take_mixture(options.gmm, audio.train)
-        mixture = run.mixture(audio.train)
-        outcome = run.train(audio.train, mixture)
+        outcome = run.train(audio.train)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
         elif command == "run":
-            _evaluate(run, audio, mixture)
+            _evaluate(run, audio)
         else:
             _say(peers, f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
         _say(peers, run.rejects.summary())
     return 0
 
 
-def _evaluate(run: Run, audio: Audio, mixture: GaussianMixture) -> None:
+def _evaluate(run: Run, audio: Audio) -> None:
     if run.peers.is_main:
-        evaluation = run.evaluate(audio, mixture)
+        evaluation = run.evaluate(audio)
         print(format_table(summary_rows(evaluation.numbers)))
         print(f"report: {run.folder.report}")
 

@@ -1,7 +1,7 @@
 """What the report says under its pictures: what is drawn, and what is normal."""
 
 TITLES = {
-    "losses": "JEPA error, KL and lambda over the steps",
+    "losses": "Parts of the loss and lambda over the steps",
     "meters": "Collapse meters over the steps",
     "optimisation": "Gradient norm, learning rate and speed over the steps",
     "mixture_fit": "Log-likelihood of the mixture over the iterations of EM",
@@ -21,7 +21,8 @@ CAPTIONS = {
     "meters": (
         "Measured on training frames. <b>Normal:</b> usage entropy climbs above 0.8 and stays "
         "there, agreement climbs, the mean cosine falls towards 0.1. <b>A collapse</b> shows as a "
-        "standard deviation near 0, a mean cosine near 1 and a falling usage entropy. Effective "
+        "standard deviation near 0, a mean cosine near 1 and a falling usage entropy, at the front "
+        "end or at the output; a dashed line marks the step at which the alarm went off. Effective "
         "rank is a meter, not a verdict: an untrained network has the highest."
     ),
     "optimisation": (
@@ -34,8 +35,8 @@ CAPTIONS = {
         "unlike those it was fitted on."
     ),
     "cluster_usage": (
-        "<b>Normal:</b> the head follows the mixture. Components that belong to voices which are "
-        "not held out stay unused here. A head that breaks off far before the mixture has lost "
+        "<b>Normal:</b> the head follows its targets. Clusters that belong to voices which are "
+        "not held out stay unused here. A head that breaks off far before the targets has lost "
         "clusters. The dot is the rarest cluster that occurs."
     ),
     "transitions": (
@@ -54,6 +55,12 @@ CAPTIONS = {
         "of each panel's own data."
     ),
 }
+
+ALARMS = (
+    "The step at which two lines in a row were past a threshold, once for every meter; the "
+    "thresholds come from collapses made on purpose. An alarm says where to look: the KL and a "
+    "probe decide."
+)
 
 PROBES = (
     "One linear layer on frozen features, with the same budget for every row. Trained features "

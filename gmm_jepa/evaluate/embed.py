@@ -19,7 +19,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.frames import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
-from gmm_jepa.models.conformer import ConformerEncoder
+from gmm_jepa.models import Encoder, JepaModel
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def load_sample(
 
 
 def encode(
-    encoder: ConformerEncoder,
+    encoder: Encoder,
     utterances: Sequence[Utterance],
     *,
     batch_s: float = 32.0,
@@ -167,7 +167,7 @@ def encode(
 
 @torch.inference_mode()
 def _encode_batch(
-    encoder: ConformerEncoder, waveforms: Sequence[NDArray[np.float32]], device: torch.device
+    encoder: Encoder, waveforms: Sequence[NDArray[np.float32]], device: torch.device
 ) -> Any:
     longest = max(len(w) for w in waveforms)
     waveform = torch.zeros(len(waveforms), longest)
@@ -202,16 +202,66 @@ def log_mel_table(
     frame by frame; with the front end's `samples // hop + 1` frames this does not happen unless
     `shift_samples` drops the start.
     """
+
+    def frames_of(waveform: Tensor) -> Tensor:
+        return log_mel(waveform, spec=spec, shift_samples=shift_samples)
+
+    values, offsets = _laid_end_to_end(utterances, n_frames, frames_of)
+    return FrameTable(values, offsets, spec.hop_samples, float(shift_samples))
+
+
+def target_frames(
+    utterances: Sequence[Utterance],
+    make: Callable[[Tensor, Tensor, int], Tensor],
+    n_frames: NDArray[np.int64],
+    device: torch.device,
+) -> Tensor:
+    """(N, D) float32 on the CPU: what targets are made of, frame by frame beside the encoder's.
+
+    Args:
+        utterances: U utterances.
+        make: the frames of `Targets`, on `device`.
+        n_frames: (U,) frames of the encoder; a row that has fewer repeats its last one.
+        device: where they are made.
+    """
+
+    def frames_of(waveform: Tensor) -> Tensor:
+        length = torch.tensor([len(waveform)], device=device)
+        n = len(waveform)  # more than there are: all of them
+        return make(waveform[None].to(device), length, n)[0].float().cpu()
+
+    return _laid_end_to_end(utterances, n_frames, frames_of)[0]
+
+
+@torch.inference_mode()
+def predictions(model: JepaModel, z: FrameTable) -> Tensor:
+    """(N, D) float32 on the CPU: what the predictor makes of unmasked z, in eval mode."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows = [z.rows(u) for u in range(len(z.offsets) - 1)]
+    made = [model.predict(row[None].to(device), None)[0].float().cpu() for row in rows]
+    model.train(was_training)
+    return torch.cat(made)
+
+
+def _laid_end_to_end(
+    utterances: Sequence[Utterance],
+    n_frames: NDArray[np.int64],
+    frames_of: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Frames (N, D) of all utterances and their offsets (U + 1,)."""
     offsets = np.concatenate([[0], np.cumsum(n_frames)])
-    values = torch.zeros(int(offsets[-1]), spec.n_mels)
+    values = None
     for u, utterance in enumerate(utterances):
         if not n_frames[u]:
             continue
-        samples = torch.from_numpy(utterance.waveform)
-        frames = log_mel(samples, spec=spec, shift_samples=shift_samples)
+        frames = frames_of(torch.from_numpy(utterance.waveform))
+        if values is None:
+            values = torch.zeros(int(offsets[-1]), frames.shape[1])
         take = torch.arange(int(n_frames[u])).clamp(max=len(frames) - 1)
         values[offsets[u] : offsets[u + 1]] = frames[take]
-    return FrameTable(values, offsets, spec.hop_samples, float(shift_samples))
+    return torch.zeros(0, 0) if values is None else values, offsets
 
 
 def with_context(table: FrameTable, context: int) -> FrameTable:

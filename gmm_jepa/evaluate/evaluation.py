@@ -27,6 +27,8 @@ from gmm_jepa.evaluate.embed import (
     encode,
     load_sample,
     log_mel_table,
+    predictions,
+    target_frames,
     with_context,
 )
 from gmm_jepa.evaluate.labels import Task, find_tasks, probe_data
@@ -36,6 +38,7 @@ from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.objectives.meters import embedding_meters
+from gmm_jepa.objectives.targets import Targets
 
 if TYPE_CHECKING:
     from gmm_jepa.gmm import GaussianMixture
@@ -87,15 +90,15 @@ class Evaluation:
 def evaluate(
     model: JepaModel,
     untrained: JepaModel | None,
-    mixture: GaussianMixture,
+    targets: Targets | None,
     spec: LogMelSpec,
     train_corpus: Any,
     heldout_corpus: Any,
     *,
+    mixture: GaussianMixture | None = None,
+    head_input: str = "encoder",
     max_train_s: float = 600.0,
     max_test_s: float = 600.0,
-    temperature: float = 1.0,
-    shift_samples: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -104,19 +107,20 @@ def evaluate(
     Args:
         model: the trained networks, on any device.
         untrained: the same networks at random initialisation, as a control; None leaves it out.
-        mixture: the fitted anchor.
-        spec: its front end.
+        targets: what its cluster head learnt; None: it has none, and clusters are not measured.
+        spec: the log-mel front end.
         train_corpus, heldout_corpus: `gmm_jepa.data.Corpus`; the first only trains the probes.
+        mixture: the mixture on log-mel frames, if the targets are its components.
+        head_input: "encoder" or "predictor": what the cluster head reads.
         max_train_s, max_test_s: seconds of audio that are drawn from them at most.
-        temperature: of the posteriors that were the targets.
-        shift_samples: of the targets' framing (0 unless they were aligned with the encoder).
         seed: of every choice; one seed, one result on one machine.
         progress: see `Progress`.
 
     Returns:
-        numbers: ``sample`` (what was drawn), ``clusters`` (``head``, ``mixture``: entropy in
-        [0, 1], used, effective, top_share, adjacent_consistency; agreement, kl, target_entropy,
-        head_entropy), ``mixture`` (held-out log_likelihood per frame in nats, EM's curve),
+        numbers: ``sample`` (what was drawn), ``clusters`` (``head`` and, for the targets of any
+        kind, ``mixture``: entropy in [0, 1], used, effective, top_share, adjacent_consistency;
+        agreement, kl, target_entropy, head_entropy), ``mixture`` (held-out log_likelihood per
+        frame in nats, EM's curve),
         ``embedding`` (meters of z; ``untrained`` likewise), ``layer_weights``, ``probes`` (one per
         task, with rows), ``examples``, ``versions``, ``seconds``.
 
@@ -138,12 +142,9 @@ def evaluate(
     z = _first(encoded.output, len(heldout))
     if not len(z.values):
         raise InputError("heldout_corpus: every utterance is shorter than one frame")
-    anchors = log_mel_table(heldout, spec, np.diff(z.offsets), shift_samples=shift_samples)
-    tracks = follow(model, z.values, anchors.values, mixture, temperature)
-    arrays = plot_data.clusters(tracks, z.offsets, mixture, top=TOP_CLUSTERS)
-    examples, example_arrays = plot_data.examples(heldout, z, anchors, tracks)
+    clusters = _Clusters(model, z, heldout, targets, mixture, spec, head_input)
     embedding = _embedding_numbers(z.values)
-    arrays |= example_arrays | plot_data.scatter(z, heldout, tracks.mixture, name="trained")
+    arrays = clusters.arrays | plot_data.scatter(z, heldout, clusters.labels, name="trained")
 
     probes = [_Probe(task, sample, seed) for task in tasks]
     for name, table in _feature_sets(encoded, untrained, sample, spec, report):
@@ -153,7 +154,7 @@ def evaluate(
         if name == "untrained, output z":
             control = _first(table, len(heldout))
             embedding["untrained"] = _embedding_numbers(control.values)
-            arrays |= plot_data.scatter(control, heldout, tracks.mixture, name="untrained")
+            arrays |= plot_data.scatter(control, heldout, clusters.labels, name="untrained")
 
     numbers = {
         "format": FORMAT,
@@ -163,15 +164,51 @@ def evaluate(
             **_describe(train if tasks else [], "train"),
             "unreadable": bad_heldout + bad_train,
         },
-        "clusters": describe(tracks, z.offsets, mixture.n_components),
-        "mixture": _mixture_numbers(mixture, anchors.values),
+        **clusters.numbers,
         "embedding": embedding,
         "layer_weights": encoded.layer_weights[: len(heldout)].mean(0).tolist(),
         "probes": [probe.result for probe in probes if probe.result["rows"]],
-        "examples": examples,
         "seconds": time.perf_counter() - began,
     }
     return Evaluation(_finite(numbers), arrays)
+
+
+class _Clusters:
+    """Cluster head and targets on the held-out frames; empty for a model without a head."""
+
+    def __init__(
+        self,
+        model: JepaModel,
+        z: FrameTable,
+        heldout: Sequence[Utterance],
+        targets: Targets | None,
+        mixture: GaussianMixture | None,
+        spec: LogMelSpec,
+        head_input: str,
+    ) -> None:
+        self.numbers: dict[str, Any] = {"examples": []}
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self.labels: NDArray[np.int64] | None = None
+        if targets is None:
+            return
+        device = next(model.parameters()).device
+        n_frames, targets = np.diff(z.offsets), targets.to(device)
+        anchors = log_mel_table(heldout, spec, n_frames, shift_samples=targets.shift_samples)
+        frames = target_frames(heldout, targets.frames, n_frames, device)
+        heard = predictions(model, z) if head_input == "predictor" else z.values
+        tracks = follow(model, heard, frames, targets.clusters)
+        self.labels = tracks.mixture
+        self.arrays = plot_data.clusters(
+            tracks, z.offsets, targets.clusters.centres, top=TOP_CLUSTERS
+        )
+        examples, example_arrays = plot_data.examples(heldout, z, anchors, tracks)
+        self.arrays |= example_arrays
+        self.numbers = {
+            "clusters": describe(tracks, z.offsets, targets.clusters.n_clusters),
+            "examples": examples,
+        }
+        if mixture is not None:
+            self.numbers["mixture"] = _mixture_numbers(mixture, anchors.values)
 
 
 def _feature_sets(

@@ -14,7 +14,7 @@ Names in the archive (``plots/data.npz``):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from gmm_jepa.evaluate.embed import SAMPLE_RATE_HZ, FrameTable, Utterance
 from gmm_jepa.evaluate.labels import frame_phones, phone_segments
 from gmm_jepa.evaluate.tracks import Tracks
 
-if TYPE_CHECKING:
-    from gmm_jepa.gmm import GaussianMixture
-
 Arrays = dict[str, NDArray[Any]]
 
 SCATTER_FRAMES = 4000
@@ -39,12 +36,12 @@ LONGEST_EXAMPLE_S = 6.0
 
 
 def clusters(
-    tracks: Tracks, offsets: NDArray[np.int64], mixture: GaussianMixture, *, top: int
+    tracks: Tracks, offsets: NDArray[np.int64], centres: Tensor, *, top: int
 ) -> Arrays:
-    """Usage of head and mixture, transitions of the head, and the map of the mixture's means."""
-    n = mixture.n_components
+    """Usage of head and targets, transitions of the head, and the map of the (K, D) centres."""
+    n = len(centres)
     shown, probabilities = top_transitions(tracks.head, offsets, n_clusters=n, top=top)
-    means = torch.as_tensor(mixture.means_).double().cpu()
+    means = centres.double().cpu()
     place = principal_axes(means, 3)
     if float((place[:, 0] * (means.mean(1) - means.mean())).sum()) < 0:
         place[:, 0] *= -1  # the first axis is loudness: upwards
@@ -60,13 +57,13 @@ def clusters(
 def scatter(
     table: FrameTable,
     utterances: Sequence[Utterance],
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     *,
     name: str,
 ) -> Arrays:
     """Frames, evenly drawn, on the first two principal axes of all frames.
 
-    Beside them their phones ("" where unknown) and their clusters, taken from `labels` (N,).
+    Beside them their phones ("" where unknown) and, where `labels` (N,) are given, their clusters.
     """
     values = table.values
     rows = np.unique(np.linspace(0, max(len(values) - 1, 0), SCATTER_FRAMES).astype(np.int64))
@@ -77,11 +74,11 @@ def scatter(
         for phone in frame_phones(utterance.entry, table.centres_s(u))
     ]
     flat = principal_axes(values, 2)[torch.from_numpy(rows)]
-    return {
+    arrays = {
         f"scatter_{name}": flat.numpy().astype(np.float32),
         f"scatter_{name}_phones": np.array([phones[r] for r in rows], dtype=np.str_),
-        f"scatter_{name}_clusters": labels[rows],
     }
+    return arrays if labels is None else arrays | {f"scatter_{name}_clusters": labels[rows]}
 
 
 def principal_axes(x: Tensor, n: int) -> Tensor:

@@ -13,108 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmm_jepa.evaluate.phone_classes import CLASSES, broad_class
-from gmm_jepa.evaluate.theme import Theme, cluster_colors, end_label, new_figure
+from gmm_jepa.evaluate.theme import (
+    HALF_IN,
+    WIDE_IN,
+    Theme,
+    cluster_colors,
+    end_label,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Metrics = Sequence[Mapping[str, Any]]
 Arrays = Mapping[str, NDArray[Any]]
-
-WIDE_IN, HALF_IN = 10.4, 5.1
-_SCHEDULES = {"lambda", "learning_rate"}
-"""Set, not measured: drawn as they are, without a running mean."""
-
-
-def curve(metrics: Metrics, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of one key; lines without it, or with null or NaN there, are left out."""
-    points = [
-        (line["step"], line[key])
-        for line in metrics
-        if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]) and "step" in line
-    ]
-    table = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def losses(theme: Theme, metrics: Metrics) -> Figure | None:
-    """JEPA error, KL and lambda over the steps."""
-    panels = [
-        ("jepa", "JEPA error", theme.blue),
-        ("kl", "KL to the mixture's posteriors, nats", theme.coral),
-        ("lambda", "λ, the weight of the KL", theme.teal),
-    ]
-    return _panels(theme, metrics, panels, columns=3, height_in=2.7)
-
-
-def meters(theme: Theme, metrics: Metrics) -> Figure | None:
-    """Collapse meters over the steps."""
-    panels = [
-        ("usage_entropy", "Cluster usage entropy", theme.coral),
-        ("agreement", "Head agrees with the mixture", theme.coral),
-        ("teacher_cosine", "Cosine of teacher and student", theme.teal),
-        ("effective_rank", "Effective rank of z", theme.blue),
-        ("std", "Standard deviation of z", theme.blue),
-        ("mean_cosine", "Mean pairwise cosine of z", theme.blue),
-    ]
-    return _panels(theme, metrics, panels, columns=3, height_in=4.7)
-
-
-def optimisation(theme: Theme, metrics: Metrics) -> Figure | None:
-    """Learning rate, gradient norm and speed over the steps."""
-    panels = [
-        ("gradient_norm", "Gradient norm", theme.blue),
-        ("learning_rate", "Learning rate", theme.teal),
-        ("audio_s_per_s", "Audio seconds per second", theme.violet),
-    ]
-    return _panels(theme, metrics, panels, columns=3, height_in=2.4)
-
-
-def _panels(
-    theme: Theme,
-    metrics: Metrics,
-    panels: Sequence[tuple[str, str, str]],
-    *,
-    columns: int,
-    height_in: float,
-) -> Figure | None:
-    """One small plot for every key that has at least two values."""
-    drawn = [
-        (title, color, key not in _SCHEDULES, *found)
-        for key, title, color in panels
-        if len((found := curve(metrics, key))[0]) >= 2
-    ]
-    if not drawn:
-        return None
-    rows = math.ceil(len(drawn) / columns)
-    figure = new_figure(WIDE_IN, height_in * rows / math.ceil(len(panels) / columns))
-    grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    figure.get_layout_engine().set(hspace=0.1)
-    for i, (axes, (title, color, smoothed, steps, values)) in enumerate(zip(grid, drawn)):
-        _line(axes, steps, values, color, smoothed=smoothed)
-        axes.set_title(title)
-        if i + columns >= len(drawn):
-            axes.set_xlabel("step")
-    for axes in grid[len(drawn) :]:
-        axes.set_axis_off()
-    return figure
-
-
-def _line(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], color: str, *, smoothed: bool
-) -> None:
-    """A curve: raw and pale, over it a running mean if there are many points; its last value."""
-    smooth = y
-    if smoothed and len(y) >= 40:
-        width = max(3, len(y) // 25) | 1
-        padded = np.pad(y, width // 2, mode="edge")
-        smooth = np.convolve(padded, np.ones(width) / width, mode="valid")
-        axes.plot(x, y, color=color, alpha=0.28, linewidth=0.9)
-    axes.plot(x, smooth, color=color)
-    axes.plot(x[-1], smooth[-1], "o", color=color, markersize=3.5)
-    axes.margins(x=0.02, y=0.12)
-    end_label(axes, x[-1], smooth[-1], f"{smooth[-1]:.3g}", color)
 
 
 def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
@@ -154,7 +66,7 @@ def cluster_usage(theme: Theme, arrays: Arrays) -> Figure | None:
     figure = new_figure(HALF_IN, 3.3)
     axes = figure.subplots()
     for name, key, color in (
-        ("mixture", "usage_mixture", theme.blue),
+        ("targets", "usage_mixture", theme.blue),
         ("cluster head", "usage_head", theme.coral),
     ):
         counts = np.sort(arrays[key])[::-1]
@@ -254,9 +166,11 @@ def embedding(theme: Theme, arrays: Arrays) -> Figure | None:
             classes = [broad_class(phone) if phone else "other" for phone in phones]
             colors = [theme.classes[c] for c in classes]
             names |= set(classes)
-        else:
+        elif "cluster_map" in arrays:
             palette = cluster_colors(arrays["cluster_map"], theme)
             colors = list(palette[arrays[f"scatter_{name}_clusters"]])
+        else:
+            colors = [theme.blue] * len(points)
         order = np.random.default_rng(0).permutation(len(points))  # no class lies on top
         axes.scatter(*points[order].T, c=[colors[i] for i in order], s=7, alpha=0.75, linewidths=0)
         low, high = np.percentile(points, [0.3, 99.7], axis=0)

@@ -10,11 +10,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from gmm_jepa.evaluate import plots, sections
+from gmm_jepa.evaluate import curves, plots, sections
 from gmm_jepa.evaluate.evaluation import Evaluation
 from gmm_jepa.evaluate.sections import show
 from gmm_jepa.evaluate.theme import DARK, LIGHT, Theme, style, to_png
 from gmm_jepa.files import write_text, written_aside
+from gmm_jepa.train.alarm import Event, read_alarms
 
 
 def write_report(
@@ -27,8 +28,8 @@ def write_report(
     """Write ``report.html``, ``plots/*.png`` and, if given, the evaluation itself.
 
     A section whose data is missing is left out: a run that was never evaluated, audio without
-    labels, a run without metrics yet. ``config.json`` and ``rejects.jsonl`` are read from the
-    folder where they are there.
+    labels, a run without metrics yet. ``config.json``, ``alarms.jsonl`` and ``rejects.jsonl`` are
+    read from the folder where they are there.
 
     Args:
         run_dir: the run's folder; it is made if it is absent.
@@ -46,30 +47,53 @@ def write_report(
     if evaluation is not None:
         evaluation.save(run_dir)
     evaluation = evaluation or Evaluation({})
-    pictures = draw(evaluation, metrics)
-    for key, (light, _) in pictures.items():
-        with written_aside(run_dir / "plots" / f"{key}.png") as aside:
-            aside.write_bytes(light)
+    alarms = read_alarms(run_dir / "alarms.jsonl")
+    pictures = draw(lambda theme: _figures(theme, evaluation, metrics, alarms))
+    save_pictures(run_dir / "plots", pictures)
     title = name or run_dir.resolve().name
-    page = _page(title, evaluation.numbers, pictures, metrics, run_dir)
-    write_text(run_dir / "report.html", page)
+    body = page(
+        title,
+        sections.subtitle(evaluation.numbers, metrics),
+        _parts(evaluation.numbers, pictures, alarms, run_dir),
+        "The numbers are in <code>evaluation.json</code> and <code>metrics.jsonl</code>, "
+        "the pictures in <code>plots/</code>.",
+    )
+    write_text(run_dir / "report.html", body)
     return run_dir / "report.html"
 
 
-def draw(evaluation: Evaluation, metrics: Sequence[Mapping[str, Any]] = ()) -> sections.Pictures:
+Figures = Mapping[str, Callable[[], Any]]
+"""Name -> what draws the figure, or returns None."""
+
+
+def draw(figures: Callable[[Theme], Figures]) -> sections.Pictures:
     """Every picture that the data allows, in both themes."""
-    both = [_draw(theme, evaluation, metrics) for theme in (LIGHT, DARK)]
+    both = []
+    for theme in (LIGHT, DARK):
+        with style(theme):
+            made = {key: make() for key, make in figures(theme).items()}
+            both.append({key: to_png(f, theme) for key, f in made.items() if f is not None})
     return {key: (both[0][key], both[1][key]) for key in both[0]}
 
 
-def _draw(
-    theme: Theme, evaluation: Evaluation, metrics: Sequence[Mapping[str, Any]]
-) -> dict[str, bytes]:
+def save_pictures(folder: Path, pictures: sections.Pictures) -> None:
+    """Write the light ones as PNGs."""
+    for key, (light, _) in pictures.items():
+        with written_aside(folder / f"{key}.png") as aside:
+            aside.write_bytes(light)
+
+
+def _figures(
+    theme: Theme,
+    evaluation: Evaluation,
+    metrics: Sequence[Mapping[str, Any]],
+    alarms: Sequence[Event],
+) -> Figures:
     numbers, arrays = evaluation.numbers, evaluation.arrays
     figures: dict[str, Callable[[], Any]] = {
-        "losses": lambda: plots.losses(theme, metrics),
-        "meters": lambda: plots.meters(theme, metrics),
-        "optimisation": lambda: plots.optimisation(theme, metrics),
+        "losses": lambda: curves.losses(theme, metrics),
+        "meters": lambda: curves.meters(theme, metrics, alarms),
+        "optimisation": lambda: curves.optimisation(theme, metrics),
         "mixture_fit": lambda: plots.mixture_fit(theme, numbers),
         "cluster_usage": lambda: plots.cluster_usage(theme, arrays),
         "transitions": lambda: plots.transitions(theme, arrays),
@@ -81,26 +105,23 @@ def _draw(
         figures[f"example_{i + 1}"] = lambda i=i, described=described: plots.example(
             theme, arrays, i, described
         )
-    pictures = {}
-    with style(theme):
-        for key, make in figures.items():
-            figure = make()
-            if figure is not None:
-                pictures[key] = to_png(figure, theme)
-    return pictures
+    return figures
 
 
-def _page(
-    title: str,
+def _parts(
     numbers: Mapping[str, Any],
     pictures: sections.Pictures,
-    metrics: Sequence[Mapping[str, Any]],
+    alarms: Sequence[Event],
     run_dir: Path,
-) -> str:
-    parts = [
+) -> list[tuple[str, str]]:
+    return [
         ("Result", sections.cards(numbers)),
         ("Probes", sections.probes(numbers)),
-        ("Training", sections.figures(pictures, ("losses", "meters", "optimisation"))),
+        (
+            "Training",
+            sections.alarms(alarms)
+            + sections.figures(pictures, ("losses", "meters", "optimisation")),
+        ),
         ("Mixture and clusters", sections.clusters(numbers, pictures)),
         (
             "Embedding",
@@ -110,11 +131,22 @@ def _page(
         ("Rejects", sections.rejects(run_dir / "rejects.jsonl")),
         ("Settings", sections.settings(run_dir / "config.json", numbers)),
     ]
+
+
+def page(title: str, subtitle: str, parts: Sequence[tuple[str, str]], sources: str) -> str:
+    """One HTML page that needs nothing but itself.
+
+    Args:
+        title, subtitle: plain text.
+        parts: headings and HTML; the first, "Result", stands without its heading, and what is
+            empty is left out.
+        sources: HTML, where the numbers come from.
+    """
     kept = [(head, body) for head, body in parts if body]
     folder = resources.files("gmm_jepa.evaluate")
     return Template((folder / "report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        subtitle=escape(sections.subtitle(numbers, metrics)),
+        subtitle=escape(subtitle),
         style=(folder / "report.css").read_text(encoding="utf-8"),
         links="".join(f'<a href="#{_anchor(h)}">{escape(h)}</a>' for h, _ in kept if h != "Result"),
         body="\n".join(
@@ -123,6 +155,7 @@ def _page(
             + f"{body}</section>"
             for head, body in kept
         ),
+        sources=sources,
         written=escape(datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
     )
 
@@ -151,18 +184,23 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
                 ]
             )
     z, control = numbers["embedding"], numbers["embedding"].get("untrained", {})
-    clusters = numbers["clusters"]
-    head = clusters["head"]
     rows += [
         [f"effective rank of {z['dimensions']}", *_pair(z, control, "effective_rank", ".1f")],
         ["mean cosine", *_pair(z, control, "mean_cosine", ".3f")],
-        ["cluster usage entropy", show(head["entropy"], ".3f")],
-        [f"clusters used of {clusters['n_clusters']}", str(head["used"])],
-        ["adjacent frames alike %", show(head["adjacent_consistency"], ".1f", scale=100)],
-        ["agreement with mixture %", show(clusters["agreement"], ".1f", scale=100)],
-        ["KL to mixture, nats", show(clusters["kl"], ".3f")],
-        ["mixture log-likelihood, nats/frame", show(numbers["mixture"]["log_likelihood"], ".2f")],
     ]
+    if "clusters" in numbers:
+        clusters = numbers["clusters"]
+        head = clusters["head"]
+        rows += [
+            ["cluster usage entropy", show(head["entropy"], ".3f")],
+            [f"clusters used of {clusters['n_clusters']}", str(head["used"])],
+            ["adjacent frames alike %", show(head["adjacent_consistency"], ".1f", scale=100)],
+            ["agreement with targets %", show(clusters["agreement"], ".1f", scale=100)],
+            ["KL to targets, nats", show(clusters["kl"], ".3f")],
+        ]
+    if "mixture" in numbers:
+        likelihood = numbers["mixture"]["log_likelihood"]
+        rows.append(["mixture log-likelihood, nats/frame", show(likelihood, ".2f")])
     width = 5 if numbers.get("probes") else 3  # log-mel stands beside probes only
     return [[*row, *[""] * 5][:width] for row in rows]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gmm_jepa.evaluate import captions
+from gmm_jepa.train.alarm import Event
 
 Pictures = Mapping[str, tuple[bytes, bytes]]
 """Name -> the picture for light and for dark pages, PNG."""
@@ -70,11 +71,12 @@ def cards(numbers: Mapping[str, Any]) -> str:
                 f"{head['used']} of {clusters['n_clusters']} clusters used",
             ),
             (
-                "head agrees with mixture",
+                "head agrees with targets",
                 show(clusters["agreement"], ".1f", scale=100) + " %",
                 f"KL {show(clusters['kl'], '.2f')} nats",
             ),
         ]
+    if "embedding" in numbers:
         z = numbers["embedding"]
         cards.append(
             (
@@ -96,7 +98,7 @@ def cards(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def _picture(pictures: Pictures, key: str, text: str, caption: str = "") -> str:
+def picture(pictures: Pictures, key: str, text: str, caption: str = "") -> str:
     """One picture that follows the page's theme, with a caption; nothing if it was not drawn."""
     if key not in pictures:
         return ""
@@ -113,7 +115,7 @@ def _picture(pictures: Pictures, key: str, text: str, caption: str = "") -> str:
 
 def figures(pictures: Pictures, keys: Sequence[str]) -> str:
     """Pictures with their captions, one under the other."""
-    return "".join(_picture(pictures, k, captions.TITLES[k], captions.CAPTIONS[k]) for k in keys)
+    return "".join(picture(pictures, k, captions.TITLES[k], captions.CAPTIONS[k]) for k in keys)
 
 
 def clusters(numbers: Mapping[str, Any], pictures: Pictures) -> str:
@@ -126,7 +128,7 @@ def clusters(numbers: Mapping[str, Any], pictures: Pictures) -> str:
 def _cluster_table(numbers: Mapping[str, Any]) -> str:
     if "clusters" not in numbers:
         return ""
-    found, mixture = numbers["clusters"], numbers["mixture"]
+    found, mixture = numbers["clusters"], numbers.get("mixture", {})
     head, other = found["head"], found["mixture"]
     both = [
         ("usage entropy (1: even use)", "entropy", ".3f", 1),
@@ -142,12 +144,20 @@ def _cluster_table(numbers: Mapping[str, Any]) -> str:
     rows += [
         ["entropy of a frame's posterior, nats"]
         + [show(found[key], ".3f") for key in ("head_entropy", "target_entropy")],
-        ["log-likelihood of a frame, nats", "", show(mixture["log_likelihood"], ".2f")],
+        ["log-likelihood of a frame, nats", "", show(mixture.get("log_likelihood"), ".2f")],
         ["agreement of the two, %", show(found["agreement"], ".1f", scale=100), ""],
-        ["KL from mixture to head, nats", show(found["kl"], ".3f"), ""],
+        ["KL from targets to head, nats", show(found["kl"], ".3f"), ""],
     ]
     note = f"{found['n_frames']:,} held-out frames, none masked."
-    return _table(["clusters", "cluster head", "mixture"], rows, note)
+    return table(["clusters", "cluster head", "targets"], rows, note)
+
+
+def alarms(events: Sequence[Event]) -> str:
+    """What the collapse alarm said, if it said something."""
+    rows = [
+        [event.meter, f"{event.step:,}", f"{event.value:.3g}", event.reason] for event in events
+    ]
+    return table(["collapse alarm", "step", "value", ""], rows, captions.ALARMS) if rows else ""
 
 
 def embedding_table(numbers: Mapping[str, Any]) -> str:
@@ -165,10 +175,10 @@ def embedding_table(numbers: Mapping[str, Any]) -> str:
         [name] + [show(part[key], ".4g") if key in part else "" for part in (trained, untrained)]
         for key, name in names.items()
     ]
-    return _table(["output z", "trained", "untrained"], rows)
+    return table(["output z", "trained", "untrained"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
     """A card with a table; the first column is text, the others numbers."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
@@ -188,12 +198,12 @@ def examples(numbers: Mapping[str, Any], pictures: Pictures) -> str:
     """A few utterances, each with what was said over its picture."""
     parts = []
     for i, described in enumerate(numbers.get("examples", [])):
-        picture = _picture(pictures, f"example_{i + 1}", f"Utterance {i + 1}")
-        if not picture:
+        drawn = picture(pictures, f"example_{i + 1}", f"Utterance {i + 1}")
+        if not drawn:
             continue
         text = described["text"] or f"utterance {i + 1}"
         about = ", ".join(filter(None, (described["speaker"], f"{described['duration_s']:.1f} s")))
-        parts.append(f"<h3>{escape(text)} <small>{escape(about)}</small></h3>{picture}")
+        parts.append(f"<h3>{escape(text)} <small>{escape(about)}</small></h3>{drawn}")
     return f'<p class="lead">{captions.EXAMPLES}</p>{"".join(parts)}' if parts else ""
 
 
@@ -276,7 +286,7 @@ def settings(path: Path, numbers: Mapping[str, Any]) -> str:
     tables = "".join(
         f"<table class='plain'><caption><b>{escape(name)}</b></caption>"
         + "".join(
-            f"<tr><th scope='row'>{escape(key)}</th><td>{escape(_plain(value))}</td></tr>"
+            f"<tr><th scope='row'>{escape(key)}</th><td>{escape(plain(value))}</td></tr>"
             for key, value in values.items()
         )
         + "</table>"
@@ -300,10 +310,10 @@ def _flatten(name: str, values: Any, groups: list[tuple[str, Mapping[str, Any]]]
             _flatten(f"{name}.{key}".lstrip("."), value, groups)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A JSON value in words."""
     if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
+        return ", ".join(map(plain, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)

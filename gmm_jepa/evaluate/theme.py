@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 160
+WIDE_IN, HALF_IN = 10.4, 5.1
+"""Widths of figures that fill the page, or stand in pairs."""
 
 
 @dataclass(frozen=True)

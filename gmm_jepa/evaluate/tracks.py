@@ -1,24 +1,21 @@
-"""What the cluster head and the mixture say of the same held-out frames."""
+"""What the cluster head and its targets say of the same held-out frames."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmm_jepa import ops
 from gmm_jepa.evaluate import clusters
 from gmm_jepa.models.jepa import JepaModel
-
-if TYPE_CHECKING:
-    from gmm_jepa.gmm import GaussianMixture
+from gmm_jepa.objectives.targets import Clusters
 
 
 class Tracks(NamedTuple):
-    """Per held-out frame (N,): what the cluster head and the mixture say."""
+    """Per held-out frame (N,): what the cluster head and its targets (mixture or k-means) say."""
 
     head: NDArray[np.int64]
     mixture: NDArray[np.int64]
@@ -27,16 +24,15 @@ class Tracks(NamedTuple):
     mixture_entropy: NDArray[np.float32]
     """Nats: the entropy of the training targets."""
     kl: NDArray[np.float32]
-    """KL(mixture's posterior || head's), nats."""
+    """KL(target || head's posterior), nats; for hard targets the cross-entropy."""
 
 
 @torch.inference_mode()
 def follow(
     model: JepaModel,
-    z: Tensor,
+    heard: Tensor,
     frames: Tensor,
-    mixture: GaussianMixture,
-    temperature: float,
+    clusters: Clusters,
     *,
     chunk_frames: int = 8192,
 ) -> Tracks:
@@ -44,23 +40,19 @@ def follow(
 
     Args:
         model: whose cluster head is asked, on any device.
-        z: (N, D) float32 embeddings on the CPU.
-        frames: (N, n_mels) float32 log-mel frames beside them.
-        mixture: of K components.
-        temperature: of the mixture's posteriors.
+        heard: (N, D) float32 on the CPU: what the head reads.
+        frames: (N, D') float32 beside them: what the targets are made of.
+        clusters: the targets, on the model's device.
         chunk_frames: so many frames at a time, with (chunk, K) float32 in memory.
     """
     device = next(model.parameters()).device
-    parameters = mixture.mixture(device=device)
     was_training = model.cluster_head.training
     model.cluster_head.eval()
     parts = []
-    for z_part, frames_part in zip(z.split(chunk_frames), frames.split(chunk_frames)):
-        logits = model.cluster_head(z_part.to(device)).float()
+    for heard_part, frames_part in zip(heard.split(chunk_frames), frames.split(chunk_frames)):
+        logits = model.cluster_head(heard_part.to(device)).float()
         head = torch.log_softmax(logits, dim=-1)
-        target = ops.gmm_posterior(
-            frames_part.to(device), parameters, temperature=temperature, log=True, precision="exact"
-        ).float()
+        target = clusters.log_posterior(frames_part.to(device))
         p = target.exp()
         log_ratio = torch.where(p > 0, target - head, 0.0)
         parts.append(

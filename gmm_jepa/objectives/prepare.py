@@ -16,7 +16,7 @@ from gmm_jepa.config import ObjectiveConfig
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.loader import Batch, RankView
 from gmm_jepa.objectives.augmentation import disturb
-from gmm_jepa.objectives.gmm_anchored import MaskedBatch
+from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.masks import draw_mask
 
 _MASK, _NOISE = 0, 1  # separate streams of random numbers
@@ -99,7 +99,8 @@ def micro_batches(batch: Batch, n_parts: int, *, unmasked_weight: float) -> Iter
     mask, real = extras["mask"], extras["real"]
     n_masked, n_visible = max(extras["n_masked"], 1), max(extras["n_visible"], 1)
     predicted = mask.float() / n_masked
-    visible = (real & ~mask).float() * (unmasked_weight / n_visible)
+    in_sight = real & ~mask
+    visible = in_sight.float() * (unmasked_weight / n_visible)
     anchored = (predicted + visible) / (1.0 + unmasked_weight)
     n_rows = -(-len(mask) // n_parts)
     for first in range(0, len(mask), n_rows):
@@ -111,6 +112,7 @@ def micro_batches(batch: Batch, n_parts: int, *, unmasked_weight: float) -> Iter
             ~mask[part],
             *_weighted(predicted[part]),
             *_weighted(anchored[part]),
+            in_sight[part].flatten().nonzero().squeeze(1),
         )
 
 

@@ -3,6 +3,51 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+from gmm_jepa.config import Recipe
+
+
+class Schedule(NamedTuple):
+    """The values that change over a training, at one step."""
+
+    anchor_weight: float
+    """lambda."""
+    learning_rate: float
+    teacher_decay: float
+    step: int
+    """Counted from 0 in this iteration."""
+    n_steps: int
+    """Of this iteration."""
+
+    def metrics(self) -> dict[str, float]:
+        """Under their names in the metrics."""
+        return {
+            "lambda": self.anchor_weight,
+            "learning_rate": self.learning_rate,
+            "teacher_decay": self.teacher_decay,
+        }
+
+
+def schedule_at(recipe: Recipe, step: int) -> Schedule:
+    """The schedules at `step` of the run, counted from 0; every iteration has them anew."""
+    config, objective = recipe.train, recipe.objective
+    iteration = recipe.iteration_at(step)
+    own_step, n_steps = step - iteration.first_step, iteration.n_steps
+    done = progress(own_step, n_steps)
+    return Schedule(
+        interpolate(objective.anchor_start, objective.anchor_end, done, objective.anchor_schedule),
+        learning_rate(
+            own_step,
+            n_steps,
+            peak=config.learning_rate,
+            warmup_share=config.warmup_share,
+            shape=config.learning_rate_schedule,
+        ),
+        interpolate(config.teacher_decay_start, config.teacher_decay, done, "linear"),
+        own_step,
+        n_steps,
+    )
 
 
 def interpolate(start: float, end: float, progress: float, shape: str) -> float:

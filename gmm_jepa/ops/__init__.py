@@ -20,7 +20,7 @@ from gmm_jepa.ops.losses import (
     masked_kl_targets,
     masked_mse,
 )
-from gmm_jepa.ops.mixture import Mixture
+from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
 
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
@@ -32,11 +32,14 @@ for _device in ("cpu", "cuda"):
         "gmm_log_likelihood_backward",
         "gmm_posterior",
         "gmm_posterior_backward",
+        "gmm_posterior_ensemble",
+        "gmm_posterior_ensemble_backward",
         "gmm_topk",
         "kmeans_assign",
         "log_mel",
         "masked_cross_entropy",
         "masked_kl",
+        "masked_kl_ensemble",
         "masked_kl_targets",
         "masked_mse",
     ):
@@ -44,6 +47,7 @@ for _device in ("cpu", "cuda"):
 
 __all__ = [
     "EMStatistics",
+    "Ensemble",
     "MaskedLoss",
     "Mixture",
     "em_statistics",

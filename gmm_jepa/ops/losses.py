@@ -12,13 +12,23 @@ of the inputs; sums over rows are float64. Targets, weights and mixture get no g
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.mixture import Mixture, check_frames, kind_of, quadratic, row_chunks
+from gmm_jepa.ops.ensemble import TARGET_VALUES, mean_of_chunk, parameters_of
+from gmm_jepa.ops.masked_rows import MaskedSums, Rows, first_largest
+from gmm_jepa.ops.mixture import (
+    Ensemble,
+    Mixture,
+    check_ensemble,
+    check_frames,
+    kind_of,
+    row_chunks,
+)
 from gmm_jepa.ops.posterior import check_temperature
 
 
@@ -37,7 +47,7 @@ def masked_kl(
     logits: Tensor,
     frames: Tensor,
     row_weights: Tensor,
-    mixture: Mixture,
+    mixture: Mixture | Ensemble,
     *,
     temperature: float = 1.0,
 ) -> MaskedLoss:
@@ -47,27 +57,30 @@ def masked_kl(
         logits: (N, K) float32 or bf16.
         frames: (N, D), the features the mixture was fitted on.
         row_weights: (N,), 0 leaves a row out.
-        mixture: the frozen mixture of K components.
+        mixture: the frozen mixture of K components, or several, whose posteriors are averaged.
         temperature: of the posteriors, as in `gmm_posterior`; precision as its ``"fast"``.
 
     Raises:
         InputError: shapes, devices or temperature make no sense.
         TypeError: a tensor is not of a floating-point type.
     """
-    check_frames(frames, mixture)
+    several = isinstance(mixture, Ensemble)
+    (check_ensemble if several else check_frames)(frames, mixture)
     check_temperature(temperature)
     _check_rows(logits, row_weights, "logits")
-    if frames.shape != (logits.shape[0], mixture.means.shape[1]):
+    K, D = (mixture.mixtures[0] if several else mixture).means.shape
+    if frames.shape != (logits.shape[0], D):
         raise InputError(f"frames: expected one per row of logits, got {tuple(frames.shape)}")
-    if logits.shape[1] != mixture.means.shape[0]:
-        raise InputError(
-            f"logits: expected {mixture.means.shape[0]} columns, got {tuple(logits.shape)}"
-        )
-    outputs = _masked_kl(
+    if logits.shape[1] != K:
+        raise InputError(f"logits: expected {K} columns, got {tuple(logits.shape)}")
+    op, parameters = _masked_kl, mixture
+    if several:
+        op, parameters = _masked_kl_ensemble, parameters_of(mixture)
+    outputs = op(
         logits,
         frames.detach(),
         row_weights.detach(),
-        *mixture,
+        *parameters,
         float(temperature),
         _wants_gradient(logits),
     )
@@ -163,45 +176,42 @@ def _masked_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> MaskedLoss:
     return MaskedLoss(loss, target_entropy.detach(), agreement.detach())
 
 
-class _Sums:
-    """What a masked loss gathers while it walks over its weighted rows."""
+def _add_kl(sums: MaskedSums, rows: Rows, logits: Tensor, p: Tensor) -> None:
+    """Add the KL of a chunk's rows: logits any float (n, K), targets p float32 (n, K).
 
-    def __init__(self, rows: Tensor, row_weights: Tensor, with_gradient: bool) -> None:
-        self.index = row_weights.nonzero().squeeze(1)
-        self.weights = row_weights[self.index].float()
-        self.totals = rows.new_zeros(3, dtype=torch.float64)
-        self.gradient = torch.zeros_like(rows) if with_gradient else rows.new_empty(0)
-        self.with_gradient = with_gradient
-        self.chunks = row_chunks(self.index.shape[0], rows.shape[1])
-
-    def add(self, chunk: slice, *per_row: Tensor) -> None:
-        """Add loss, entropy and agreement (n,) of a chunk of the weighted rows, weighted."""
-        for i, values in enumerate(per_row):
-            self.totals[i] += (self.weights[chunk].double() * values.double()).sum()
-
-    def add_gradient(self, chunk: slice, gradient: Tensor) -> None:
-        """Place the gradient (n, K) float32 of each row's own loss, times the row's weight."""
-        gradient = gradient * self.weights[chunk, None]
-        self.gradient[self.index[chunk]] = gradient.to(self.gradient.dtype)
-
-    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, entropy, agreement = (self.totals[i].float() for i in range(3))
-        return loss, entropy, agreement, self.gradient
-
-
-def _add_kl(sums: _Sums, chunk: slice, logits: Tensor, p: Tensor, log_p: Tensor) -> None:
-    """Add the KL of a chunk: logits any float (n, K), target p and a finite log p float32."""
-    log_q = torch.log_softmax(logits.float(), dim=1)
-    sums.add(
-        chunk,
-        (p * (log_p - log_q)).sum(1),
-        -(p * log_p).sum(1),
-        log_q.argmax(1) == p.argmax(1),
-    )
+    sum_k p (log p - log q) = sum_k p log p - sum_k p a + sum_k p log sum_k e^a, with a the logits
+    less their largest: neither log q nor any exponential but softmax's is needed (exp and log take
+    ten times as long where they underflow, as most do here).
+    """
+    logits = logits.float()
+    best = first_largest(logits)
+    a = logits - logits.gather(1, best[:, None])
+    q = torch.softmax(logits, dim=1)
+    log_sum = -q.gather(1, best[:, None]).squeeze(1).log()
+    mass = p.sum(1)
+    neg_entropy = p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum(1)
+    loss = neg_entropy - a.mul_(p).sum(1) + mass * log_sum
+    sums.add(rows, loss, -neg_entropy, best == first_largest(p))
     if sums.with_gradient:
-        # softmax anew, not exp of log_q: exp takes ten times as long where it underflows
-        q = torch.softmax(logits.float(), dim=1)
-        sums.add_gradient(chunk, q * p.sum(1, keepdim=True) - p)
+        rows.place(q.mul_(mass[:, None]).sub_(p), sums.gradient)
+
+
+def _kl_of_frames(
+    logits: Tensor,
+    frames: Tensor,
+    row_weights: Tensor,
+    targets_of: Callable[[Tensor], Tensor],
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL to `targets_of` the frames (n, D) -> (n, K), which are made a large chunk at a time."""
+    sums = MaskedSums(logits, row_weights, with_gradient)
+    for part in row_chunks(*logits.shape, values=TARGET_VALUES):
+        targets, done = targets_of(Rows(row_weights, part).of(frames)), 0
+        for rows in sums.chunks(part):
+            n = len(rows.weights)
+            _add_kl(sums, rows, rows.of(logits), targets[done : done + n])
+            done += n
+    return sums.outputs()
 
 
 def masked_kl_reference(
@@ -215,31 +225,47 @@ def masked_kl_reference(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `masked_kl`, and the gradient, in plain torch."""
-    form = quadratic(Mixture(log_weights, means, variances), torch.float32)
-    sums = _Sums(logits, row_weights, with_gradient)
-    for chunk in sums.chunks:
-        rows = sums.index[chunk]
-        joint = form.log_joint(frames[rows]).div_(temperature)
-        log_p = torch.log_softmax(joint, dim=1)
-        p = torch.softmax(joint, dim=1)
-        # a component taken out (log weight -inf) carries p = 0: keep its logarithm finite
-        _add_kl(sums, chunk, logits[rows], p, log_p.clamp_min_(torch.finfo(log_p.dtype).min))
-    return sums.outputs()
+    mixture = (log_weights, means, variances)
+
+    def targets_of(some: Tensor) -> Tensor:
+        return torch.ops.gmm_jepa.gmm_posterior(
+            some, *mixture, temperature, False, "fast", torch.float32
+        )
+
+    return _kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
 
 
 _masked_kl = torch.library.custom_op("gmm_jepa::masked_kl", masked_kl_reference, mutates_args=())
+
+
+@torch.library.custom_op("gmm_jepa::masked_kl_ensemble", mutates_args=())
+def _masked_kl_ensemble(
+    logits: Tensor,
+    frames: Tensor,
+    row_weights: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `masked_kl` of an ensemble, and the gradient."""
+    mixtures = (log_weights, means, variances, shares)
+
+    def targets_of(some: Tensor) -> Tensor:
+        return mean_of_chunk(some, *mixtures, temperature, False, "fast").float()
+
+    return _kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
 
 
 def masked_kl_targets_reference(
     logits: Tensor, targets: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `masked_kl_targets`, and the gradient, in plain torch."""
-    sums = _Sums(logits, row_weights, with_gradient)
-    for chunk in sums.chunks:
-        rows = sums.index[chunk]
-        p = targets[rows].float()
-        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()
-        _add_kl(sums, chunk, logits[rows], p, log_p)
+    sums = MaskedSums(logits, row_weights, with_gradient)
+    for rows in sums.chunks():
+        _add_kl(sums, rows, rows.of(logits), rows.of(targets).float())
     return sums.outputs()
 
 
@@ -252,18 +278,17 @@ def masked_cross_entropy_reference(
     logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `masked_cross_entropy`, and the gradient, in plain torch."""
-    sums = _Sums(logits, row_weights, with_gradient)
-    for chunk in sums.chunks:
-        rows = sums.index[chunk]
-        chosen = logits[rows].float()
-        log_q = torch.log_softmax(chosen, dim=1)
-        label = labels[rows, None]
-        loss = -log_q.gather(1, label).squeeze(1)
-        sums.add(chunk, loss, torch.zeros_like(loss), log_q.argmax(1) == label.squeeze(1))
+    sums = MaskedSums(logits, row_weights, with_gradient)
+    for rows in sums.chunks():
+        chosen, label = rows.of(logits).float(), rows.of(labels)[:, None]
+        best = first_largest(chosen)[:, None]
+        q = torch.softmax(chosen, dim=1)
+        log_sum = -q.gather(1, best).log()
+        loss = (log_sum + (chosen.gather(1, best) - chosen.gather(1, label))).squeeze(1)
+        sums.add(rows, loss, torch.zeros_like(loss), (best == label).squeeze(1))
         if with_gradient:
-            gradient = torch.softmax(chosen, dim=1)
-            gradient.scatter_add_(1, label, gradient.new_full((), -1.0).expand_as(label))
-            sums.add_gradient(chunk, gradient)
+            q.scatter_add_(1, label, q.new_full((), -1.0).expand_as(label))
+            rows.place(q, sums.gradient)
     return sums.outputs()
 
 
@@ -276,13 +301,13 @@ def masked_mse_reference(
     prediction: Tensor, target: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The output of `masked_mse`, and the gradient, in plain torch."""
-    sums = _Sums(prediction, row_weights, with_gradient)
-    for chunk in sums.chunks:
-        rows = sums.index[chunk]
-        error = prediction[rows].float() - target[rows].float()
-        sums.add(chunk, error.square().mean(1))
+    sums = MaskedSums(prediction, row_weights, with_gradient)
+    scale = 1.0 / max(1, prediction.shape[1])
+    for rows in sums.chunks():
+        error = rows.of(prediction).float() - rows.of(target).float()
+        sums.add(rows, scale * torch.linalg.vecdot(error, error))
         if with_gradient:
-            sums.add_gradient(chunk, error.mul_(2.0 / max(1, error.shape[1])))
+            rows.place(error.mul_(2.0 * scale), sums.gradient)
     loss, _, _, gradient = sums.outputs()
     return loss, gradient
 
@@ -297,6 +322,13 @@ def _fake_outputs(rows: Tensor, n_scalars: int, with_gradient: bool) -> tuple[Te
 
 @_masked_kl.register_fake
 def _(logits, frames, row_weights, log_weights, means, variances, temperature, with_gradient):
+    return _fake_outputs(logits, 3, with_gradient)
+
+
+@_masked_kl_ensemble.register_fake
+def _(
+    logits, frames, row_weights, log_weights, means, variances, shares, temperature, with_gradient
+):
     return _fake_outputs(logits, 3, with_gradient)
 
 
@@ -317,13 +349,36 @@ def _(prediction, target, row_weights, with_gradient):
 
 def _keep_gradient(ctx, inputs, output):
     ctx.save_for_backward(output[-1])
-    ctx.n_inputs = len(inputs)
+    ctx.set_materialize_grads(False)  # zeros as large as the logits, for the gradient's gradient
+    ctx.nothing = [_no_gradient(value) for value in inputs[1:]]
+
+
+def _no_gradient(value: object) -> list[None] | None:
+    """What autograd wants for an input without a gradient; for a list of tensors, a list."""
+    is_list = isinstance(value, (list, tuple)) and isinstance(value[0], Tensor)
+    return [None] * len(value) if is_list else None
 
 
 def _scale_gradient(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return None, *ctx.nothing
     (gradient,) = ctx.saved_tensors
-    return (gradient * grad_loss).to(gradient.dtype), *[None] * (ctx.n_inputs - 1)
+    if not _is_one(grad_loss):
+        gradient = (gradient * grad_loss).to(gradient.dtype)
+    return gradient, *ctx.nothing
 
 
-for _op in (_masked_kl, _masked_kl_targets, _masked_cross_entropy, _masked_mse):
+def _is_one(scale: Tensor) -> bool:
+    """Whether a real number on the CPU is 1: a large gradient then need not be written anew."""
+    readable = type(scale) is Tensor and scale.device.type == "cpu"
+    return readable and not torch.compiler.is_compiling() and float(scale) == 1.0
+
+
+for _op in (
+    _masked_kl,
+    _masked_kl_ensemble,
+    _masked_kl_targets,
+    _masked_cross_entropy,
+    _masked_mse,
+):
     _op.register_autograd(_scale_gradient, setup_context=_keep_gradient)

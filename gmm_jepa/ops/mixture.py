@@ -28,6 +28,19 @@ class Mixture(NamedTuple):
     """(K, D), all above zero"""
 
 
+class Ensemble(NamedTuple):
+    """Several mixtures whose posteriors are averaged: p_k = sum_m share_m p_mk.
+
+    Component k of every mixture must stand for the same cluster, as where all were fitted from one
+    start: the average is taken component by component.
+    """
+
+    mixtures: tuple[Mixture, ...]
+    """at least one, all of the same K and D, on one device"""
+    shares: tuple[float, ...]
+    """of each mixture: not negative, not all zero; they are brought to a sum of 1"""
+
+
 class Quadratic(NamedTuple):
     """log p(x, k) as ``[z, z^2] @ weight + bias`` with ``z = (x - centre) * inverse_scale``.
 
@@ -79,11 +92,45 @@ def log_likelihood_of(joint: Tensor, posterior: Tensor) -> Tensor:
     return joint.amax(1) - posterior.amax(1).log()
 
 
-def row_chunks(n_rows: int, width: int) -> Iterator[slice]:
-    """Slices of at most ``CHUNK_VALUES // width`` rows that cover ``n_rows``, in order."""
-    step = max(1, CHUNK_VALUES // max(1, width))
+def log_joint_of(frames: Tensor, mixture: Mixture, components: Tensor) -> Tensor:
+    """log p(x, k) of one component a frame, as (x - m)^2 / v: frames (n, D), (n,) int64 -> (n,).
+
+    Nothing cancels: float32 is right to a few units of its own.
+    """
+    log_weights, means, variances = (p[components] for p in mixture)
+    square = (frames.to(means.dtype) - means).square() / variances
+    return log_weights - 0.5 * (square + (2.0 * math.pi * variances).log()).sum(1)
+
+
+def row_chunks(n_rows: int, width: int, *, values: int | None = None) -> Iterator[slice]:
+    """Slices of at most ``values // width`` rows (`CHUNK_VALUES`) that cover `n_rows`, in order."""
+    step = max(1, (values or CHUNK_VALUES) // max(1, width))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
+
+
+def check_ensemble(frames: Tensor, ensemble: Ensemble) -> None:
+    """Refuse an ensemble that has no mean; each mixture as in `check_frames`.
+
+    Raises:
+        InputError: no mixture, unequal K, or shares that are no weights of a mean.
+        TypeError: `frames` is not a floating-point tensor.
+    """
+    mixtures, shares = ensemble
+    if not mixtures or len(shares) != len(mixtures):
+        raise InputError(
+            f"ensemble: expected a share for each of its mixtures, got {len(shares)} shares "
+            f"for {len(mixtures)} mixtures"
+        )
+    if not (all(0.0 <= share < math.inf for share in shares) and sum(shares) > 0.0):
+        raise InputError(f"shares: expected numbers from 0, not all 0, got {tuple(shares)}")
+    for i, mixture in enumerate(mixtures):
+        check_frames(frames, mixture)
+        if mixture.means.shape != mixtures[0].means.shape:
+            raise InputError(
+                f"ensemble: expected {mixtures[0].means.shape[0]} components as in the first "
+                f"mixture, got {mixture.means.shape[0]} in mixture {i}"
+            )
 
 
 def check_frames(frames: Tensor, mixture: Mixture) -> None:

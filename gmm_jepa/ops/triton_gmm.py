@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gmm_jepa.ops import losses, posterior
-from gmm_jepa.ops.mixture import Mixture, quadratic
+from gmm_jepa.ops.ensemble import TARGET_VALUES, mean_of_chunk
+from gmm_jepa.ops.mixture import Mixture, quadratic, row_chunks
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _OPERANDS_KEPT = 8
@@ -123,6 +125,37 @@ def masked_kl(
     )
 
 
+def masked_kl_ensemble(
+    logits: Tensor,
+    frames: Tensor,
+    row_weights: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op `gmm_jepa::masked_kl_ensemble`: chunk by chunk, mean posteriors, then the KL.
+
+    Posteriors are made of all rows, also of those of weight 0: their number is not known here.
+    """
+    mixtures = (log_weights, means, variances, shares)
+    if not _all_covered(logits, frames, row_weights):
+        plain = losses._masked_kl_ensemble._init_fn
+        return plain(logits, frames, row_weights, *mixtures, temperature, with_gradient)
+    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    totals = logits.new_zeros(3, dtype=torch.float64)
+    for rows in row_chunks(*logits.shape, values=TARGET_VALUES):
+        targets = mean_of_chunk(frames[rows], *mixtures, temperature, False, "fast")
+        *sums, part = masked_kl_targets(logits[rows], targets, row_weights[rows], with_gradient)
+        totals += torch.stack(sums)
+        if with_gradient:
+            gradient[rows] = part
+    loss, entropy, agreement = (total.float() for total in totals)
+    return loss, entropy, agreement, gradient
+
+
 def masked_kl_targets(
     logits: Tensor, targets: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -212,6 +245,7 @@ def register() -> None:
     posterior._log_likelihood.register_kernel("cuda")(gmm_log_likelihood)
     posterior._topk.register_kernel("cuda")(gmm_topk)
     losses._masked_kl.register_kernel("cuda")(masked_kl)
+    losses._masked_kl_ensemble.register_kernel("cuda")(masked_kl_ensemble)
     losses._masked_kl_targets.register_kernel("cuda")(masked_kl_targets)
     losses._masked_cross_entropy.register_kernel("cuda")(masked_cross_entropy)
     losses._masked_mse.register_kernel("cuda")(masked_mse)

@@ -28,12 +28,10 @@ def save(root: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep
         state: what else resuming needs: nested dicts and lists of tensors and numbers.
         keep: number of checkpoints that stay, this one included.
     """
-    safetensors = require("safetensors.torch", extra="train")
     folder = root / f"step_{step:08d}"
     with written_aside(folder) as aside:
         aside.mkdir()
-        weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-        safetensors.save_file(weights, str(aside / WEIGHTS))
+        save_weights(aside, model)
         torch.save(state, aside / STATE)
     for _, old in steps(root)[:-keep]:
         shutil.rmtree(old)
@@ -50,10 +48,17 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest(root: Path) -> Path | None:
-    """The checkpoint of the latest step, if there is one."""
-    found = steps(root)
-    return found[-1][1] if found else None
+def newest(root: Path, *, after: int = 0) -> Path | None:
+    """The checkpoint of the latest step, if there is one later than `after`."""
+    found = [folder for step, folder in steps(root) if step > after]
+    return found[-1] if found else None
+
+
+def save_weights(folder: Path, model: nn.Module) -> None:
+    """Write ``model.safetensors`` into a folder that is written aside."""
+    safetensors = require("safetensors.torch", extra="train")
+    weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    safetensors.save_file(weights, str(folder / WEIGHTS))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

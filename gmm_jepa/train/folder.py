@@ -15,6 +15,7 @@ _FREE = (
     "recipe.train.checkpoint_every",
     "recipe.train.keep_checkpoints",
     "recipe.train.tensorboard",
+    "recipe.train.alarm",
     "recipe.evaluate.",
 )
 """Settings that may change when a run goes on: the trained model does not depend on them."""
@@ -27,11 +28,22 @@ class RunFolder:
         self.root = Path(root)
         self.config = self.root / "config.json"
         self.mixture = self.root / "gmm.safetensors"
+        self.kmeans = self.root / "kmeans.safetensors"
+        self.label_times = self.root / "labels.json"
         self.checkpoints = self.root / "checkpoints"
         self.metrics = self.root / "metrics.jsonl"
+        self.alarms = self.root / "alarms.jsonl"
         self.rejects = self.root / "rejects.jsonl"
         self.evaluation = self.root / "evaluation.json"
         self.report = self.root / "report.html"
+
+    def mixture_of(self, number: int) -> Path:
+        """Mixture `number`, from 0, of an ensemble; the first is `mixture`."""
+        return self.mixture if number == 0 else self.root / f"gmm_{number + 1}.safetensors"
+
+    def labels(self, iteration: int) -> Path:
+        """The folder of the labels of iteration 2, 3, ..."""
+        return self.root / f"labels_{iteration}"
 
     def open(self, sources: Sources, recipe: Recipe) -> None:
         """Start a run here, or go on with the one that is here.
@@ -61,7 +73,8 @@ class RunFolder:
         write_json(self.config, wanted)
 
     def _has_results(self) -> bool:
-        return self.mixture.exists() or self.checkpoints.exists()
+        made = (self.mixture, self.kmeans, self.checkpoints)
+        return any(path.exists() for path in made)
 
     def read(self) -> tuple[Sources, Recipe]:
         """Audio and recipe of the run that is here.

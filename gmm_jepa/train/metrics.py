@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,11 +16,10 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import write_text
-from gmm_jepa.objectives.gmm_anchored import AnchoredLosses
+from gmm_jepa.objectives.batch import Losses
 from gmm_jepa.objectives.meters import embedding_meters, usage_entropy
 from gmm_jepa.train.distributed import Processes
 
-_SUMS = ("total", "jepa", "kl", "target_entropy", "agreement")
 MAX_BAD_STEPS = 10
 
 
@@ -28,11 +28,13 @@ class Meters:
 
     Args:
         peers: the processes whose figures are added up.
-        n_clusters: size of the cluster head.
+        parts: names of the parts of the loss, as the objective gives them.
+        n_clusters: size of the cluster head; 0 without one.
     """
 
-    def __init__(self, peers: Processes, n_clusters: int) -> None:
+    def __init__(self, peers: Processes, parts: Sequence[str], n_clusters: int) -> None:
         self._peers = peers
+        self._parts = tuple(parts)
         self._usage = torch.zeros(n_clusters, device=peers.device)
         self._skipped = torch.zeros((), device=peers.device)
         self._streak = torch.zeros((), device=peers.device)
@@ -40,18 +42,20 @@ class Meters:
         self._restart()
 
     def _restart(self) -> None:
-        self._sums = torch.zeros(len(_SUMS), device=self._peers.device)
+        self._sums = torch.zeros(1 + len(self._parts), device=self._peers.device)
         self._usage.zero_()
         self._worst_streak.zero_()
         self._n_steps, self._audio_s, self._waited_s = 0, 0.0, 0.0
         self._since = time.perf_counter()
 
-    def add_losses(self, losses: AnchoredLosses) -> None:
+    def add_losses(self, losses: Losses) -> None:
         """Take in one micro-batch; nothing is read back."""
-        self._sums += torch.stack([getattr(losses, name).detach() for name in _SUMS])
-        ones = torch.ones_like(losses.clusters, dtype=self._usage.dtype)
-        self._usage.scatter_add_(0, losses.clusters, ones)
-        self._last = losses
+        parts = [losses.parts[name] for name in self._parts]
+        self._sums += torch.stack([losses.total.detach(), *parts])
+        if losses.clusters is not None:
+            ones = torch.ones_like(losses.clusters, dtype=self._usage.dtype)
+            self._usage.scatter_add_(0, losses.clusters, ones)
+        self._embeddings = losses.embeddings
 
     def add_step(self, norm: Tensor, bad: Tensor, *, audio_s: float, waited_s: float) -> None:
         """Take in one optimiser step.
@@ -76,21 +80,20 @@ class Meters:
         Raises:
             InputError: ten steps in a row were not finite.
         """
-        peers, last = self._peers, self._last
+        peers = self._peers
         means = (peers.add(self._sums.clone()) / self._n_steps).tolist()
-        usage = usage_entropy(peers.add(self._usage.clone()))
-        cosine = F.cosine_similarity(last.online.float(), last.teacher.float(), dim=-1).mean()
+        usage = peers.add(self._usage.clone())
         elapsed = time.perf_counter() - self._since
         values = {
-            **dict(zip(("loss", *_SUMS[1:]), means)),
+            **dict(zip(("loss", *self._parts), means)),
             "gradient_norm": self._norm.item(),
             "skipped_steps": int(self._skipped),
             "audio_s_per_s": self._audio_s / elapsed,
             "wait_share": self._waited_s / elapsed,
-            "teacher_cosine": cosine.item(),
-            **{name: value.item() for name, value in embedding_meters(last.online.float()).items()},
-            "usage_entropy": usage.item(),
+            **_embedding_figures(self._embeddings),
         }
+        if len(usage):
+            values["usage_entropy"] = usage_entropy(usage).item()
         if self._worst_streak >= MAX_BAD_STEPS:
             raise InputError(
                 f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row: "
@@ -124,6 +127,20 @@ class Meters:
             elif self._peers.is_main:
                 own.copy_(torch.stack(parts).sum(0))
         self._n_steps = state["n_steps"]
+
+
+def _embedding_figures(embeddings: dict[str, Tensor]) -> dict[str, float]:
+    """Collapse meters of every layer under its name, and the cosine of teacher and student."""
+    found = {name: values.float() for name, values in embeddings.items()}
+    figures = {
+        f"{name}_{meter}": value.item()
+        for name, values in found.items()
+        for meter, value in embedding_meters(values).items()
+    }
+    if "teacher" in found:
+        cosine = F.cosine_similarity(found["online"], found["teacher"], dim=-1).mean()
+        figures["teacher_cosine"] = cosine.item()
+    return figures
 
 
 class MetricsLog:

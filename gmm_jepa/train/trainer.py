@@ -8,23 +8,24 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gmm_jepa.config import Recipe, TrainConfig
+from gmm_jepa.config import Iteration, Recipe, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
-from gmm_jepa.gmm import GaussianMixture
-from gmm_jepa.objectives.gmm_anchored import MaskedBatch
+from gmm_jepa.objectives.batch import MaskedBatch
+from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
-from gmm_jepa.objectives.schedules import interpolate, learning_rate, progress
+from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.progress import tqdm_bar
+from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
@@ -45,12 +46,13 @@ def train(
     folder: RunFolder,
     recipe: Recipe,
     corpus: Corpus,
-    mixture: GaussianMixture,
+    labels: Labels,
     peers: Processes,
     *,
+    iteration: Iteration,
     rejects: RejectLog,
 ) -> TrainOutcome:
-    """Train until the recipe's last step, SIGTERM or Ctrl-C; go on from the newest checkpoint.
+    """Train until the iteration's last step, SIGTERM or Ctrl-C; go on from the newest checkpoint.
 
     On one machine with one number of threads the same recipe gives the same losses bit for bit,
     however often it was interrupted: batches, masks, noise and dropout depend on the step alone.
@@ -59,8 +61,9 @@ def train(
         folder: of the run; checkpoints and metrics are written there by the main process.
         recipe: all settings.
         corpus: training audio.
-        mixture: the fitted anchor.
+        labels: what was fitted for this iteration.
         peers: this process among its peers.
+        iteration: the part of the run to train, from a new model.
         rejects: where unusable audio is recorded.
 
     Raises:
@@ -70,11 +73,11 @@ def train(
     config = recipe.train
 
     # Model
-    state = TrainState(recipe, mixture, peers)
+    state = TrainState(recipe, labels, peers, first_step=iteration.first_step)
     state.resume(folder.checkpoints)
     state.model.train()
     start = state.step
-    if start >= config.steps:
+    if start >= iteration.stop_step:
         return TrainOutcome(steps_done=start, finished=True)
 
     # Data
@@ -85,7 +88,7 @@ def train(
         corpus,
         plan,
         start_step=start,
-        stop_step=config.steps,
+        stop_step=iteration.stop_step,
         rank=peers.rank,
         world_size=peers.world_size,
         workers=recipe.data.workers,
@@ -95,12 +98,12 @@ def train(
 
     # Steps
     unread: list[Reject] = []
-    with _log_of(folder, start, config, peers) as log, _stop_signal() as stop_asked:
+    with _log_of(folder, start, recipe, peers) as log, _stop_signal() as stop_asked:
         for batch in batches:
             schedule = training_step(state, batch, recipe, peers)
             unread += batch.rejects
 
-            last = state.step == config.steps
+            last = state.step == iteration.stop_step
             due = last or state.step % config.log_every == 0
             if due:
                 log.write(state.step, {**state.meters.read(), **schedule.metrics()})
@@ -114,24 +117,7 @@ def train(
                 state.save(folder.checkpoints, keep=config.keep_checkpoints)
             if stop:
                 break
-    return TrainOutcome(steps_done=state.step, finished=state.step == config.steps)
-
-
-class Schedule(NamedTuple):
-    """The values that change over a run, at one step."""
-
-    anchor_weight: float
-    """lambda."""
-    learning_rate: float
-    teacher_decay: float
-
-    def metrics(self) -> dict[str, float]:
-        """Under their names in the metrics."""
-        return {
-            "lambda": self.anchor_weight,
-            "learning_rate": self.learning_rate,
-            "teacher_decay": self.teacher_decay,
-        }
+    return TrainOutcome(steps_done=state.step, finished=last)
 
 
 def training_step(state: TrainState, batch: Batch, recipe: Recipe, peers: Processes) -> Schedule:
@@ -140,10 +126,9 @@ def training_step(state: TrainState, batch: Batch, recipe: Recipe, peers: Proces
     Returns:
         The scheduled values of the step.
     """
-    schedule = _schedule(recipe, state.step)
+    schedule = schedule_at(recipe, state.step)
     _accumulate(state, batch, schedule, recipe, peers)
-    norm, skipped = state.update(schedule.learning_rate, recipe.train.clip_norm)
-    state.model.update_teacher(schedule.teacher_decay)
+    norm, skipped = state.update(schedule, recipe.train.clip_norm)
     audio_s = batch.extras["audio_s"]
     state.meters.add_step(norm, skipped, audio_s=audio_s, waited_s=batch.wait_s)
     return schedule
@@ -163,23 +148,6 @@ def batch_plan(corpus: Corpus, recipe: Recipe) -> BatchPlan:
     )
 
 
-def _schedule(recipe: Recipe, step: int) -> Schedule:
-    """The schedules at `step`, counted from 0."""
-    config, objective = recipe.train, recipe.objective
-    done = progress(step, config.steps)
-    return Schedule(
-        interpolate(objective.anchor_start, objective.anchor_end, done, objective.anchor_schedule),
-        learning_rate(
-            step,
-            config.steps,
-            peak=config.learning_rate,
-            warmup_share=config.warmup_share,
-            shape=config.learning_rate_schedule,
-        ),
-        interpolate(config.teacher_decay_start, config.teacher_decay, done, "linear"),
-    )
-
-
 def _accumulate(
     state: TrainState, batch: Batch, schedule: Schedule, recipe: Recipe, peers: Processes
 ) -> None:
@@ -191,7 +159,7 @@ def _accumulate(
     for part in parts:
         with _gradient_sync(state.forward, wanted=part is parts[-1]):
             with _precision(config, peers.device):
-                losses = state.forward(_to_device(part, peers.device), schedule.anchor_weight)
+                losses = state.forward(_to_device(part, peers.device), schedule)
             # DDP averages over the processes, but the losses are parts of a sum.
             (losses.total * peers.world_size).backward()
         state.meters.add_losses(losses)
@@ -219,26 +187,35 @@ def _gradient_sync(forward: nn.Module, *, wanted: bool) -> contextlib.AbstractCo
 class _Log:
     """Metrics and progress bar of the main process; silent in the others."""
 
-    def __init__(self, metrics: MetricsLog | None, bar: Any, start: int) -> None:
-        self._metrics, self._bar, self._shown = metrics, bar, start
+    def __init__(
+        self, metrics: MetricsLog | None, alarm: Alarm | None, bar: Any, start: int
+    ) -> None:
+        self._metrics, self._alarm, self._bar, self._shown = metrics, alarm, bar, start
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Take in the values of `step` (steps done)."""
         if self._metrics is not None:
             self._metrics.write(step, values)
-        self._bar.set_postfix(loss=f"{values['loss']:.3f}", kl=f"{values['kl']:.3f}", refresh=False)
+        if self._alarm is not None:
+            self._alarm.see({"step": step, **values})
+        shown = {k: f"{values[k]:.3f}" for k in ("loss", "kl", "cross_entropy") if k in values}
+        self._bar.set_postfix(**shown, refresh=False)
         self._bar.update(step - self._shown)
         self._shown = step
 
 
 @contextlib.contextmanager
-def _log_of(folder: RunFolder, start: int, config: TrainConfig, peers: Processes) -> Iterator[_Log]:
+def _log_of(folder: RunFolder, start: int, recipe: Recipe, peers: Processes) -> Iterator[_Log]:
+    config = recipe.train
     with contextlib.ExitStack() as stack:
-        metrics = None
+        metrics = alarm = None
         if peers.is_main:
             metrics = stack.enter_context(
                 MetricsLog(folder.metrics, start, tensorboard=config.tensorboard)
             )
+            if config.alarm:
+                starts = [iteration.first_step for iteration in recipe.iterations]
+                alarm = Alarm(folder.alarms, folder.metrics, config.steps, starts)
         bar = tqdm_bar(
             initial=start,
             total=config.steps,
@@ -246,7 +223,7 @@ def _log_of(folder: RunFolder, start: int, config: TrainConfig, peers: Processes
             unit="step",
             disable=not peers.is_main,
         )
-        yield _Log(metrics, stack.enter_context(bar), start)
+        yield _Log(metrics, alarm, stack.enter_context(bar), start)
 
 
 @contextlib.contextmanager

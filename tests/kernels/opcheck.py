@@ -20,7 +20,16 @@ def main(device: str) -> None:
     if device == "cpu":
         for module, names in (
             (posterior, ("posterior", "log_likelihood", "topk")),
-            (losses, ("masked_kl", "masked_kl_targets", "masked_cross_entropy", "masked_mse")),
+            (
+                losses,
+                (
+                    "masked_kl",
+                    "masked_kl_ensemble",
+                    "masked_kl_targets",
+                    "masked_cross_entropy",
+                    "masked_mse",
+                ),
+            ),
         ):
             for name in names:
                 kernel = name if module is losses else f"gmm_{name}"
@@ -36,6 +45,7 @@ def main(device: str) -> None:
     targets = torch.softmax(torch.randn(N, K, device=device), 1)
     weights = torch.rand(N, device=device)
     labels = torch.randint(K, (N,), device=device)
+    both = ([p, p + 0.1] for p in mixture)
     ops = torch.ops.gmm_jepa
     float32 = torch.float32
     for op, arguments in (
@@ -45,6 +55,10 @@ def main(device: str) -> None:
         (ops.gmm_topk, (frames.detach(), *mixture, 1, 1.0)),
         (ops.gmm_topk, (frames.detach(), *mixture, 3, 1.0)),
         (ops.masked_kl, (logits, frames.detach(), weights, *mixture, 1.0, True)),
+        (
+            ops.masked_kl_ensemble,
+            (logits, frames.detach(), weights, *both, [0.25, 0.75], 1.0, True),
+        ),
         (ops.masked_kl_targets, (logits, targets, weights, True)),
         (ops.masked_cross_entropy, (logits, labels, weights, True)),
         (ops.masked_mse, (logits, targets, weights, True)),

@@ -81,6 +81,22 @@ def test_kl_given_its_own_posteriors(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_to_an_ensemble(case, oracle, dtype, monkeypatch):
+    """Two mixtures, in several chunks: the mean of their posteriors is the target."""
+    frames, mixture, logits, weights = case
+    monkeypatch.setattr(triton_gmm, "TARGET_VALUES", 64 * logits.shape[1])
+    other = mixture._replace(means=mixture.means + 0.2)
+    logits, lists = logits.to(dtype), [list(pair) for pair in zip(mixture, other)]
+    got = triton_gmm.masked_kl_ensemble(logits, frames, weights, *lists, [0.25, 0.75], 2.0, True)
+    first, second = (torch.softmax(oracle(frames, m) / 2.0, 1) for m in (mixture, other))
+    expected = kl_oracle(logits, 0.25 * first + 0.75 * second, weights)
+    total, heaviest = float(weights.sum()), float(weights.max()) if len(weights) else 0.0
+    atol = 1e-4 * _spread(logits[weights != 0]) * total + 1e-9
+    check(got, expected, rtol=1e-4, atol=atol, gradient_atol=1e-3 * heaviest)
+    assert (got[3][weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kl_of_given_targets(case, dtype):
     _, _, logits, weights = case
     logits = logits.to(dtype)

@@ -14,6 +14,7 @@ OPS = (
     "gmm_log_likelihood",
     "gmm_topk",
     "masked_kl",
+    "masked_kl_ensemble",
     "masked_kl_targets",
     "masked_cross_entropy",
     "masked_mse",

@@ -12,6 +12,7 @@ MIXTURE = ops.Mixture(
     torch.randn(K, D, generator=torch.Generator().manual_seed(2)) * 3 - 6,
     torch.rand(K, D, generator=torch.Generator().manual_seed(3)) + 0.1,
 )
+BOTH = ops.Ensemble((MIXTURE, MIXTURE._replace(means=MIXTURE.means + 0.2)), (1.0, 2.0))
 FRAMES = torch.randn(N, D, generator=torch.Generator().manual_seed(4)) * 3 - 6
 LOGITS = torch.randn(N, K, generator=torch.Generator().manual_seed(5)) * 3
 WEIGHTS = torch.full((N,), 1 / N)
@@ -24,6 +25,8 @@ CALLS = {
     "em_statistics": lambda: ops.em_statistics(FRAMES, MIXTURE),
     "kmeans_assign": lambda: ops.kmeans_assign(FRAMES, MIXTURE.means),
     "masked_kl": lambda: ops.masked_kl(LOGITS, FRAMES, WEIGHTS, MIXTURE),
+    "gmm_posterior, ensemble": lambda: ops.gmm_posterior(FRAMES, BOTH),
+    "masked_kl, ensemble": lambda: ops.masked_kl(LOGITS, FRAMES, WEIGHTS, BOTH),
     "masked_kl_targets": lambda: ops.masked_kl_targets(LOGITS, LOGITS.softmax(1), WEIGHTS),
     "masked_cross_entropy": lambda: ops.masked_cross_entropy(LOGITS, LOGITS.argmax(1), WEIGHTS),
     "masked_mse": lambda: ops.masked_mse(FRAMES, FRAMES + 0.1, WEIGHTS),

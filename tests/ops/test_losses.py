@@ -9,6 +9,7 @@ import torch
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.masked_rows import Rows, first_largest
 
 CASES = ("plain", "one_row", "empty", "all_masked_out", "one_class", "primes", "large_logits")
 
@@ -203,6 +204,59 @@ def test_bf16_is_rounded_once(drawn, oracle, loss):
     assert logits.grad.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=2**-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("K", [5, 96, 128, 160, 1000, 1024])
+def test_the_first_of_equal_logits_counts(K):
+    values = torch.randint(0, 3, (200, K)).float()
+    expected = (values == values.amax(1, keepdim=True)).float().argmax(1)
+    assert torch.equal(first_largest(values), expected)
+    assert torch.equal(first_largest(values.T.contiguous().T), expected)
+
+
+@pytest.mark.parametrize("loss", ["kl_targets", "cross_entropy", "mse"])
+def test_chunks_and_a_scaled_backward_change_nothing(loss, monkeypatch):
+    """Whole and in chunks of three rows; a weight on the loss scales the gradient."""
+    rows, weights = torch.randn(50, 128), torch.rand(50) * (torch.arange(50) % 7 > 2)
+    targets, labels = torch.softmax(torch.randn(50, 128), 1), torch.arange(50) % 128
+    results = []
+    for chunk, scale in ((1 << 17, 1.0), (3 * 128, 1.0), (3 * 128, 0.25)):
+        monkeypatch.setattr("gmm_jepa.ops.masked_rows.CACHED_VALUES", chunk)
+        x = rows.clone().requires_grad_()
+        value = {
+            "kl_targets": lambda x=x: ops.masked_kl_targets(x, targets, weights).loss,
+            "cross_entropy": lambda x=x: ops.masked_cross_entropy(x, labels, weights).loss,
+            "mse": lambda x=x: ops.masked_mse(x, targets, weights),
+        }[loss]()
+        (scale * value).backward(retain_graph=True)
+        once = x.grad.clone()
+        (scale * value).backward()
+        torch.testing.assert_close(x.grad, 2 * once, rtol=0, atol=0)
+        results.append((value.detach(), once / scale))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_without_a_count_the_same_values(drawn, monkeypatch):
+    """Where the host must not wait all rows are computed and those of weight 0 blanked."""
+    case = drawn(60, 6, 5)
+    logits, weights = torch.randn(60, 6), (torch.arange(60) % 4).float()
+    out = weights == 0
+    case.frames[out], logits[out] = math.nan, math.inf
+    results = []
+    for blank in (False, True):
+        if blank:
+            monkeypatch.setattr(Rows, "gathers", staticmethod(lambda row_weights: False))
+        x = logits.clone().requires_grad_()
+        loss, *rest = ops.masked_kl(x, case.frames, weights, case.mixture)
+        mse = ops.masked_mse(x, torch.zeros_like(x), weights)
+        labels = torch.full((60,), 2).masked_fill(out, -100)
+        ce = ops.masked_cross_entropy(x, labels, weights).loss
+        (loss + mse + ce).backward()
+        results.append((loss.detach(), *rest, mse.detach(), ce.detach(), x.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_only_the_loss_carries_a_gradient(drawn):

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from gmm_jepa.config import PRESETS, Sources
+from gmm_jepa.config import Sources
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
+from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.folder import RunFolder
 
 SOURCES = Sources(audio=("somewhere",))

@@ -1,0 +1,45 @@
+"""Every case there is, for the table, for pytest-benchmark and for tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.cases import (
+    Case,
+    em_statistics,
+    ema_update,
+    gmm_argmax,
+    gmm_log_likelihood,
+    gmm_posterior,
+    log_mel,
+)
+from bench.loss_cases import (
+    masked_cross_entropy,
+    masked_kl,
+    masked_kl_ensemble,
+    masked_kl_targets,
+    masked_mse,
+)
+from bench.shapes import Shape
+
+IN_BOTH_TYPES = (
+    log_mel,
+    gmm_posterior,
+    masked_kl,
+    masked_kl_ensemble,
+    masked_kl_targets,
+    masked_cross_entropy,
+    masked_mse,
+)
+EVERYWHERE = (*IN_BOTH_TYPES, gmm_log_likelihood, gmm_argmax, em_statistics, ema_update)
+
+
+def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
+    """Functions that make each case of a shape."""
+    made = [lambda make=make: make(shape, device) for make in EVERYWHERE]
+    if device == "cuda":
+        half = torch.bfloat16
+        made += [lambda make=make: make(shape, device, half) for make in IN_BOTH_TYPES]
+    return made

@@ -1,0 +1,75 @@
+"""`gmm-jepa compare`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gmm_jepa.cli.parse import parse
+from gmm_jepa.cli.table import format_table
+from gmm_jepa.cli.training import RunOptions
+from gmm_jepa.compare import page
+from gmm_jepa.compare.jobs import run_all
+from gmm_jepa.compare.plan import Planned, plan, prepare
+from gmm_jepa.config import Recipe, System
+from gmm_jepa.errors import InputError
+from gmm_jepa.files import read_json
+from gmm_jepa.train.distributed import processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(RunOptions):
+    """Several systems trained alike on the same audio, and one page on them.
+
+    Every system and seed is an ordinary run in a folder of its own (OUT/SYSTEM/seed0). Settings
+    given here hold for all systems; a system's own come first. Started again, it goes on where it
+    stopped.
+    """
+
+    systems: tuple[System, ...] = ("gmm-anchored", "pure-jepa", "wavlm-style")
+    """What is compared."""
+    seeds: tuple[int, ...] = (0,)
+    """Every system is trained once with each."""
+    jobs: int = 1
+    """Trainings at a time, each in a process with its share of the cores."""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point."""
+    _refuse(arguments)
+    options = parse(CompareOptions, command, arguments)
+    if options.jobs < 1:
+        raise InputError(f"jobs: expected 1 or more, got {options.jobs}")
+    if len(set(options.systems)) != len(options.systems):
+        raise InputError(f"systems: expected different ones, got {' '.join(options.systems)}")
+    recipes = {name: _recipe(command, arguments, name) for name in options.systems}
+    planned = plan(options.out, recipes, options.seeds)
+    with processes() as peers:
+        prepare(planned, options.sources(), peers)
+    waiting = sum(not p.is_done for p in planned)
+    print(f"{len(planned)} runs, {waiting} to train, {options.jobs} at a time: {options.out}")
+    run_all(planned, jobs=options.jobs, on_done=_tell)
+    written = page.write(options.out, planned, jobs=options.jobs)
+    print(format_table(page.summary_rows(read_json(options.out / "compare.json"))))
+    print(f"report: {written}")
+    return 0
+
+
+def _refuse(arguments: Sequence[str]) -> None:
+    """What `run` understands and a comparison does not."""
+    for word in arguments:
+        name = word.partition("=")[0]
+        if name in ("--system", "--seed"):
+            raise InputError(f"{name}: a comparison takes {name}s, one or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compare starts its own processes: run it without torchrun")
+
+
+def _recipe(command: str, arguments: Sequence[str], system: str) -> Recipe:
+    """The settings of one system: its own, and over them what was given."""
+    return parse(CompareOptions, command, [*arguments, "--system", system]).recipe
+
+
+def _tell(planned: Planned) -> None:
+    print(f"done: {planned.folder.root}")

@@ -1,0 +1,277 @@
+"""The labels of a run: mixtures or centroids, fitted on log-mel or on a layer of its own encoder.
+
+Everything that was fitted stays in the run folder: ``gmm.safetensors`` or ``kmeans.safetensors``
+(and ``gmm_2.safetensors``, ... of an ensemble) on log-mel, and for every later iteration i a folder
+``labels_i`` with the clusters and the encoder whose layer they were fitted on. ``labels.json`` says
+how many seconds each took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gmm_jepa.config import Iteration, Recipe
+from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.frames import CACHE_BYTES, LogMelStream
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.errors import InputError
+from gmm_jepa.files import read_json, write_json, written_aside
+from gmm_jepa.fitting import PREFLIGHT_S, SEED_S, fit_mixture, refuse_degenerate
+from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture, KMeans
+from gmm_jepa.models import JepaModel
+from gmm_jepa.objectives.build import Labels, build_objective, initial_model
+from gmm_jepa.objectives.targets import Targets, layer_frames
+from gmm_jepa.progress import Bar
+from gmm_jepa.train import checkpoint
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.folder import RunFolder
+
+Fitted = GaussianMixture | KMeans
+
+
+class Labeller:
+    """Makes the labels of a run, once.
+
+    Args:
+        folder: of the run.
+        recipe: its settings.
+        rejects: where unreadable audio is recorded.
+        peers: this process among its peers; all of them call the methods together.
+    """
+
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, rejects: RejectLog, peers: Processes
+    ) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.rejects = rejects
+        self.peers = peers
+
+    def labels(self, corpus: Corpus, iteration: Iteration) -> Labels:
+        """The labels of an iteration: read if they are there, else fitted.
+
+        Raises:
+            InputError: too few frames, frames that tell nothing of their cluster, or files of
+                another run.
+        """
+        objective = self.recipe.objective
+        if not objective.anchored:
+            return Labels()
+        if iteration.number > 1:
+            return self._of_layer(corpus, iteration)
+        if objective.labels == "kmeans":
+            return Labels((self._made(self.folder.kmeans, lambda: self._centroids(corpus)),))
+        n_mixtures = max(len(objective.ensemble), 1)
+        return Labels(
+            tuple(
+                self._made(self.folder.mixture_of(i), lambda i=i: self._mixture(corpus, i))
+                for i in range(n_mixtures)
+            )
+        )
+
+    def take_mixture(self, path: Path, corpus: Corpus) -> None:
+        """Use a mixture that was fitted before, instead of fitting one on `corpus`.
+
+        Raises:
+            InputError: it does not fit the recipe, or the run has another one.
+        """
+        given = self._load(path)
+        if self.folder.mixture.exists():
+            own = self._load(self.folder.mixture)
+            if not np.array_equal(own.means_, given.means_):
+                raise InputError(f"gmm: this run has a mixture already, other than {path}")
+        else:
+            sample = LogMelStream(
+                corpus, self.recipe.front_end, rejects=self.rejects, max_s=PREFLIGHT_S
+            )
+            refuse_degenerate(given, sample)
+            if self.peers.is_main:
+                given.save(self.folder.mixture, front_end=self.recipe.front_end)
+        self.peers.wait()
+
+    def _made(self, path: Path, fit: Callable[[], Fitted]) -> Fitted:
+        """What is in a file of labels on log-mel frames; fitted first if there is none."""
+        if not path.exists():
+            with self._timed(path.name):
+                fitted = fit()
+            if self.peers.is_main:
+                fitted.save(path, front_end=self.recipe.front_end)
+            self.peers.wait()
+        return self._load(path)
+
+    def _load(self, path: Path, *, on_log_mel: bool = True) -> Fitted:
+        """Read clusters that fit the recipe."""
+        kind = KMeans if path.name == self.folder.kmeans.name else GaussianMixture
+        fitted = kind.load(path, front_end=self.recipe.front_end if on_log_mel else None)
+        n_wanted = self.recipe.mixture.n_components
+        n_found = len(fitted.cluster_centers_ if kind is not GaussianMixture else fitted.means_)
+        if n_found != n_wanted:
+            raise InputError(
+                f"{path}: a mixture of {n_found} components, but the recipe says {n_wanted}"
+            )
+        return fitted
+
+    def _mixture(self, corpus: Corpus, number: int) -> GaussianMixture:
+        """The mixture `number` (from 0) of an ensemble; each starts from a seed of its own."""
+        recipe = dataclasses.replace(self.recipe, seed=self.recipe.seed + number)
+        return fit_mixture(corpus, recipe, self.rejects, self.peers)
+
+    def _centroids(self, corpus: Corpus) -> KMeans:
+        """k-means on log-mel frames."""
+        options = {"seed": self.recipe.seed, "rejects": self.rejects}
+        share = {"rank": self.peers.rank, "world_size": self.peers.world_size}
+        spec, device = self.recipe.front_end, self.peers.device
+        max_s = self.recipe.mixture.max_fit_s
+        frames = LogMelStream(corpus, spec, max_s=max_s, device=device, **options, **share)
+        start = LogMelStream(corpus, spec, max_s=SEED_S, **options)
+        return self._fit(self._kmeans(), frames, start)
+
+    def _of_layer(self, corpus: Corpus, iteration: Iteration) -> Labels:
+        """Clusters of a layer of the encoder that the iteration before has trained."""
+        layer = self.recipe.objective.relabel_layer
+        folder = self.folder.labels(iteration.number)
+        kmeans = self.recipe.objective.labels == "kmeans"
+        name = self.folder.kmeans.name if kmeans else self.folder.mixture.name
+        if not folder.exists():
+            encoder = newest_model(self.folder, self.recipe).online.to(self.peers.device)
+            with self._timed(f"{folder.name}/{name}"):
+                frames, start = (self._layer_stream(corpus, encoder, whole=w) for w in (True, False))
+                estimator = self._kmeans() if kmeans else self._blank_mixture()
+                fitted = self._fit(estimator, frames, start)
+            if self.peers.is_main:
+                with written_aside(folder) as aside:
+                    aside.mkdir()
+                    fitted.save(aside / name)
+                    checkpoint.save_weights(aside, encoder)
+            self.peers.wait()
+        encoder = initial_model(self.recipe).online
+        checkpoint.load_weights(folder, encoder)
+        fitted = self._load(folder / name, on_log_mel=False)
+        return Labels((fitted,), encoder=encoder, layer=layer)
+
+    def _layer_stream(self, corpus: Corpus, encoder: nn.Module, *, whole: bool) -> LayerStream:
+        peers, config = self.peers, self.recipe.mixture
+        return LayerStream(
+            encoder,
+            self.recipe.objective.relabel_layer,
+            corpus,
+            self.recipe.front_end,
+            rejects=self.rejects,
+            max_s=config.max_fit_s if whole else SEED_S,
+            seed=self.recipe.seed,
+            rank=peers.rank if whole else 0,
+            world_size=peers.world_size if whole else 1,
+            device=peers.device,
+        )
+
+    def _kmeans(self) -> KMeans:
+        config = self.recipe.mixture
+        return KMeans(
+            n_clusters=config.n_components, max_iter=config.max_iter, random_state=self.recipe.seed
+        )
+
+    def _blank_mixture(self) -> GaussianMixture:
+        config = self.recipe.mixture
+        return GaussianMixture(
+            n_components=config.n_components,
+            variance_floor=config.variance_floor,
+            max_iter=config.max_iter,
+            tol=config.tol,
+            random_state=self.recipe.seed,
+        )
+
+    def _fit(self, estimator: Fitted, frames: LogMelStream, start: LogMelStream) -> Fitted:
+        """Fit on the frames of all processes, every one from the same start frames."""
+        config, peers = self.recipe.mixture, self.peers
+        n_frames = int(peers.add(torch.tensor(float(frames.n_frames))))
+        if n_frames < config.n_components:
+            raise InputError(
+                f"mixture.n_components: {config.n_components} clusters need as many frames at "
+                f"least, but the audio has {n_frames}"
+            )
+        start_frames = torch.cat(list(start)).cpu()
+        with (
+            Bar("clustering the frames", "iteration", shown=peers.is_main) as bar,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return estimator.fit(
+                frames,
+                on_iteration=lambda done, _: bar(done, config.max_iter),
+                all_reduce=lambda sums: type(sums)(*(peers.add(part) for part in sums)),
+                gather_rows=lambda _own: start_frames,
+            )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Note the seconds that making `name` took."""
+        began = time.perf_counter()
+        yield
+        if self.peers.is_main:
+            seconds = label_seconds(self.folder) | {name: time.perf_counter() - began}
+            write_json(self.folder.label_times, seconds)
+
+
+class LayerStream(LogMelStream):
+    """As `LogMelStream`, but standardised frames of a layer of an encoder, utterance by utterance.
+
+    Args:
+        encoder: in eval mode, on the device of the stream.
+        layer: 0 the front end, i the output of block i.
+    """
+
+    def __init__(self, encoder: nn.Module, layer: int, corpus: Corpus, *args: Any, **options: Any):
+        super().__init__(corpus, *args, **options)
+        self.encoder, self.layer = encoder.eval(), layer
+        lengths = torch.as_tensor(corpus.durations_samples[self.utterances])
+        self.n_frames = int(encoder.n_frames(lengths).sum())
+        n_bytes = self.n_frames * encoder.config.code_dim * 4
+        self._cache = [] if n_bytes <= CACHE_BYTES else None
+
+    @torch.no_grad()
+    def _batches(self) -> Iterator[Tensor]:
+        for waveform in self._windows():
+            samples = torch.from_numpy(waveform).to(self.device)
+            if int(self.encoder.n_frames(len(samples))):
+                yield layer_frames(self.encoder(samples[None]), self.layer)[0]
+
+
+def newest_model(folder: RunFolder, recipe: Recipe) -> JepaModel:
+    """The model of a run's newest checkpoint, in eval mode.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    latest = checkpoint.newest(folder.checkpoints)
+    if latest is None:
+        raise InputError(f"{folder.root}: no checkpoint yet; train first")
+    model = initial_model(recipe)
+    checkpoint.load_weights(latest, model)
+    return model.eval()
+
+
+def label_seconds(folder: RunFolder) -> dict[str, float]:
+    """Seconds that making each file of labels took."""
+    return read_json(folder.label_times) if folder.label_times.exists() else {}
+
+
+def trained_targets(folder: RunFolder, recipe: Recipe, labels: Labels) -> Targets | None:
+    """The targets of a run as its newest checkpoint has them; None for a run without clusters.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged.
+    """
+    objective = build_objective(recipe, newest_model(folder, recipe), labels)
+    state = checkpoint.load_state(checkpoint.newest(folder.checkpoints))
+    objective.load_state(state["objective"])
+    return objective.targets()

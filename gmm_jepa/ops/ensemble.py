@@ -1,0 +1,145 @@
+"""Posteriors averaged over several mixtures, and the KL to them: the ops behind `Ensemble`.
+
+    p_nk = sum_m share_m posterior_mnk
+
+Both run each mixture through `gmm_jepa::gmm_posterior`, so the dispatcher picks the device's
+kernel, a chunk of rows at a time: memory beside the result does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops.mixture import Ensemble, row_chunks
+
+# Posteriors alive at one time: 16 MB in float32, within the L2 cache of a large GPU, and enough
+# rows (4,096 at K = 1,024) that folding the mixtures anew for each chunk costs little.
+TARGET_VALUES = 1 << 22
+
+Parameters = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
+
+
+def parameters_of(ensemble: Ensemble) -> Parameters:
+    """Log-weights, means, variances and shares (summing to 1) as the ops take them."""
+    log_weights, means, variances = (list(part) for part in zip(*ensemble.mixtures))
+    total = sum(ensemble.shares)
+    return log_weights, means, variances, [float(share) / total for share in ensemble.shares]
+
+
+def _posteriors(frames, log_weights, means, variances, temperature, log, precision, dtype):
+    """Posteriors (n, K) of one mixture after the other."""
+    for mixture in zip(log_weights, means, variances):
+        yield torch.ops.gmm_jepa.gmm_posterior(frames, *mixture, temperature, log, precision, dtype)
+
+
+def mean_of_chunk(
+    frames: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+    log: bool,
+    precision: str,
+) -> Tensor:
+    """The mean posterior, or its logarithm, of one chunk (n, D): (n, K)."""
+    dtype = torch.float64 if frames.dtype == torch.float64 else torch.float32
+    mean: Tensor | None = None
+    of_each = _posteriors(frames, log_weights, means, variances, temperature, log, precision, dtype)
+    for share, p in zip(shares, of_each):
+        if log:
+            p = p + (math.log(share) if share else -math.inf)
+            mean = p if mean is None else torch.logaddexp(mean, p)
+        else:
+            mean = p.mul_(share) if mean is None else mean.add_(p, alpha=share)
+    return mean
+
+
+@torch.library.custom_op("gmm_jepa::gmm_posterior_ensemble", mutates_args=())
+def gmm_posterior_ensemble(
+    frames: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+    log: bool,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`gmm_posterior` of an ensemble for frames (n, D)."""
+    out = frames.new_empty((frames.shape[0], means[0].shape[0]), dtype=out_dtype)
+    mixtures = (log_weights, means, variances, shares)
+    for rows in row_chunks(*out.shape, values=TARGET_VALUES):
+        out[rows] = mean_of_chunk(frames[rows], *mixtures, temperature, log, precision)
+    return out
+
+
+@gmm_posterior_ensemble.register_fake
+def _(frames, log_weights, means, variances, shares, temperature, log, precision, out_dtype):
+    return frames.new_empty((frames.shape[0], means[0].shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("gmm_jepa::gmm_posterior_ensemble_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    frames: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+    log: bool,
+    precision: str,
+) -> Tensor:
+    mixtures = (log_weights, means, variances)
+    grad_frames = torch.zeros_like(frames)
+    for rows in row_chunks(*grad.shape, values=TARGET_VALUES):
+        x, g = frames[rows], grad[rows]
+        mean = mean_of_chunk(x, *mixtures, shares, temperature, True, precision) if log else None
+        for share, *mixture in zip(shares, *mixtures):
+            if share == 0.0:
+                continue
+            g_mixture = g * share
+            if mean is not None:  # d log(mean) = sum_m share_m p_m / mean d log p_m
+                log_p = torch.ops.gmm_jepa.gmm_posterior(
+                    x, *mixture, temperature, True, precision, mean.dtype
+                )
+                ratio = (log_p - mean).exp().nan_to_num(nan=0.0)  # both -inf: taken out
+                g_mixture = g_mixture * ratio
+            grad_frames[rows] += torch.ops.gmm_jepa.gmm_posterior_backward(
+                g_mixture, x, *mixture, temperature, log, precision
+            )
+    return grad_frames
+
+
+@_backward.register_fake
+def _(grad, frames, log_weights, means, variances, shares, temperature, log, precision):
+    return torch.empty_like(frames)
+
+
+def _setup(ctx, inputs, output):
+    frames, log_weights, means, variances, shares, temperature, log, precision, _ = inputs
+    ctx.save_for_backward(frames, *log_weights, *means, *variances)
+    ctx.options = (shares, temperature, log, precision)
+
+
+def _vjp(ctx, grad):
+    frames, *tensors = ctx.saved_tensors
+    M = len(tensors) // 3
+    mixtures = tensors[:M], tensors[M : 2 * M], tensors[2 * M :]
+    nothing = [None] * M
+    return (
+        _backward(grad, frames, *mixtures, *ctx.options),
+        nothing,
+        nothing,
+        nothing,
+        *[None] * 5,
+    )
+
+
+gmm_posterior_ensemble.register_autograd(_vjp, setup_context=_setup)
