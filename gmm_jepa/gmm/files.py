@@ -39,7 +39,7 @@ class _Kind(NamedTuple):
 
 
 MIXTURE = _Kind("mixture", ("weights", "means", "covariances"))
-KMEANS = _Kind("kmeans", ("cluster_centers",))
+KMEANS = _Kind("kmeans", ("counts", "cluster_centers"))
 
 
 def save_mixture(
@@ -111,7 +111,7 @@ def load_mixture(
 def save_kmeans(
     path: str | os.PathLike[str], kmeans: KMeans, front_end: LogMelSpec | None = None
 ) -> None:
-    """Write fitted centroids, float64 ``cluster_centers`` (K, D), as `save_mixture` does.
+    """Write float64 ``cluster_centers`` (K, D) and ``counts`` (K,), as `save_mixture` does.
 
     Raises:
         InputError: nothing was fitted, or the front end gives other features than it has.
@@ -124,10 +124,11 @@ def save_kmeans(
         "max_iter": kmeans.max_iter,
         "n_init_frames": kmeans.n_init_frames,
         "random_state": kmeans.random_state,
-        "inertia": kmeans.inertia_,
-        "n_iter": kmeans.n_iter_,
+        "inertia": getattr(kmeans, "inertia_", None),
+        "n_iter": getattr(kmeans, "n_iter_", None),
     }
-    _save(path, KMEANS, {"cluster_centers": kmeans.cluster_centers_}, description, front_end)
+    arrays = {name: getattr(kmeans, f"{name}_") for name in KMEANS.tensors}
+    _save(path, KMEANS, arrays, description, front_end)
 
 
 def load_kmeans(path: str | os.PathLike[str], *, front_end: LogMelSpec | None = None) -> KMeans:
@@ -136,24 +137,52 @@ def load_kmeans(path: str | os.PathLike[str], *, front_end: LogMelSpec | None = 
     kmeans = KMeans(description["n_clusters"])
     for name in ("tol", "max_iter", "n_init_frames", "random_state"):
         setattr(kmeans, name, description[name])
-    kmeans.set_centers(arrays["cluster_centers"])
+    kmeans.set_centers(arrays["cluster_centers"], arrays["counts"])
     kmeans.inertia_, kmeans.n_iter_ = description["inertia"], description["n_iter"]
     kmeans.front_end_ = stored_spec
     return kmeans
 
 
 def load_published_kmeans(path: str | os.PathLike[str]) -> KMeans:
-    """Read a published ``kmeans.pt``: a dictionary with ``centroids`` (K, D).
+    """Read a published ``kmeans.pt``: a dictionary with ``centroids`` (K, D), ``counts`` (K,).
 
     Raises:
         InputError: the file is missing, damaged or of another layout.
     """
-    (centroids,) = _published(path, ("centroids",), "k-means")
-    if centroids.ndim != 2:
-        raise InputError(f"{path}: expected centroids (K, D), got {centroids.shape}")
+    centroids, counts = _published(path, ("centroids", "counts"), "k-means")
+    if centroids.ndim != 2 or counts.shape != centroids.shape[:1]:
+        raise InputError(
+            f"{path}: expected centroids (K, D) and counts (K,), got {centroids.shape} and "
+            f"{counts.shape}"
+        )
     kmeans = KMeans(centroids.shape[0])
-    kmeans.set_centers(centroids)
+    kmeans.set_centers(centroids, counts)
     return kmeans
+
+
+def published_mixture(gm: GaussianMixture) -> dict[str, Any]:
+    """A mixture in the published layout, for `torch.save`; the inverse of `load_published`."""
+    gm.check_fitted()
+    arrays = (gm.means_, gm.covariances_ - PUBLISHED_VARIANCE_OFFSET, gm.weights_)
+    means, covariances, weights = (torch.from_numpy(array).float() for array in arrays)
+    return {
+        "means": means,
+        "covariances": covariances,
+        "weights": weights,
+        "log_vars": covariances.log(),
+        "log_weights": weights.log(),
+        "K": means.shape[0],
+        "dim": means.shape[1],
+    }
+
+
+def published_kmeans(kmeans: KMeans) -> dict[str, Any]:
+    """Centroids in the published layout; the inverse of `load_published_kmeans`."""
+    kmeans.check_fitted()
+    centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+    counts = torch.from_numpy(kmeans.counts_).float()
+    K, D = centroids.shape
+    return {"centroids": centroids, "counts": counts, "K": K, "dim": D}
 
 
 def load_published(path: str | os.PathLike[str]) -> GaussianMixture:

@@ -35,6 +35,7 @@ class KMeans(SklearnProtocol):
 
     Attributes:
         cluster_centers_: (K, D) float64 array.
+        counts_: (K,) float64, frames of each cluster in the last pass.
         inertia_: sum of squared distances in the last pass.
         n_iter_: passes made.
         n_features_in_: D.
@@ -90,7 +91,7 @@ class KMeans(SklearnProtocol):
                 on_iteration(iteration, self.inertia_ / n_frames)
             if shift <= self.tol * _mean_variance(sums) and not n_reseeded:
                 break
-        self.set_centers(current.means.numpy())
+        self.set_centers(current.means.numpy(), sums.counts.numpy())
         return self
 
     def predict(self, X: Frames) -> Frames:
@@ -119,9 +120,10 @@ class KMeans(SklearnProtocol):
 
         return load_kmeans(path, front_end=front_end)
 
-    def set_centers(self, centers: np.ndarray) -> None:
-        """Take over centroids (K, D) instead of fitting some."""
+    def set_centers(self, centers: np.ndarray, counts: np.ndarray) -> None:
+        """Take over centroids (K, D), and how many frames each has (K,)."""
         self.cluster_centers_ = np.array(centers, dtype=np.float64)
+        self.counts_ = np.array(counts, dtype=np.float64)
         self.n_features_in_ = self.cluster_centers_.shape[1]
         self.front_end_: LogMelSpec | None = None
 

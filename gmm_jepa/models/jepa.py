@@ -42,6 +42,7 @@ class JepaModel(nn.Module):
         if n_clusters < 1 and cluster_head != "none":
             raise InputError(f"n_clusters: expected at least 1, got {n_clusters}")
         self.config, self.n_clusters = config, n_clusters
+        self.head_kind, self.predicts = cluster_head, predicts
         self.online = build_encoder(config)
         self.predictor = build_predictor(config) if predicts else None
         self.cluster_head: nn.Module | None = None

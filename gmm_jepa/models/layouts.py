@@ -12,7 +12,6 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.daam import CHUNKS
-from gmm_jepa.models.heads import ClusterHead
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.models.transformer import TransformerConfig
 
@@ -196,20 +195,16 @@ def layout_of(model: JepaModel) -> Layout:
     Raises:
         InputError: the published code has none like it.
     """
-    head = "mlp" if isinstance(model.cluster_head, ClusterHead) else "linear"
-    if model.cluster_head is None:
-        head = "none"
-    predicts = model.predictor is not None
     for layout in LAYOUTS.values():
         if (
             isinstance(model.config, layout.config)
-            and (head, predicts) == (layout.cluster_head, layout.predicts)
+            and (model.head_kind, model.predicts) == (layout.cluster_head, layout.predicts)
             and _fits(model.config, layout)
         ):
             return layout
     raise InputError(
-        f"model: no published kind has a {type(model.online).__name__} with cluster head {head}, "
-        f"{'a' if predicts else 'no'} predictor and these settings"
+        f"model: no published kind has a {type(model.online).__name__} with cluster head "
+        f"{model.head_kind}, {'a' if model.predicts else 'no'} predictor and these settings"
     )
 
 

@@ -1,0 +1,93 @@
+"""A pretrained encoder, ready to use: waveform in, hidden states out."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from gmm_jepa.errors import InputError
+from gmm_jepa.labelling import newest_model
+from gmm_jepa.model_file import load_model
+from gmm_jepa.models import Encoder, JepaModel, load_published
+from gmm_jepa.objectives.build import initial_model
+from gmm_jepa.train import checkpoint
+from gmm_jepa.train.folder import RunFolder
+
+
+class EncodedSpeech(NamedTuple):
+    """What an encoder makes of a batch of B waveforms; frames past a row's length are zero."""
+
+    last_hidden_state: Tensor
+    """(B, T, D), the encoder's output."""
+    hidden_states: tuple[Tensor, ...]
+    """The projected front end and every block's output, each (B, T, D)."""
+    lengths: Tensor
+    """(B,) int64, real frames of each row."""
+
+
+class SpeechEncoder(nn.Module):
+    """An encoder without what pretrained it; one frame every `hop_samples` of 16 kHz audio."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return self.encoder.hop_samples
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.encoder.config.code_dim
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncodedSpeech:
+        """Encode.
+
+        Args:
+            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1].
+            lengths: (B,) samples of each row; None: all are real. Padding never changes a result.
+
+        Raises:
+            InputError: shapes do not fit.
+        """
+        rows = waveform[None] if waveform.dim() == 1 else waveform
+        encoded = self.encoder(rows, lengths)
+        return EncodedSpeech(encoded.output, encoded.layers, encoded.lengths_frames)
+
+
+def load_encoder(path: str | PathLike[str], *, teacher: bool = False) -> SpeechEncoder:
+    """The pretrained encoder of a run or a file, in eval mode on the CPU.
+
+    Args:
+        path: a run folder (its newest checkpoint), one of its checkpoints, a model file, or a
+            published ``.pt`` beside its ``config.json``.
+        teacher: the moving average instead of the encoder that was trained.
+
+    Raises:
+        InputError: there is no encoder, or no teacher, at this path.
+    """
+    model = _model(Path(path))
+    encoder = model.teacher if teacher else model.online
+    if encoder is None:
+        raise InputError(f"{path}: a model without a teacher")
+    return SpeechEncoder(encoder).eval()
+
+
+def _model(path: Path) -> JepaModel:
+    if path.suffix == ".pt":
+        return load_published(path, path.with_name("config.json"))
+    if path.suffix == ".safetensors":
+        return load_model(path).model
+    if (path / checkpoint.WEIGHTS).exists():  # a checkpoint of a run: RUN/checkpoints/step_...
+        _, recipe = RunFolder(path.parent.parent).read()
+        model = initial_model(recipe)
+        checkpoint.load_weights(path, model)
+        return model
+    folder = RunFolder(path)
+    _, recipe = folder.read()
+    return newest_model(folder, recipe)

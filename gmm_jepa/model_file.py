@@ -1,0 +1,91 @@
+"""A model in one safetensors file that says itself what it is."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gmm_jepa.config import EncoderConfig, from_dict, to_dict
+from gmm_jepa.errors import InputError, require
+from gmm_jepa.files import written_aside
+from gmm_jepa.models import JepaModel
+
+FORMAT = "gmm-jepa-model"
+
+
+class StoredModel(NamedTuple):
+    """What a model file holds."""
+
+    model: JepaModel
+    """In eval mode."""
+    step: int
+    """Optimiser steps behind it."""
+    total_seconds: float
+    """Audio seconds behind it, as the published checkpoints count them."""
+
+
+def save_model(
+    path: str | PathLike[str], model: JepaModel, *, step: int = 0, total_seconds: float = 0.0
+) -> None:
+    """Write all tensors of a model, and in the file's metadata its settings.
+
+    Raises:
+        ImportError: safetensors is absent.
+    """
+    safetensors = require("safetensors.torch", extra="train")
+    description = {
+        "encoder": to_dict(model.config),
+        "n_clusters": model.n_clusters,
+        "cluster_head": model.head_kind,
+        "predicts": model.predicts,
+        "step": step,
+        "total_seconds": total_seconds,
+    }
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    metadata = {"format": FORMAT, "model": json.dumps(description)}
+    with written_aside(Path(path)) as aside:
+        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+
+
+def load_model(path: str | PathLike[str]) -> StoredModel:
+    """Read what `save_model` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged or of another kind.
+        ImportError: safetensors is absent.
+    """
+    metadata, tensors = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path}: not a model file (format {metadata.get('format')!r})")
+    told = json.loads(metadata["model"])
+    model = JepaModel(
+        from_dict(EncoderConfig, told["encoder"], where=f"{path}: encoder"),
+        told["n_clusters"],
+        cluster_head=told["cluster_head"],
+        predicts=told["predicts"],
+    )
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+    return StoredModel(model.eval(), told["step"], told["total_seconds"])
+
+
+def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metadata and tensors of any safetensors file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    safetensors = require("safetensors", extra="train")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return dict(file.metadata() or {}), tensors
+    except (OSError, safetensors.SafetensorError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a safetensors file ({first_line})") from None
