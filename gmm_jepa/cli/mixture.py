@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +12,9 @@ import tyro
 from gmm_jepa.cli.parse import PresetName, parse
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import InputError
-from gmm_jepa.fitting import fit_mixture
+from gmm_jepa.fitting import FitSettings, fit_mixture
 from gmm_jepa.train.distributed import processes
 
 
@@ -22,6 +22,8 @@ from gmm_jepa.train.distributed import processes
 class FitOptions:
     """Fit a diagonal Gaussian mixture on the log-mel frames of a corpus, by EM.
 
+    Audio is decoded and transformed while the frames before it are summed. A fit that was
+    interrupted goes on by being started again; until it ends, its state is in OUT.partial.
     Of the recipe, `front-end`, `mixture`, `seed` and `data.max-bad-fraction` matter here.
     """
 
@@ -33,6 +35,8 @@ class FitOptions:
     """Settings to start from; any of them can be overridden below."""
     rejects: Path | None = None
     """Where unusable audio is listed; default: beside the mixture."""
+    fit: Annotated[FitSettings, tyro.conf.arg(name="")] = field(default_factory=FitSettings)
+    """How it is fitted."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """All settings."""
 
@@ -43,17 +47,23 @@ def main(command: str, arguments: Sequence[str]) -> int:
     recipe = options.recipe
     if options.out.exists():
         raise InputError(f"{options.out} exists already; it is left as it is")
-    rejects = RejectLog(options.rejects or options.out.with_name("rejects.jsonl"))
-    corpus = open_corpus(options.audio, rejects=rejects)
-    if len(corpus) == 0:
-        raise InputError(f"audio: nothing usable; {rejects.summary()}")
-    n_found = len(corpus) + rejects.count
-    rejects.check(n_found, recipe.data.max_bad_fraction)
     with processes() as peers:
-        mixture = fit_mixture(corpus, recipe, rejects, peers)
+        path = options.rejects or options.out.with_name("rejects.jsonl")
+        rejects = RejectLog(path if peers.is_main else None)
+        corpus = open_corpus(options.audio, rejects=rejects)
+        if len(corpus) == 0:
+            raise InputError(f"audio: nothing usable; {rejects.summary()}")
+        n_found = len(corpus) + rejects.count
+        rejects.check(n_found, recipe.data.max_bad_fraction)
+        partial = options.out.with_name(options.out.name + ".partial")
+        mixture = fit_mixture(
+            corpus, recipe, rejects, peers, options.fit, partial=partial, on_report=print
+        )
+        rejects.extend(Reject(*fields) for fields in peers.gather(list(rejects)))
+        rejects.check(n_found, recipe.data.max_bad_fraction)
         if peers.is_main:
             mixture.save(options.out, front_end=recipe.front_end)
+            partial.unlink(missing_ok=True)
             print(f"{options.out}: K = {mixture.n_components}, D = {recipe.front_end.n_mels}")
             print(rejects.summary())
-    rejects.check(n_found, recipe.data.max_bad_fraction)
     return 0

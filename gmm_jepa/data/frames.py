@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +24,21 @@ BATCH_FRAMES = 16_384
 """Frames in a batch, about: large enough for matrix products, 5 MB at 80 bands."""
 CACHE_BYTES = 2**30
 """A stream that is smaller than this stays in memory after its first pass."""
+READERS = 2
+"""Threads that decode and transform ahead of the caller."""
+WINDOWS_AHEAD = 8
+"""Windows that are read ahead: 31 MB of audio and 8 MB of frames at 80 bands, at most."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Window(NamedTuple):
+    """A piece of an utterance that is read at once."""
+
+    utterance: int
+    start_samples: int
+    n_samples: int
 
 
 class LogMelStream:
@@ -55,8 +75,11 @@ class LogMelStream:
         self.rejects = rejects
         durations = corpus.durations_samples
         drawn = draw_utterances(durations, max_s * spec.sample_rate_hz, seed=seed)
+        self.drawn = drawn
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.utterances = drawn[rank::world_size]
         self.device = torch.device(device)
+        self._rejecting = threading.Lock()
         self.n_frames = int(log_mel_frames(durations[self.utterances], spec).sum())
         n_bytes = self.n_frames * spec.n_mels * 4
         self._cache: list[Tensor] | None = [] if n_bytes <= CACHE_BYTES else None
@@ -76,29 +99,152 @@ class LogMelStream:
         if self._cache is not None:
             self._cache, self._complete = kept, True
 
+    def mini_batches(self, n_frames: int, *, first: int = 0) -> Iterator[Iterator[Tensor]]:
+        """One pass in random order, cut into mini-batches; each is an iterator of (n, n_mels).
+
+        What belongs to a mini-batch does not depend on the number of processes: each gives its
+        share of it, maybe none. Every mini-batch is to be used up before the next.
+
+        Args:
+            n_frames: frames of a mini-batch over all processes, about.
+            first: mini-batch to begin at, without reading those before it.
+        """
+        order = np.random.default_rng(self.seed).permutation(self.drawn)
+        ends = np.cumsum(log_mel_frames(self.corpus.durations_samples[order], self.spec))
+        number = (ends - 1) // n_frames
+        number = np.unique(number, return_inverse=True)[1]  # long utterances leave gaps
+        own = np.zeros(len(order), dtype=bool)
+        own[self.rank :: self.world_size] = True
+        own &= number >= first
+        tagged = ((n, w) for n, i in zip(number[own], order[own]) for w in self._cut([i]))
+        frames = read_ahead(lambda item: (item[0], self._frames_of(item[1])), tagged)
+        groups = itertools.groupby(frames, key=lambda item: item[0])
+        group = next(groups, None)
+        for n in range(first, self.n_mini_batches(n_frames)):
+            if group is None or group[0] != n:
+                yield iter(())
+                continue
+            yield (part for _, part in group[1] if part is not None)
+            group = next(groups, None)
+
+    def n_mini_batches(self, n_frames: int) -> int:
+        """How many `mini_batches` gives."""
+        order = np.random.default_rng(self.seed).permutation(self.drawn)
+        ends = np.cumsum(log_mel_frames(self.corpus.durations_samples[order], self.spec))
+        return len(np.unique((ends - 1) // n_frames))
+
+    def sample(self, n_frames: int) -> tuple[Tensor, Tensor]:
+        """This process's part of a uniform sample without replacement over all processes' frames.
+
+        Only the windows that hold drawn frames are read. Frames of audio that cannot be read are
+        left out.
+
+        Returns:
+            rows (n, n_mels) on the CPU, n the lesser of `n_frames` and of all frames, in the order
+            of the corpus, and (n,) bool which of them this process has; the others are zero. So
+            the sum over processes is the whole sample, whatever their number.
+        """
+        ends = np.cumsum(log_mel_frames(self.corpus.durations_samples[self.drawn], self.spec))
+        drawn = draw_frames(int(ends[-1]) if len(ends) else 0, n_frames, seed=self.seed)
+        place = np.searchsorted(ends, drawn, side="right")
+        within = drawn - np.concatenate(([0], ends))[place]
+        rows = torch.zeros(len(drawn), self.spec.n_mels)
+        found = torch.zeros(len(drawn), dtype=torch.bool)
+        wanted = self._wanted_windows(place, within)
+        for (at, inside, _), frames in read_ahead(
+            lambda item: (item, self._frames_of(item[2])), wanted
+        ):
+            if frames is not None:
+                rows[at], found[at] = frames[inside].cpu(), True
+        return rows, found
+
+    def _wanted_windows(
+        self, place: np.ndarray, within: np.ndarray
+    ) -> Iterator[tuple[Tensor, Tensor, Window]]:
+        """Rows of the sample, their frames inside a window, and the window; of this process."""
+        per_window = round(WINDOW_S * self.spec.sample_rate_hz) // self.spec.hop_samples
+        for p in np.unique(place[place % self.world_size == self.rank]):
+            windows = list(self._cut([self.drawn[p]]))
+            rows = np.arange(*np.searchsorted(place, [p, p + 1]))
+            number = np.minimum(within[rows] // per_window, len(windows) - 1)
+            for w in np.unique(number):
+                at = rows[number == w]
+                inside = within[at] - w * per_window
+                yield torch.from_numpy(at), torch.from_numpy(inside), windows[w]
+
     def _batches(self) -> Iterator[Tensor]:
         waiting: list[Tensor] = []
         n_frames = 0
-        for waveform in self._windows():
-            samples = torch.from_numpy(waveform).to(self.device)
-            waiting.append(log_mel(samples, spec=self.spec))
-            n_frames += len(waiting[-1])
+        for frames in read_ahead(self._frames_of, self._cut(self.utterances)):
+            if frames is None:
+                continue
+            waiting.append(frames)
+            n_frames += len(frames)
             if n_frames >= BATCH_FRAMES:
                 yield torch.cat(waiting)
                 waiting, n_frames = [], 0
         if waiting:
             yield torch.cat(waiting)
 
+    def _frames_of(self, window: Window) -> Tensor | None:
+        """Log-mel of a window; None if it cannot be read."""
+        waveform = self._read(window)
+        if waveform is None:
+            return None
+        return log_mel(torch.from_numpy(waveform).to(self.device), spec=self.spec)
+
     def _windows(self) -> Iterator[np.ndarray]:
-        window = round(WINDOW_S * self.spec.sample_rate_hz)
-        for i in self.utterances:
+        """The waveforms of all windows that can be read, decoded ahead."""
+        for waveform in read_ahead(self._read, self._cut(self.utterances)):
+            if waveform is not None:
+                yield waveform
+
+    def _cut(self, utterances: Iterable[int]) -> Iterator[Window]:
+        length = round(WINDOW_S * self.spec.sample_rate_hz)
+        for i in utterances:
             duration = int(self.corpus.durations_samples[i])
-            for start in range(0, duration, window):
-                try:
-                    yield self.corpus.read(int(i), start, min(window, duration - start))
-                except AudioError as error:
-                    self.rejects.extend([self.corpus.reject(int(i), error)])
-                    break
+            for start in range(0, duration, length):
+                yield Window(int(i), start, min(length, duration - start))
+
+    def _read(self, window: Window) -> np.ndarray | None:
+        try:
+            return self.corpus.read(*window)
+        except AudioError as error:
+            with self._rejecting:  # several threads read
+                self.rejects.extend([self.corpus.reject(window.utterance, error)])
+            return None
+
+
+def read_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int = READERS
+) -> Iterator[Result]:
+    """``function(item)`` of all items, in order, computed by threads ahead of the caller.
+
+    Not more than `WINDOWS_AHEAD` results wait. Decoding and transforms leave Python's lock, so
+    they run while the caller computes.
+    """
+    source = iter(items)
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="read-ahead") as pool:
+        try:
+            for item in itertools.islice(source, WINDOWS_AHEAD):
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                result = waiting.popleft().result()
+                for item in itertools.islice(source, 1):
+                    waiting.append(pool.submit(function, item))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def draw_frames(n_frames: int, n_wanted: int, *, seed: int) -> np.ndarray:
+    """Numbers, ascending, of `n_wanted` of `n_frames` frames drawn uniformly; all if fewer."""
+    if n_frames <= n_wanted:
+        return np.arange(n_frames)
+    random = np.random.default_rng(seed)
+    return np.sort(random.choice(n_frames, n_wanted, replace=False, shuffle=False))
 
 
 def draw_utterances(durations_samples: np.ndarray, max_samples: float, *, seed: int) -> np.ndarray:

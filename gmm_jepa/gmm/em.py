@@ -21,6 +21,7 @@ from gmm_jepa.ops import EMStatistics, Mixture, em_statistics
 
 AllReduce = Callable[[EMStatistics], EMStatistics]
 OnIteration = Callable[[int, float], None]
+OnResult = Callable[["EMResult"], None]
 
 # A component with fewer frames than this is dead and takes half of a heavy one. Frames spread
 # over components that lie on one point still give each of them a whole frame or more (N >= K).
@@ -40,6 +41,8 @@ class EMResult:
     converged: bool = False
     n_reseeded: int = 0
     n_frames: int = 0
+    reseeds: Tensor | None = None
+    """(K,) int64, how often each component was given a new place; None: never yet"""
 
 
 def expectation_maximisation(
@@ -51,6 +54,8 @@ def expectation_maximisation(
     variance_floor: float,
     on_iteration: OnIteration | None = None,
     all_reduce: AllReduce | None = None,
+    resume: EMResult | None = None,
+    on_result: OnResult | None = None,
 ) -> EMResult:
     """Run EM until the mean log-likelihood changes by less than `tol`.
 
@@ -62,28 +67,31 @@ def expectation_maximisation(
         variance_floor: no variance gets below it.
         on_iteration: called with the iteration (from 1) and the mean log-likelihood.
         all_reduce: sums the statistics over processes, each of which streams its own frames.
+        resume: where an earlier call stood after some iteration, to go on from instead of `start`.
+        on_result: called with where EM stands after every iteration.
 
     Raises:
         InputError: fewer frames than components, or a likelihood that is not finite.
     """
-    result = EMResult(start)
-    reseeds = torch.zeros(start.means.shape[0], dtype=torch.int64)
-    for iteration in range(1, max_iter + 1):
+    K = start.means.shape[0]
+    result = resume or EMResult(start, reseeds=torch.zeros(K, dtype=torch.int64))
+    while not result.converged and len(result.lower_bounds) < max_iter:
+        iteration = len(result.lower_bounds) + 1
         statistics = expectation(batches, result.mixture)
         if all_reduce is not None:
             statistics = EMStatistics(*all_reduce(statistics))
-        _check_statistics(statistics, result.mixture, iteration)
+        check_statistics(statistics, result.mixture, iteration)
         result.n_frames = round(float(statistics.counts.sum()))
         result.mixture = maximisation(statistics, result.mixture, variance_floor)
-        result.mixture, n_reseeded = reseed(result.mixture, statistics.counts, reseeds)
+        result.mixture, n_reseeded = reseed(result.mixture, statistics.counts, result.reseeds)
         result.n_reseeded += n_reseeded
         result.lower_bounds.append(float(statistics.log_likelihood) / result.n_frames)
+        previous = result.lower_bounds[-2] if iteration > 1 else -math.inf
+        result.converged = abs(result.lower_bounds[-1] - previous) < tol and not n_reseeded
         if on_iteration is not None:
             on_iteration(iteration, result.lower_bounds[-1])
-        previous = result.lower_bounds[-2] if iteration > 1 else -math.inf
-        if abs(result.lower_bounds[-1] - previous) < tol and not n_reseeded:
-            result.converged = True
-            break
+        if on_result is not None:
+            on_result(result)
     return result
 
 
@@ -142,7 +150,14 @@ def reseed(mixture: Mixture, counts: Tensor, reseeds: Tensor) -> tuple[Mixture, 
     return Mixture(log_weights.log_softmax(0), means, variances), int(dead.numel())
 
 
-def _check_statistics(statistics: EMStatistics, mixture: Mixture, iteration: int) -> None:
+def check_statistics(
+    statistics: EMStatistics, mixture: Mixture, iteration: int, *, any_number: bool = False
+) -> None:
+    """Refuse statistics that are not finite, or, unless `any_number`, of fewer frames than K.
+
+    Raises:
+        InputError: naming the component.
+    """
     K = mixture.means.shape[0]
     finite = torch.isfinite(statistics.first) & torch.isfinite(statistics.second)
     bad = (~finite.all(1) | ~torch.isfinite(statistics.counts)).nonzero().flatten().tolist()
@@ -152,7 +167,7 @@ def _check_statistics(statistics: EMStatistics, mixture: Mixture, iteration: int
             "although every frame is: values are too large to square; rescale the frames"
         )
     n_frames = round(float(statistics.counts.sum()))
-    if n_frames < K:
+    if n_frames < K and not any_number:
         raise InputError(
             f"Expected n_samples >= n_components but got n_components = {K}, n_samples = {n_frames}"
         )

@@ -125,8 +125,7 @@ class GaussianMixture(SklearnProtocol):
             on_iteration=on_iteration,
             all_reduce=all_reduce,
         )
-        self._set_mixture(result.mixture)
-        self._set_course(result)
+        self.set_result(result)
         if not self.converged_ and self.tol > 0.0:
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
@@ -215,6 +214,11 @@ class GaussianMixture(SklearnProtocol):
         from gmm_jepa.gmm.files import load_mixture
 
         return load_mixture(path, front_end=front_end)
+
+    def set_result(self, result: EMResult) -> None:
+        """Take over where EM ended, as `fit` does."""
+        self._set_mixture(result.mixture)
+        self._set_course(result)
 
     def _set_mixture(self, mixture: Mixture) -> None:
         """Take over parameters; what a fit says about its course is reset."""
