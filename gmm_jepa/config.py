@@ -18,14 +18,10 @@ from gmm_jepa.features import LogMelSpec
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.transformer import TransformerConfig
+from gmm_jepa.objective_config import ObjectiveConfig, check
 
 ENCODERS = {"conformer": ConformerConfig, "transformer": TransformerConfig}
 """Names of the kinds of encoders in ``config.json``."""
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +37,8 @@ class Sources:
     """Sources to evaluate on; empty: a part of `audio` is held out."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.audio), "audio: expected at least one folder, manifest or file, got none")
-        _check(
+        check(bool(self.audio), "audio: expected at least one folder, manifest or file, got none")
+        check(
             len(self.weights) in (0, len(self.audio)),
             f"weights: expected one for each of {len(self.audio)} sources, got {len(self.weights)}",
         )
@@ -70,19 +66,19 @@ class DataConfig:
     """Past this share of unusable inputs the run stops."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             0 < 2 * self.min_segment_s <= self.max_segment_s,
             f"min_segment_s, max_segment_s: expected 0 < 2 * min <= max, "
             f"got {self.min_segment_s} and {self.max_segment_s}",
         )
-        _check(self.batch_s > 0, f"batch_s: expected seconds above 0, got {self.batch_s}")
-        _check(self.n_buckets >= 1, f"n_buckets: expected at least 1, got {self.n_buckets}")
-        _check(self.workers >= 0, f"workers: expected 0 or more, got {self.workers}")
-        _check(
+        check(self.batch_s > 0, f"batch_s: expected seconds above 0, got {self.batch_s}")
+        check(self.n_buckets >= 1, f"n_buckets: expected at least 1, got {self.n_buckets}")
+        check(self.workers >= 0, f"workers: expected 0 or more, got {self.workers}")
+        check(
             0 < self.heldout_fraction < 1,
             f"heldout_fraction: expected between 0 and 1, got {self.heldout_fraction}",
         )
-        _check(
+        check(
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction: expected between 0 and 1, got {self.max_bad_fraction}",
         )
@@ -104,160 +100,13 @@ class MixtureConfig:
     """Audio seconds the mixture is fitted on at most, drawn evenly from the corpus."""
 
     def __post_init__(self) -> None:
-        _check(self.n_components >= 1, f"n_components: expected 1 or more, got {self.n_components}")
-        _check(
+        check(self.n_components >= 1, f"n_components: expected 1 or more, got {self.n_components}")
+        check(
             self.variance_floor > 0,
             f"variance_floor: expected above 0, got {self.variance_floor}",
         )
-        _check(self.max_iter >= 1, f"max_iter: expected 1 or more, got {self.max_iter}")
-        _check(self.max_fit_s > 0, f"max_fit_s: expected seconds above 0, got {self.max_fit_s}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The terms of the loss: jepa_weight x JEPA error + lambda x (KL or cross-entropy).
-
-    The five systems are points in this space; defaults as in arXiv 2602.09040.
-    """
-
-    jepa_weight: float = 1.0
-    """Weight of the masked error against the teacher's frames; 0: no such term."""
-    anchor_start: float = 1.0
-    """lambda, the weight of the cluster term, at the first step; start and end 0: no such term."""
-    anchor_end: float = 0.01
-    """lambda at the last step."""
-    anchor_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"
-    """How lambda goes from start to end; constant stays at start."""
-    labels: Literal["mixture", "kmeans", "online"] = "mixture"
-    """Clusters the head learns: a mixture's components, k-means centroids, or an online mixture's
-    components in the teacher's features."""
-    targets: Literal["soft", "hard"] = "soft"
-    """soft: KL to the posteriors; hard: cross-entropy to the best cluster."""
-    temperature: float = 1.0
-    """Temperature of the posteriors."""
-    ensemble: tuple[float, ...] = ()
-    """Weights of several mixtures whose posteriors are averaged; empty: one mixture."""
-    cluster_head: Literal["mlp", "linear"] = "mlp"
-    """Deep residual head (published), or one linear layer."""
-    head_input: Literal["encoder", "predictor"] = "encoder"
-    """What the cluster head reads: the encoder's output, or the predictor's."""
-    mask_place: Literal["latent", "input"] = "latent"
-    """latent: the encoder hears everything, its output is masked; input: it sees masked frames."""
-    unmasked_weight: float = 0.0
-    """Weight w of the frames in sight: KL = (mean over masked + w mean over others) / (1 + w)
-    (published: 0)."""
-    align_targets: bool = False
-    """Centre the log-mel frames on the encoder's frames (published: they lie 12 ms apart)."""
-    iterations: int = 1
-    """Trainings one after another, each on the labels that the last one's encoder gives."""
-    relabel_layer: int | None = None
-    """Layer that is clustered between iterations: 0 the front end, i the output of block i."""
-    online_start: float = 0.25
-    """Share of the steps after which the online mixture takes the place of the log-mel one."""
-    online_seeding: float = 0.05
-    """Share of the steps before that in which it is seeded by mini-batch k-means."""
-    online_decay: float = 0.99
-    """Decay of the online mixture's statistics at every step."""
-    online_layer: int | None = None
-    """Teacher's layer that it models; None: the one of highest effective rank when seeding."""
-    mask_share: tuple[float, float] = (0.40, 0.65)
-    """Least and greatest share of an utterance's frames that is masked."""
-    mask_span_frames: tuple[int, int] = (10, 25)
-    """Shortest and longest masked span."""
-    mix_probability: float = 0.25
-    """Chance that another utterance is mixed into the online encoder's input."""
-    noise_probability: float = 0.25
-    """Chance that another signal is added to the online encoder's input as noise."""
-
-    @property
-    def anchored(self) -> bool:
-        """Whether there is a cluster head and a term for it."""
-        return self.anchor_start > 0
-
-    @property
-    def needs_predictor(self) -> bool:
-        """Whether a predictor is trained."""
-        return self.jepa_weight > 0 or (self.anchored and self.head_input == "predictor")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a moving average of the encoder is kept."""
-        return self.jepa_weight > 0 or (self.anchored and self.labels == "online")
-
-    @property
-    def masks(self) -> bool:
-        """Whether the mask token is put anywhere: masking the latents needs a predictor."""
-        return self.mask_place == "input" or self.needs_predictor
-
-    def __post_init__(self) -> None:
-        self._check_terms()
-        self._check_labels()
-        self._check_masks()
-
-    def _check_terms(self) -> None:
-        _check(self.jepa_weight >= 0, f"jepa_weight: expected 0 or more, got {self.jepa_weight}")
-        start, end = self.anchor_start, self.anchor_end
-        _check(
-            (start > 0 and end > 0) or start == end == 0,
-            f"anchor_start, anchor_end: expected above 0 (without an anchor the representation "
-            f"drifts), or both 0 for a run without clusters, got {start} and {end}",
-        )
-        _check(
-            self.jepa_weight > 0 or self.anchored,
-            "jepa_weight, anchor_start: both are 0, so that nothing is left to learn",
-        )
-        _check(self.temperature > 0, f"temperature: expected above 0, got {self.temperature}")
-        _check(
-            self.unmasked_weight >= 0,
-            f"unmasked_weight: expected 0 or more, got {self.unmasked_weight}",
-        )
-
-    def _check_labels(self) -> None:
-        _check(
-            self.labels != "kmeans" or self.targets == "hard",
-            "targets: expected hard with k-means labels, which have no posteriors, got soft",
-        )
-        _check(
-            not self.ensemble or (self.labels == "mixture" and self.targets == "soft"),
-            "ensemble: expected with soft targets of mixtures only",
-        )
-        _check(
-            all(weight > 0 for weight in self.ensemble),
-            f"ensemble: expected weights above 0, got {self.ensemble}",
-        )
-        _check(self.iterations >= 1, f"iterations: expected 1 or more, got {self.iterations}")
-        _check(
-            (self.iterations > 1) == (self.relabel_layer is not None),
-            f"iterations, relabel_layer: expected a layer if and only if there are two iterations "
-            f"or more, got {self.iterations} and {self.relabel_layer}",
-        )
-        _check(
-            0 < self.online_seeding <= self.online_start < 1,
-            f"online_seeding, online_start: expected 0 < seeding <= start < 1, "
-            f"got {self.online_seeding} and {self.online_start}",
-        )
-        _check(
-            0 < self.online_decay < 1,
-            f"online_decay: expected between 0 and 1, got {self.online_decay}",
-        )
-
-    def _check_masks(self) -> None:
-        low, high = self.mask_share
-        _check(
-            0 < low <= high < 1, f"mask_share: expected 0 < least <= most < 1, got {low}, {high}"
-        )
-        short, long = self.mask_span_frames
-        _check(
-            short >= 1 and 2 * short <= long + 1,
-            f"mask_span_frames: expected 1 <= shortest and 2 * shortest <= longest + 1, "
-            f"so that spans fill any count, got {short}, {long}",
-        )
-        _check(
-            min(self.mix_probability, self.noise_probability) >= 0
-            and self.mix_probability + self.noise_probability <= 1,
-            f"mix_probability, noise_probability: expected 0 or more, together at most 1, "
-            f"got {self.mix_probability} and {self.noise_probability}",
-        )
+        check(self.max_iter >= 1, f"max_iter: expected 1 or more, got {self.max_iter}")
+        check(self.max_fit_s > 0, f"max_fit_s: expected seconds above 0, got {self.max_fit_s}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,21 +150,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
-            _check(value >= 1, f"{name}: expected 1 or more, got {value}")
-        _check(self.learning_rate > 0, f"learning_rate: expected above 0, got {self.learning_rate}")
-        _check(
+            check(value >= 1, f"{name}: expected 1 or more, got {value}")
+        check(self.learning_rate > 0, f"learning_rate: expected above 0, got {self.learning_rate}")
+        check(
             0 <= self.warmup_share < 1,
             f"warmup_share: expected from 0 to below 1, got {self.warmup_share}",
         )
-        _check(
+        check(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas: expected two numbers from 0 to below 1, got {self.betas}",
         )
-        _check(self.weight_decay >= 0, f"weight_decay: expected 0 or more, got {self.weight_decay}")
-        _check(self.clip_norm > 0, f"clip_norm: expected above 0, got {self.clip_norm}")
+        check(self.weight_decay >= 0, f"weight_decay: expected 0 or more, got {self.weight_decay}")
+        check(self.clip_norm > 0, f"clip_norm: expected above 0, got {self.clip_norm}")
         for name in ("teacher_decay", "teacher_decay_start"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"{name}: expected between 0 and 1, got {value}")
+            check(0 <= value <= 1, f"{name}: expected between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +179,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("max_train_s", "max_test_s"):
             value = getattr(self, name)
-            _check(value > 0, f"{name}: expected seconds above 0, got {value}")
+            check(value > 0, f"{name}: expected seconds above 0, got {value}")
 
 
 System = Literal["gmm-anchored", "pure-jepa", "wavlm-style", "hubert-style", "online-gmm"]
@@ -393,25 +242,25 @@ class Recipe:
         return next((it for it in self.iterations if step < it.stop_step), self.iterations[-1])
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**31, f"seed: expected 0 to 2^31 - 1, got {self.seed}")
+        check(0 <= self.seed < 2**31, f"seed: expected 0 to 2^31 - 1, got {self.seed}")
         hop = self.front_end.hop_samples
-        _check(
+        check(
             hop == self.encoder.hop_samples,
             f"front_end.hop_samples, encoder: expected equal frame rates, "
             f"got a hop of {hop} samples and an encoder with a hop of {self.encoder.hop_samples}",
         )
-        _check(
+        check(
             self.front_end.sample_rate_hz == SAMPLE_RATE_HZ,
             f"front_end.sample_rate_hz: expected {SAMPLE_RATE_HZ}, to which all audio is "
             f"resampled, got {self.front_end.sample_rate_hz}",
         )
-        _check(
+        check(
             self.objective.iterations <= self.train.steps,
             f"objective.iterations: expected at most train.steps = {self.train.steps}",
         )
         for name in ("relabel_layer", "online_layer"):
             layer = getattr(self.objective, name)
-            _check(
+            check(
                 layer is None or 0 <= layer <= self.encoder.layers,
                 f"objective.{name}: expected 0 to {self.encoder.layers}, got {layer}",
             )
@@ -444,7 +293,7 @@ def _check_system(system: str, objective: ObjectiveConfig) -> None:
         ),
     }
     holds, expected = held[system]
-    _check(holds, f"system {system}: expected of the objective {expected}")
+    check(holds, f"system {system}: expected of the objective {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -467,11 +316,11 @@ def from_dict(kind: Any, values: dict[str, Any], *, where: str = "config") -> An
     Raises:
         InputError: a key is unknown or missing, or a value is refused by the dataclass.
     """
-    _check(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
+    check(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
     if kind is EncoderConfig or kind in ENCODERS.values():
         values = dict(values)
         name = values.pop("kind", None)
-        _check(
+        check(
             name in ENCODERS,
             f"{where}.kind: expected one of {', '.join(ENCODERS)}, got {name!r}",
         )
@@ -490,18 +339,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is EncoderConfig or dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where=where)
     if get_origin(hint) is tuple:
-        _check(isinstance(value, list), f"{where}: expected a list, got {value!r}")
+        check(isinstance(value, list), f"{where}: expected a list, got {value!r}")
         return tuple(value)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        _check(
-            value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}"
-        )
+        check(value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}")
         return value
     if get_origin(hint) in (Union, UnionType):  # a value or none
         kinds = [part for part in get_args(hint) if part is not NoneType]
         return None if value is None else _value(kinds[0], value, where)
-    _check(_fits(value, hint), f"{where}: expected {hint.__name__}, got {value!r}")
+    check(_fits(value, hint), f"{where}: expected {hint.__name__}, got {value!r}")
     return value
 
 

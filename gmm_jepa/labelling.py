@@ -8,7 +8,6 @@ how many seconds each took.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,9 +121,29 @@ class Labeller:
         return fitted
 
     def _mixture(self, corpus: Corpus, number: int) -> GaussianMixture:
-        """The mixture `number` (from 0) of an ensemble; each starts from a seed of its own."""
-        recipe = dataclasses.replace(self.recipe, seed=self.recipe.seed + number)
-        return fit_mixture(corpus, recipe, self.rejects, self.peers)
+        """The mixture `number` (from 0) of an ensemble.
+
+        The first is fitted as any other; EM goes on from it to each of the others, on half of the
+        audio drawn anew. So component k means the same in all of them.
+        """
+        recipe, peers = self.recipe, self.peers
+        if number == 0:
+            return fit_mixture(corpus, recipe, self.rejects, peers)
+        first = self._load(self.folder.mixture)
+        other = self._blank_mixture()
+        other.weights_init, other.means_init = first.weights_, first.means_
+        other.precisions_init = first.precisions_
+        frames = LogMelStream(
+            corpus,
+            recipe.front_end,
+            rejects=self.rejects,
+            max_s=min(recipe.mixture.max_fit_s, corpus.total_s / 2),
+            seed=recipe.seed + number,
+            rank=peers.rank,
+            world_size=peers.world_size,
+            device=peers.device,
+        )
+        return self._fit(other, frames)
 
     def _centroids(self, corpus: Corpus) -> KMeans:
         """k-means on log-mel frames."""
@@ -143,9 +162,13 @@ class Labeller:
         kmeans = self.recipe.objective.labels == "kmeans"
         name = self.folder.kmeans.name if kmeans else self.folder.mixture.name
         if not folder.exists():
-            encoder = newest_model(self.folder, self.recipe).online.to(self.peers.device)
+            encoder = model_at(self.folder, self.recipe, iteration.first_step).online.to(
+                self.peers.device
+            )
             with self._timed(f"{folder.name}/{name}"):
-                frames, start = (self._layer_stream(corpus, encoder, whole=w) for w in (True, False))
+                frames, start = (
+                    self._layer_stream(corpus, encoder, whole=w) for w in (True, False)
+                )
                 estimator = self._kmeans() if kmeans else self._blank_mixture()
                 fitted = self._fit(estimator, frames, start)
             if self.peers.is_main:
@@ -190,7 +213,9 @@ class Labeller:
             random_state=self.recipe.seed,
         )
 
-    def _fit(self, estimator: Fitted, frames: LogMelStream, start: LogMelStream) -> Fitted:
+    def _fit(
+        self, estimator: Fitted, frames: LogMelStream, start: LogMelStream | None = None
+    ) -> Fitted:
         """Fit on the frames of all processes, every one from the same start frames."""
         config, peers = self.recipe.mixture, self.peers
         n_frames = int(peers.add(torch.tensor(float(frames.n_frames))))
@@ -199,7 +224,7 @@ class Labeller:
                 f"mixture.n_components: {config.n_components} clusters need as many frames at "
                 f"least, but the audio has {n_frames}"
             )
-        start_frames = torch.cat(list(start)).cpu()
+        start_frames = None if start is None else torch.cat(list(start)).cpu()
         with (
             Bar("clustering the frames", "iteration", shown=peers.is_main) as bar,
             warnings.catch_warnings(),
@@ -252,11 +277,23 @@ def newest_model(folder: RunFolder, recipe: Recipe) -> JepaModel:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    latest = checkpoint.newest(folder.checkpoints)
-    if latest is None:
+    done = checkpoint.steps(folder.checkpoints)
+    if not done:
         raise InputError(f"{folder.root}: no checkpoint yet; train first")
+    return model_at(folder, recipe, done[-1][0])
+
+
+def model_at(folder: RunFolder, recipe: Recipe, step: int) -> JepaModel:
+    """The model of a run's checkpoint of `step`, in eval mode.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    checkpoints = dict(checkpoint.steps(folder.checkpoints))
+    if step not in checkpoints:
+        raise InputError(f"{folder.root}: no checkpoint of step {step}; start a new run")
     model = initial_model(recipe)
-    checkpoint.load_weights(latest, model)
+    checkpoint.load_weights(checkpoints[step], model)
     return model.eval()
 
 

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 
+from gmm_jepa.cli.parse import ModelName, PresetName
 from gmm_jepa.config import (
     DataConfig,
     ObjectiveConfig,
@@ -14,7 +16,7 @@ from gmm_jepa.config import (
 )
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
-from gmm_jepa.presets import PRESETS
+from gmm_jepa.presets import MODELS, PRESETS, SYSTEMS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -37,10 +39,56 @@ def test_the_paper_preset_holds_the_published_settings():
     assert not recipe.encoder.unit_rms
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("model", [None, "transformer-cpu"])
+def test_systems_survive_json(system, model):
+    recipe = preset("cpu", system=system, model=model)
+    assert recipe.system == system
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("system", "objective", "named"),
+    [
+        ("gmm-anchored", {"anchor_start": 0.0, "anchor_end": 0.0}, "system gmm-anchored"),
+        ("gmm-anchored", {"labels": "kmeans", "targets": "hard"}, "system gmm-anchored"),
+        ("pure-jepa", {"anchor_start": 1.0, "anchor_end": 1.0}, "system pure-jepa"),
+        ("pure-jepa", {"jepa_weight": 0.0}, "nothing is left to learn"),
+        ("wavlm-style", {"iterations": 2, "relabel_layer": 1}, "system wavlm-style"),
+        ("wavlm-style", {"targets": "soft"}, "targets: expected hard"),
+        ("hubert-style", {"relabel_layer": None}, "expected a layer"),
+        ("hubert-style", {"relabel_layer": 3}, "relabel_layer: expected 0 to 2, got 3"),
+        ("hubert-style", {"iterations": 1, "relabel_layer": None}, "system hubert-style"),
+        ("online-gmm", {"labels": "mixture"}, "system online-gmm"),
+        ("online-gmm", {"online_seeding": 0.5}, "online_seeding"),
+        ("online-gmm", {"online_layer": 9}, "online_layer: expected 0 to 2"),
+        ("online-gmm", {"targets": "hard"}, "targets: expected soft"),
+        ("gmm-anchored", {"targets": "hard", "ensemble": (1.0, 1.0)}, "ensemble"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(system, objective, named):
+    recipe = preset("cpu", system=system)
+    with pytest.raises(InputError, match=named):
+        dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, **objective))
+
+
+def test_presets_and_models_are_found_by_name():
+    assert preset("cpu", system="pure-jepa").train.learning_rate == 1e-3
+    assert preset("paper", system="pure-jepa").train.learning_rate == 1e-5
+    assert preset("cpu", model="transformer-base").encoder.layers == 12
+    assert set(get_args(ModelName)) == set(MODELS)
+    assert set(get_args(PresetName)) == set(PRESETS)
+    with pytest.raises(InputError, match="system: expected one of gmm-anchored"):
+        preset("cpu", system="bert")
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "named"),
     [
         (ObjectiveConfig, {"anchor_end": 0.0}, "anchor_end"),
+        (ObjectiveConfig, {"jepa_weight": -1.0}, "jepa_weight"),
+        (ObjectiveConfig, {"ensemble": (1.0, 0.0)}, "ensemble"),
+        (ObjectiveConfig, {"online_decay": 1.0}, "online_decay"),
         (ObjectiveConfig, {"mask_share": (0.7, 0.4)}, "mask_share"),
         (ObjectiveConfig, {"mask_span_frames": (10, 12)}, "mask_span_frames"),
         (ObjectiveConfig, {"mix_probability": 0.9, "noise_probability": 0.2}, "mix_probability"),
@@ -90,10 +138,12 @@ def test_every_field_has_its_unit_line():
     import ast
     import inspect
 
-    import gmm_jepa.config as module
+    import gmm_jepa.config
+    import gmm_jepa.objective_config
 
-    tree = ast.parse(inspect.getsource(module))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    modules = (gmm_jepa.config, gmm_jepa.objective_config)
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert len(classes) >= 7
     for node in classes:
         for item, following in zip(node.body, [*node.body[1:], None]):

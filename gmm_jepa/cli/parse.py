@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from gmm_jepa.errors import InputError
 from gmm_jepa.presets import preset
 
 Options = TypeVar("Options")
@@ -36,11 +37,14 @@ def parse(options: type[Options], command: str, arguments: Sequence[str]) -> Opt
     fields = {field.name: field for field in dataclasses.fields(options)}
     if "recipe" in fields:
         name = _last_value(arguments, "--preset") or fields["preset"].default
-        recipe = preset(
-            name,
-            system=_last_value(arguments, "--system"),
-            model=_last_value(arguments, "--model") if "model" in fields else None,
-        )
+        try:
+            recipe = preset(
+                name,
+                system=_last_value(arguments, "--system"),
+                model=_last_value(arguments, "--model") if "model" in fields else None,
+            )
+        except InputError as error:
+            raise InputError(f"--{error}") from None
         defaults = {name: tyro.MISSING for name, field in fields.items() if _required(field)}
         defaults |= {"preset": name, "recipe": recipe}
     return tyro.cli(

@@ -35,9 +35,7 @@ EXAMPLE_S = 3.5
 LONGEST_EXAMPLE_S = 6.0
 
 
-def clusters(
-    tracks: Tracks, offsets: NDArray[np.int64], centres: Tensor, *, top: int
-) -> Arrays:
+def clusters(tracks: Tracks, offsets: NDArray[np.int64], centres: Tensor, *, top: int) -> Arrays:
     """Usage of head and targets, transitions of the head, and the map of the (K, D) centres."""
     n = len(centres)
     shown, probabilities = top_transitions(tracks.head, offsets, n_clusters=n, top=top)

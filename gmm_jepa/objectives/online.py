@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.em import maximisation
+from gmm_jepa.gmm.seeding import hard_statistics
 from gmm_jepa.models import Encoder, EncoderOutput
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.meters import embedding_meters
@@ -156,7 +157,7 @@ class OnlineTargets(nn.Module):
         if online:
             found = ops.em_statistics(frames, self.mixture)
         else:
-            found = assigned_statistics(frames, self.means)
+            found = hard_statistics(frames, self.means)
         if self._batch is not None:
             found = ops.EMStatistics(*(a + b for a, b in zip(self._batch, found)))
         self._batch = found
@@ -201,17 +202,6 @@ class OnlineTargets(nn.Module):
             return self.first_targets
         clusters = SoftMixture([self.mixture], temperature=self.temperature)
         return Targets(LayerFrames(teacher, self.layer), clusters)
-
-
-def assigned_statistics(frames: Tensor, centroids: Tensor) -> ops.EMStatistics:
-    """Statistics (float64) of frames (N, D) with all responsibility on the nearest centroid.
-
-    By a matrix product, so that the sums come out the same on every device.
-    """
-    labels, _ = ops.kmeans_assign(frames, centroids)
-    share = F.one_hot(labels, len(centroids)).double().T
-    x = frames.double()
-    return ops.EMStatistics(share.sum(1), share @ x, share @ x.square(), x.new_zeros(()))
 
 
 def _rows(taught: EncoderOutput, layer: int, rows: Tensor) -> Tensor:

@@ -67,50 +67,33 @@ class SoftMixture(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        self.parameters_of = nn.ModuleList(_Frozen(**m._asdict()) for m in mixtures)
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.held = nn.ModuleList(_Frozen(**mixture._asdict()) for mixture in mixtures)
+        self.shares = tuple(weights)
         self.temperature = temperature
         self.n_clusters = mixtures[0].means.shape[0]
 
     @property
-    def mixtures(self) -> list[ops.Mixture]:
-        """The mixtures, on the module's device."""
-        return [
-            ops.Mixture(*(getattr(held, name) for name in ops.Mixture._fields))
-            for held in self.parameters_of
-        ]
+    def mixture(self) -> ops.Mixture | ops.Ensemble:
+        """What the posteriors are of, on the module's device."""
+        mixtures = tuple(_mixture(held) for held in self.held)
+        return mixtures[0] if len(mixtures) == 1 else ops.Ensemble(mixtures, self.shares)
 
     @property
     def centres(self) -> Tensor:
         """The first mixture's means."""
-        return self.mixtures[0].means
+        return self.held[0].means
 
     def loss(self, logits: Tensor, frames: Tensor, row_weights: Tensor) -> ops.MaskedLoss:
         """KL from the posteriors to softmax(logits); see `ops.masked_kl`."""
-        mixtures = self.mixtures
-        if len(mixtures) == 1:
-            return ops.masked_kl(
-                logits, frames, row_weights, mixtures[0], temperature=self.temperature
-            )
-        return ops.masked_kl_targets(logits, self._mean_posterior(frames, "fast"), row_weights)
+        return ops.masked_kl(
+            logits, frames, row_weights, self.mixture, temperature=self.temperature
+        )
 
     def log_posterior(self, frames: Tensor) -> Tensor:
-        """Log of the mean posterior; one mixture stays in logarithms throughout."""
-        mixtures = self.mixtures
-        if len(mixtures) > 1:
-            return self._mean_posterior(frames, "exact").log()
+        """Log of the (mean) posterior."""
         return ops.gmm_posterior(
-            frames, mixtures[0], temperature=self.temperature, log=True, precision="exact"
+            frames, self.mixture, temperature=self.temperature, log=True, precision="exact"
         ).float()
-
-    def _mean_posterior(self, frames: Tensor, precision: str) -> Tensor:
-        return sum(
-            share
-            * ops.gmm_posterior(
-                frames, mixture, temperature=self.temperature, precision=precision
-            ).float()
-            for share, mixture in zip(self.shares, self.mixtures)
-        )
 
 
 class _Hard(nn.Module):
@@ -147,8 +130,7 @@ class HardMixture(_Hard):
 
     def labels(self, frames: Tensor) -> Tensor:
         """Frames (N, D) -> (N,) int64."""
-        mixture = ops.Mixture(*(getattr(self.held, name) for name in ops.Mixture._fields))
-        return ops.gmm_topk(frames, mixture, 1)[1][:, 0]
+        return ops.gmm_topk(frames, _mixture(self.held), 1)[1][:, 0]
 
 
 class Centroids(_Hard):
@@ -176,6 +158,10 @@ class _Frozen(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+def _mixture(held: _Frozen) -> ops.Mixture:
+    return ops.Mixture(*(getattr(held, name) for name in ops.Mixture._fields))
 
 
 class LogMelFrames(nn.Module):

@@ -8,7 +8,8 @@ Two precisions. ``exact`` works in float64 (posteriors within 1e-5 of a float64 
 log-likelihoods within 1e-4); ``fast`` is one float32 matrix product on standardised features
 (1e-3 and 5e-3). Far from the mixture's centre, as in pure silence, the terms of that product add up
 to 1e5 nats, of which half a unit of float32 is 7e-3: here the best component of a fast
-log-likelihood is therefore computed once more, as (x - m)^2 / v. Gradients flow to the frames alone: the mixture is frozen.
+log-likelihood is therefore computed once more, as (x - m)^2 / v. Gradients flow to the frames
+alone: the mixture is frozen.
 """
 
 from __future__ import annotations

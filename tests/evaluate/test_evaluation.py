@@ -18,6 +18,13 @@ from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.objectives.targets import (
+    Centroids,
+    LayerFrames,
+    LogMelFrames,
+    SoftMixture,
+    Targets,
+)
 
 SPEC = LogMelSpec(n_mels=20)
 TONES_HZ = {"a": 300.0, "b": 1200.0, "c": 4000.0}
@@ -99,16 +106,21 @@ def mixture() -> GaussianMixture:
     return GaussianMixture(n_components=6, max_iter=10).fit(frames)
 
 
+def targets_of(mixture: GaussianMixture, temperature: float = 1.0) -> Targets:
+    return Targets(LogMelFrames(SPEC), SoftMixture([mixture.mixture()], temperature=temperature))
+
+
 @pytest.fixture(scope="module")
 def evaluation(mixture: GaussianMixture) -> Evaluation:
     stages: list[str] = []
     result = evaluate(
         networks(0),
         networks(1),
-        mixture,
+        targets_of(mixture),
         SPEC,
         Tones(12, "abc"),
         Tones(8, "xy"),
+        mixture=mixture,
         max_train_s=60,
         max_test_s=60,
         progress=lambda stage, done, total: stages.append(stage),
@@ -162,7 +174,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_mode_is_put_back(
     corpora = Tones(3, "a", labels=False), Tones(9, "a", labels=False)
     model = networks(0).train()
     first, second, other = (
-        evaluate(model, None, mixture, SPEC, *corpora, max_test_s=4, seed=seed).numbers
+        evaluate(model, None, targets_of(mixture), SPEC, *corpora, max_test_s=4, seed=seed).numbers
         for seed in (0, 0, 1)
     )
     assert model.online.training
@@ -174,7 +186,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_mode_is_put_back(
 
 def test_without_labels_nothing_is_probed(mixture: GaussianMixture, tmp_path: Path) -> None:
     corpora = Tones(3, "a", labels=False), Tones(3, "a", labels=False)
-    result = evaluate(networks(0), None, mixture, SPEC, *corpora)
+    result = evaluate(networks(0), None, targets_of(mixture), SPEC, *corpora)
     assert result.numbers["probes"] == []
     assert result.numbers["sample"]["train_utterances"] == 0
     assert "untrained" not in result.numbers["embedding"]
@@ -186,14 +198,36 @@ def test_without_labels_nothing_is_probed(mixture: GaussianMixture, tmp_path: Pa
     assert {len(row) for row in rows} == {3}
 
 
+def test_a_model_without_a_head_is_measured_but_for_its_clusters(tmp_path: Path) -> None:
+    model = JepaModel(networks(0).config, 0, cluster_head="none")
+    result = evaluate(model, None, None, SPEC, Tones(6, "abc"), Tones(4, "xy"))
+    assert "clusters" not in result.numbers
+    assert "mixture" not in result.numbers
+    assert result.numbers["probes"][0]["rows"][0]["features"] == "trained, all layers"
+    assert "<h2>Probes</h2>" in write_report(tmp_path, result).read_text(encoding="utf-8")
+    assert not any("cluster" in row[0] for row in summary_rows(result.numbers))
+
+
+def test_clusters_of_any_kind_are_followed() -> None:
+    """Hard labels of a layer of the encoder, read by a head on the predictor."""
+    model = JepaModel(networks(0).config, 6, cluster_head="linear")
+    clusters = Centroids(torch.randn(6, 16))
+    targets = Targets(LayerFrames(networks(1).online, 1), clusters)
+    corpora = Tones(3, "a", labels=False), Tones(3, "a", labels=False)
+    numbers = evaluate(model, None, targets, SPEC, *corpora, head_input="predictor").numbers
+    assert numbers["clusters"]["target_entropy"] == 0
+    assert numbers["clusters"]["kl"] > 0
+    assert numbers["clusters"]["head_entropy"] > 0
+
+
 def test_nothing_held_out_is_an_error(mixture: GaussianMixture) -> None:
     with pytest.raises(InputError, match="heldout_corpus"):
-        evaluate(networks(0), None, mixture, SPEC, Tones(3, "a"), Tones(0, "a"))
+        evaluate(networks(0), None, targets_of(mixture), SPEC, Tones(3, "a"), Tones(0, "a"))
 
 
 def test_kl_and_agreement_by_definition(mixture: GaussianMixture) -> None:
     model, z, frames = networks(0), torch.randn(50, 16), 3 * torch.randn(50, 20) - 5
-    tracks = follow(model, z, frames, mixture, 2.0, chunk_frames=7)
+    tracks = follow(model, z, frames, targets_of(mixture, 2.0).clusters, chunk_frames=7)
     model.eval()
     q = model.cluster_head(z).double().log_softmax(-1)
     weights, means, variances = (
@@ -275,7 +309,7 @@ def test_broken_numbers_are_shown_as_dashes(evaluation: Evaluation, tmp_path: Pa
         None
     )
     assert "–" in write_report(tmp_path, Evaluation(numbers)).read_text(encoding="utf-8")
-    assert ["KL to mixture, nats", "–", "", "", ""] in summary_rows(numbers)
+    assert ["KL to targets, nats", "–", "", "", ""] in summary_rows(numbers)
 
 
 def test_summary_is_a_table(evaluation: Evaluation) -> None:
