@@ -48,7 +48,11 @@ FACTORS: dict[str, Settings] = {
     "lambda-constant": {"objective.anchor_schedule": "constant"},
     "lambda-small": {"objective.anchor_start": 0.1},
     "hard": {"objective.targets": "hard"},
-    "kmeans": {"objective.targets": "hard", "objective.labels": "kmeans"},
+    "kmeans": {
+        "system": "wavlm-style",  # the name under which k-means labels may stand
+        "objective.targets": "hard",
+        "objective.labels": "kmeans",
+    },
     "jepa-0": {"objective.jepa_weight": 0.0},
     "jepa-0.1": {"objective.jepa_weight": 0.1},
 }

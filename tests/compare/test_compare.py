@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from bench.study import override
 from gmm_jepa.cli import main
-from gmm_jepa.compare import job, page, plan, results
+from gmm_jepa.compare import job, jobs, page, plan, results
 from gmm_jepa.config import Sources
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate import theme
+from gmm_jepa.evaluate.probe import LinearProbe
 from gmm_jepa.presets import preset
 from gmm_jepa.train.distributed import processes
 from gmm_jepa.train.folder import RunFolder
@@ -46,9 +49,15 @@ def finished(manifest, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(theme, "DPI", 40)
         patch.setattr("gmm_jepa.cli.compare.run_all", run_here)
-        patch.setattr("gmm_jepa.pipeline.write_report", write_numbers)
+        make_cheap(patch)
         assert main(words(manifest, out, "--systems", *SYSTEMS, "--seeds", "0", "1")) == 0
     return out
+
+
+def make_cheap(patch: pytest.MonkeyPatch) -> None:
+    """Evaluate with short probes, and leave out the pictures of the runs' own reports."""
+    patch.setattr("gmm_jepa.evaluate.evaluation.LinearProbe", partial(LinearProbe, steps=20))
+    patch.setattr("gmm_jepa.pipeline.write_report", write_numbers)
 
 
 def write_numbers(root, evaluation, _metrics) -> None:
@@ -124,6 +133,8 @@ def test_a_second_start_goes_on_where_a_run_was_stopped(
     finished, manifest, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(theme, "DPI", 40)
+    monkeypatch.setattr("gmm_jepa.cli.compare.run_all", run_here)
+    make_cheap(monkeypatch)
     out = tmp_path / "again"
     for system in SYSTEMS:
         shutil.copytree(finished / system / "seed0", out / system / "seed0")
@@ -215,6 +226,29 @@ def test_what_a_job_said_is_passed_on(finished, manifest, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "state.pt" in said
     assert "damaged" in said
+
+
+@pytest.mark.slow
+def test_jobs_train_and_evaluate_in_processes_of_their_own(manifest, tmp_path):
+    unlabelled = manifest.with_name("unlabelled.jsonl")
+    paths = [json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
+    unlabelled.write_text("".join(json.dumps({"audio_filepath": p}) + "\n" for p in paths))
+    small = override(
+        preset("smoke", system="pure-jepa"),
+        {"train.steps": 2, "train.tensorboard": False, "evaluate.max_test_s": 2.0},
+    )
+    planned = plan.plan(tmp_path, {"pure": small}, [0, 1])
+    with processes() as peers:
+        plan.prepare(planned, Sources(audio=(str(unlabelled),)), peers)
+    ended: list[int] = []
+    jobs.run_all(planned, jobs=2, on_done=lambda p: ended.append(p.seed))
+    assert sorted(ended) == [0, 1]
+    assert all(p.is_done for p in planned)
+    numbers = results.run_numbers(planned[0])
+    assert numbers["steps"] == 2
+    assert numbers["probes"] == []
+    page_of = page.write(tmp_path, planned, jobs=2).read_text(encoding="utf-8")
+    assert "no labels that a probe could learn" in page_of
 
 
 @pytest.mark.slow

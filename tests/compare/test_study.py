@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import pytest
 
 from bench import study
 from gmm_jepa.compare import job
 from gmm_jepa.errors import InputError
+from gmm_jepa.evaluate.probe import LinearProbe
 from gmm_jepa.presets import preset
 from gmm_jepa.train.metrics import read_metrics
 from tests.audio import write_corpus
@@ -37,7 +39,7 @@ def test_mistakes_name_what_is_wrong():
 
 
 def test_settings_that_hold_only_together_are_set_together():
-    settings = {"objective.labels": "kmeans", "objective.targets": "hard", "train.steps": 7}
+    settings = {**study.FACTORS["kmeans"], "train.steps": 7}
     recipe = study.override(preset("cpu"), settings)
     assert (recipe.objective.labels, recipe.objective.targets) == ("kmeans", "hard")
     assert recipe.train.steps == 7
@@ -63,7 +65,7 @@ def test_differences_are_taken_over_the_seeds_of_both():
 
 
 def test_what_has_its_line_is_not_run_again(tmp_path, monkeypatch, capsys):
-    manifest = write_corpus(tmp_path / "audio", 8, seconds=(0.6, 1.0))
+    manifest = write_corpus(tmp_path / "audio", 16, seconds=(0.6, 1.0))
     options = argparse.Namespace(
         corpus=[f"babble={manifest}"], out=tmp_path / "out", factors=["base", "jepa-0"],
         seeds=[0], preset="smoke", steps=2, jobs=1,
@@ -77,6 +79,7 @@ def test_what_has_its_line_is_not_run_again(tmp_path, monkeypatch, capsys):
             on_done(p)
 
     monkeypatch.setattr(study, "run_all", run_here)
+    monkeypatch.setattr("gmm_jepa.evaluate.evaluation.LinearProbe", partial(LinearProbe, steps=20))
     monkeypatch.setattr(
         "gmm_jepa.pipeline.write_report", lambda root, evaluation, _: evaluation.save(root)
     )
