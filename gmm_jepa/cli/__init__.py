@@ -25,6 +25,7 @@ COMMANDS = {
     "pack": _Command("corpus", "decode a corpus once into memory-mapped shards"),
     "synthesize": _Command("corpus", "make a corpus of synthetic speech with phone labels"),
     "extract": _Command("extract", "write an encoder's features and clusters of new audio"),
+    "export": _Command("export", "write an encoder for Hugging Face, ONNX or torch.export"),
     "convert": _Command("convert", "files of the published code to this project's, and back"),
     "doctor": _Command("doctor", "versions, devices and live backends"),
 }

@@ -39,6 +39,7 @@ class Window(NamedTuple):
     utterance: int
     start_samples: int
     n_samples: int
+    n_frames: int
 
 
 class LogMelStream:
@@ -80,6 +81,7 @@ class LogMelStream:
         self.utterances = drawn[rank::world_size]
         self.device = torch.device(device)
         self._rejecting = threading.Lock()
+        self._window_frames = int(WINDOW_S * spec.sample_rate_hz) // spec.hop_samples
         self.n_frames = int(log_mel_frames(durations[self.utterances], spec).sum())
         n_bytes = self.n_frames * spec.n_mels * 4
         self._cache: list[Tensor] | None = [] if n_bytes <= CACHE_BYTES else None
@@ -162,7 +164,7 @@ class LogMelStream:
         self, place: np.ndarray, within: np.ndarray
     ) -> Iterator[tuple[Tensor, Tensor, Window]]:
         """Rows of the sample, their frames inside a window, and the window; of this process."""
-        per_window = round(WINDOW_S * self.spec.sample_rate_hz) // self.spec.hop_samples
+        per_window = self._window_frames
         for p in np.unique(place[place % self.world_size == self.rank]):
             windows = list(self._cut([self.drawn[p]]))
             rows = np.arange(*np.searchsorted(place, [p, p + 1]))
@@ -191,7 +193,8 @@ class LogMelStream:
         waveform = self._read(window)
         if waveform is None:
             return None
-        return log_mel(torch.from_numpy(waveform).to(self.device), spec=self.spec)
+        frames = log_mel(torch.from_numpy(waveform).to(self.device), spec=self.spec)
+        return frames[: window.n_frames]
 
     def _windows(self) -> Iterator[np.ndarray]:
         """The waveforms of all windows that can be read, decoded ahead."""
@@ -200,15 +203,23 @@ class LogMelStream:
                 yield waveform
 
     def _cut(self, utterances: Iterable[int]) -> Iterator[Window]:
-        length = round(WINDOW_S * self.spec.sample_rate_hz)
+        """Windows of the utterances; together they have as many frames as the utterances whole.
+
+        The frame at a cut belongs to the window that it begins.
+        """
+        length = self._window_frames * self.spec.hop_samples
         for i in utterances:
             duration = int(self.corpus.durations_samples[i])
             for start in range(0, duration, length):
-                yield Window(int(i), start, min(length, duration - start))
+                rest = duration - start
+                n_frames = int(log_mel_frames(rest, self.spec))
+                if rest > length:
+                    n_frames = self._window_frames
+                yield Window(int(i), start, min(length, rest), n_frames)
 
     def _read(self, window: Window) -> np.ndarray | None:
         try:
-            return self.corpus.read(*window)
+            return self.corpus.read(*window[:3])
         except AudioError as error:
             with self._rejecting:  # several threads read
                 self.rejects.extend([self.corpus.reject(window.utterance, error)])

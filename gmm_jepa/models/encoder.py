@@ -88,18 +88,19 @@ class Encoder(nn.Module, Generic[Config]):
         if lengths_samples is not None:
             lengths_samples = lengths_samples.to(waveform.device, torch.int64)
         n_frames = self.n_frames(waveform.shape[1])
-        if n_frames == 0:  # shorter than one frame: run one frame of padding, return none
+        empty = n_frames == 0
+        if empty:  # shorter than one frame: run one frame of padding, return none
             lengths_samples = waveform.new_zeros(len(waveform), dtype=torch.int64)
             waveform = F.pad(waveform, (0, 2 * self.hop_samples - waveform.shape[1]))
         x, mask = self.front_end(waveform, lengths_samples)
-        if keep is not None and n_frames > 0:
+        if keep is not None and not empty:
             x = zero_padding(hide(x, keep, mask_token), mask)
         layers = (x, *self.blocks_of(x, mask))
         output, weights = self.combine(layers, mask)
         lengths = torch.full((len(x),), n_frames, device=x.device) if mask is None else mask.lengths
-        return EncoderOutput(
-            output[:, :n_frames], tuple(layer[:, :n_frames] for layer in layers), weights, lengths
-        )
+        if empty:
+            output, layers = output[:, :0], tuple(layer[:, :0] for layer in layers)
+        return EncoderOutput(output, layers, weights, lengths)
 
 
 def hide(frames: Tensor, keep: Tensor, mask_token: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def hide(frames: Tensor, keep: Tensor, mask_token: Tensor) -> Tensor:
 
 def last_layer(layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The last of the layers (B, T, D), and weights (B, L) that say so."""
-    weights = layers[-1].new_zeros(len(layers[-1]), len(layers))
+    batch = layers[-1].shape[0]  # `len` would fix it when the model is exported
+    weights = layers[-1].new_zeros(batch, len(layers))
     weights[:, -1] = 1
     return layers[-1], weights
 

@@ -1,0 +1,51 @@
+"""`gmm-jepa export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gmm_jepa.cli.parse import parse
+from gmm_jepa.encoder import load_encoder
+from gmm_jepa.errors import InputError
+from gmm_jepa.export.graph import refuse_existing, save_onnx, save_program, to_program
+from gmm_jepa.export.huggingface import save_huggingface
+from gmm_jepa.train.folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a pretrained encoder for other tools; one or several formats."""
+
+    source: Path
+    """A run folder, one of its checkpoints, a model file, or a published .pt."""
+    hf: Path | None = None
+    """New folder for Hugging Face: AutoModel.from_pretrained(folder, trust_remote_code=True)."""
+    onnx: Path | None = None
+    """New ONNX file."""
+    torch_export: Path | None = None
+    """New .pt2 file for torch.export.load."""
+    teacher: bool = False
+    """The moving average instead of the encoder that was trained."""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Entry point."""
+    options = parse(ExportOptions, command, arguments)
+    if not (options.hf or options.onnx or options.torch_export):
+        raise InputError("export: expected --hf, --onnx or --torch-export")
+    for path in filter(None, (options.hf, options.onnx, options.torch_export)):
+        refuse_existing(path)
+    encoder = load_encoder(options.source, teacher=options.teacher)
+    if options.hf is not None:
+        is_run = RunFolder(options.source).config.exists()
+        save_huggingface(encoder, options.hf, run=options.source if is_run else None)
+        print(options.hf)
+    if options.onnx or options.torch_export:
+        program = to_program(encoder)  # the slow part
+        for path, save in ((options.torch_export, save_program), (options.onnx, save_onnx)):
+            if path is not None:
+                save(program, path)
+                print(path)
+    return 0

@@ -1,0 +1,1 @@
+"""Pretrained encoders in the formats of other tools."""

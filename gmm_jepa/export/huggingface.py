@@ -1,0 +1,128 @@
+"""A folder that ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gmm_jepa.config import to_dict
+from gmm_jepa.encoder import SpeechEncoder
+from gmm_jepa.errors import InputError, require
+from gmm_jepa.files import read_json, write_json, write_text, written_aside
+from gmm_jepa.train.folder import RunFolder
+
+_CODE = ("configuration_gmm_jepa.py", "modeling_gmm_jepa.py")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_gmm_jepa.GmmJepaConfig",
+    "AutoModel": "modeling_gmm_jepa.GmmJepaModel",
+}
+
+
+def save_huggingface(encoder: SpeechEncoder, out: Path, *, run: Path | None = None) -> None:
+    """Write config, weights, feature extractor, code and model card.
+
+    Args:
+        encoder: to be written.
+        out: a folder that does not exist yet.
+        run: the run it comes from; its data, settings and measurements go into the card.
+
+    Raises:
+        InputError: the folder exists.
+        ImportError: safetensors is absent.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already; it is left as it is")
+    safetensors = require("safetensors.torch", extra="export")
+    with written_aside(out) as aside:
+        aside.mkdir()
+        tensors = {
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in encoder.state_dict().items()
+        }
+        safetensors.save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
+        write_json(aside / "config.json", _config(encoder))
+        write_json(aside / "preprocessor_config.json", _preprocessor())
+        for name in _CODE:
+            shutil.copy(Path(__file__).with_name(name), aside / name)
+        write_text(aside / "README.md", _card(encoder, run))
+
+
+def _config(encoder: SpeechEncoder) -> dict[str, Any]:
+    settings = to_dict(encoder.encoder.config)
+    return {
+        "model_type": "gmm_jepa",
+        "architectures": ["GmmJepaModel"],
+        "auto_map": _AUTO_MAP,
+        "encoder": settings,
+        "dtype": "float32",
+    }
+
+
+def _preprocessor() -> dict[str, Any]:
+    """Padding and nothing else: the encoder takes the waveform as it is."""
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": 16_000,
+        "padding_value": 0.0,
+        "padding_side": "right",
+        "do_normalize": False,
+        "return_attention_mask": True,
+    }
+
+
+def _card(encoder: SpeechEncoder, run: Path | None) -> str:
+    """The model card, every figure read from the run."""
+    config = encoder.encoder.config
+    n_parameters = sum(p.numel() for p in encoder.parameters())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [speech, self-supervised, gmm-jepa]",
+        "---",
+        "",
+        "# Speech encoder pretrained with GMM-JEPA",
+        "",
+        f"{type(encoder.encoder).__name__}, {n_parameters / 1e6:.1f} M parameters, width "
+        f"{config.code_dim}, {config.layers} blocks, one frame every {config.hop_samples} samples "
+        "of 16 kHz audio. Method: arXiv 2602.09040.",
+        "",
+        "```python",
+        "from transformers import AutoFeatureExtractor, AutoModel",
+        "",
+        'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()',
+        'extractor = AutoFeatureExtractor.from_pretrained("FOLDER")',
+        'batch = extractor(waveforms, sampling_rate=16000, padding=True, return_tensors="pt")',
+        "hidden = model(**batch, output_hidden_states=True).hidden_states",
+        "```",
+        "",
+        "It needs the package `gmm_jepa`.",
+        "",
+    ]
+    return "\n".join(lines if run is None else [*lines, *_provenance(RunFolder(run))])
+
+
+def _provenance(folder: RunFolder) -> list[str]:
+    """What the run was trained on, how, and what was measured."""
+    sources, recipe = folder.read()
+    command = ["gmm-jepa run --audio", *(Path(path).name for path in sources.audio)]
+    lines = [
+        "## Training",
+        "",
+        f"System {recipe.system}, {recipe.train.steps} steps of {recipe.data.batch_s:g} s, "
+        f"learning rate {recipe.train.learning_rate:g}, seed {recipe.seed}, on "
+        f"{', '.join(Path(path).name for path in sources.audio)} (`{' '.join(command)}`).",
+        "",
+    ]
+    if not folder.evaluation.exists():
+        return [*lines, "It was not evaluated."]
+    found = read_json(folder.evaluation)
+    lines += ["## Held-out accuracy of linear probes", "", "| task | features | accuracy, % |"]
+    lines += ["| --- | --- | --- |"]
+    for probe in found["probes"]:
+        lines += [
+            f"| {probe['task']} | {row['features']} | {100 * row['accuracy']:.1f} |"
+            for row in probe["rows"]
+        ]
+    return [*lines, ""]
