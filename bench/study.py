@@ -48,15 +48,23 @@ FACTORS: dict[str, Settings] = {
     "lambda-constant": {"objective.anchor_schedule": "constant"},
     "lambda-small": {"objective.anchor_start": 0.1},
     "hard": {"objective.targets": "hard"},
-    "kmeans": {
-        "system": "wavlm-style",  # the name under which k-means labels may stand
-        "objective.targets": "hard",
-        "objective.labels": "kmeans",
-    },
     "jepa-0": {"objective.jepa_weight": 0.0},
     "jepa-0.1": {"objective.jepa_weight": 0.1},
+    "components-1024": {"mixture.n_components": 1024},
+    "linear-aligned": {"objective.cluster_head": "linear", "objective.align_targets": True},
+    "linear-aligned-1024": {
+        "objective.cluster_head": "linear",
+        "objective.align_targets": True,
+        "mixture.n_components": 1024,
+    },
+    "wavlm-style-aligned": {"system": "wavlm-style", "objective.align_targets": True},
 }
-"""Name -> settings over the GMM-anchored preset. The other systems are factors by their names."""
+"""Name -> settings over the start. A setting `system` takes that system's recipe instead of the
+GMM-anchored one; the systems by themselves are factors by their names."""
+
+START: Settings = {"objective.cluster_head": "mlp", "objective.align_targets": False}
+"""What the study turns from: the published head and the published place of the targets, whatever
+the presets have become by it."""
 
 _COLUMNS = (
     ("usage entropy", "usage_entropy", ".3f"),
@@ -73,13 +81,13 @@ def recipe_of(factor: str, preset_name: str, steps: int | None) -> Recipe:
     Raises:
         InputError: there is no such factor.
     """
-    if factor in FACTORS:
-        recipe = override(preset(preset_name), FACTORS[factor])
-    elif factor in SYSTEMS:
-        recipe = preset(preset_name, system=factor)
-    else:
+    if factor not in FACTORS and factor not in SYSTEMS:
         known = ", ".join([*FACTORS, *SYSTEMS])
         raise InputError(f"factors: expected some of {known}, got {factor!r}")
+    settings = dict(FACTORS.get(factor, {"system": factor}))
+    system = settings.pop("system", None)
+    start = override(preset(preset_name), START)
+    recipe = override(SYSTEMS[system](start) if system else start, settings)
     return recipe if steps is None else override(recipe, {"train.steps": steps})
 
 

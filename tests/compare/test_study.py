@@ -26,7 +26,10 @@ def test_every_factor_is_a_recipe_that_differs_from_the_base(factor):
 
 def test_a_system_is_a_factor():
     recipe = study.recipe_of("pure-jepa", "cpu", None)
-    assert recipe == preset("cpu", system="pure-jepa")
+    assert recipe.system == "pure-jepa"
+    assert study.recipe_of("wavlm-style", "cpu", None).objective.cluster_head == "linear"
+    aligned = study.recipe_of("wavlm-style-aligned", "cpu", None)
+    assert (aligned.system, aligned.objective.align_targets) == ("wavlm-style", True)
 
 
 def test_mistakes_name_what_is_wrong():
@@ -39,7 +42,8 @@ def test_mistakes_name_what_is_wrong():
 
 
 def test_settings_that_hold_only_together_are_set_together():
-    settings = {**study.FACTORS["kmeans"], "train.steps": 7}
+    settings = {"system": "wavlm-style", "train.steps": 7}
+    settings |= {"objective.labels": "kmeans", "objective.targets": "hard"}
     recipe = study.override(preset("cpu"), settings)
     assert (recipe.objective.labels, recipe.objective.targets) == ("kmeans", "hard")
     assert recipe.train.steps == 7
