@@ -15,7 +15,7 @@ from torch import Tensor
 from gmm_jepa.config import ObjectiveConfig
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.loader import Batch, RankView
-from gmm_jepa.objectives.augmentation import disturb
+from gmm_jepa.objectives.augmentation import draw_disturbance
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.masks import draw_mask
 
@@ -54,7 +54,7 @@ class MaskAndDisturb:
         real = np.arange(n_frames) < held_frames[:, None]
         disturbed = view.waveform.copy()
         for place, (row, n_samples) in enumerate(zip(view.rows, view.held_samples)):
-            disturbed[place, :n_samples] = self._disturb(view, int(row), int(n_samples), place)
+            self._disturb(disturbed[place], view, int(row), int(n_samples), place)
         n_masked = int(masks.sum())
         return {
             "disturbed": disturbed,
@@ -74,8 +74,11 @@ class MaskAndDisturb:
             span_frames=config.mask_span_frames,
         )
 
-    def _disturb(self, view: RankView, row: int, n_samples: int, place: int) -> np.ndarray:
-        return disturb(
+    def _disturb(
+        self, waveform: np.ndarray, view: RankView, row: int, n_samples: int, place: int
+    ) -> None:
+        """Add to a row's waveform (S,) what is drawn for it."""
+        found = draw_disturbance(
             view.waveform[place, :n_samples],
             self._rng(view.step, row, _NOISE),
             n_rows=view.n_rows,
@@ -84,6 +87,9 @@ class MaskAndDisturb:
             mix_probability=self.config.mix_probability,
             noise_probability=self.config.noise_probability,
         )
+        if found is not None:
+            start, added = found
+            waveform[start : start + len(added)] += added
 
     def _rng(self, step: int, row: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, row, stream])

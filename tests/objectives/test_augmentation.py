@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gmm_jepa.objectives.augmentation import MIX_DB, NOISE_DB, disturb
+from gmm_jepa.objectives.augmentation import MIX_DB, NOISE_DB, draw_disturbance
 
 
 def signal(n, seed):
@@ -9,7 +9,8 @@ def signal(n, seed):
 
 
 def call(waveform, other, seed, mix=0.0, noise=0.0, n_rows=4):
-    return disturb(
+    """The waveform with what is drawn for it; itself where nothing is."""
+    found = draw_disturbance(
         waveform,
         np.random.default_rng(seed),
         n_rows=n_rows,
@@ -18,6 +19,11 @@ def call(waveform, other, seed, mix=0.0, noise=0.0, n_rows=4):
         mix_probability=mix,
         noise_probability=noise,
     )
+    if found is None:
+        return waveform
+    disturbed = waveform.copy()
+    disturbed[found.start_samples :][: len(found.added)] += found.added
+    return disturbed
 
 
 def ratio_db(clean, disturbed, where):
@@ -66,7 +72,7 @@ def test_the_input_is_never_changed():
 def test_the_other_row_is_never_the_row_itself():
     asked = []
     for seed in range(200):
-        disturb(
+        draw_disturbance(
             signal(50, 0),
             np.random.default_rng(seed),
             n_rows=3,
@@ -93,3 +99,9 @@ def test_almost_no_samples_are_left_alone(n):
 def test_a_lone_row_has_nothing_to_mix_with():
     clean = signal(100, 0)
     assert call(clean, signal(10, 1), 0, mix=1.0, n_rows=1) is clean
+
+
+def test_a_short_other_is_heard_again_and_again():
+    other = signal(70, 1)
+    disturbed = call(np.zeros(1000, np.float32) + 1, other, 5, noise=1.0) - 1
+    np.testing.assert_allclose(disturbed[70:140], disturbed[:70], atol=1e-6)
