@@ -21,6 +21,8 @@ LLOYD_STEPS = 5
 # Frames a component among which the first centroids are chosen: choosing costs a pass over all
 # of them for every component, and Lloyd steps and EM move the centroids anyway.
 CHOICE_FRAMES = 16
+# Frames that are in float64 at a time.
+BLOCK_FRAMES = 8192
 
 
 def sample_stream(batches: Iterable[Tensor], n_frames: int, random: np.random.Generator) -> Tensor:
@@ -58,7 +60,15 @@ def _lowest(
     rows: list[Tensor], priorities: np.ndarray, n_frames: int
 ) -> tuple[list[Tensor], np.ndarray]:
     index = np.sort(np.argsort(priorities, kind="stable")[:n_frames])
-    return [torch.cat(rows)[torch.from_numpy(index)]], priorities[index]
+    ends = np.cumsum([len(part) for part in rows])
+    cuts = np.searchsorted(index, ends)
+    kept = rows[0].new_empty(len(index), rows[0].shape[1])
+    begin = 0
+    for part, end, cut in zip(rows, ends, cuts):  # without a copy of all rows
+        wanted = torch.from_numpy(index[begin:cut] - (end - len(part)))
+        torch.index_select(part, 0, wanted, out=kept[begin:cut])
+        begin = cut
+    return [kept], priorities[index]
 
 
 def start_from(
@@ -87,7 +97,9 @@ def start_from(
             groups = hard_statistics(sample, centroids)
             n = groups.counts[:, None]
             centroids = torch.where(n > 0, groups.first / n.clamp_min(1.0), centroids)
-    spread = sample.double().var(0, correction=0).expand_as(centroids)
+    columns = sample.split(8, dim=1)  # a few in float64 at a time
+    spread = torch.cat([part.double().var(0, correction=0) for part in columns])
+    spread = spread.expand_as(centroids)
     blank = Mixture(torch.zeros(n_components, dtype=torch.float64), centroids, spread)
     return maximisation(hard_statistics(sample, centroids), blank, variance_floor)
 
@@ -135,12 +147,14 @@ def hard_statistics(frames: Tensor, centroids: Tensor) -> EMStatistics:
     The log-likelihood's place is taken by minus the sum of squared distances. float64, on the
     frames' device.
     """
-    labels, distances = kmeans_assign(frames, centroids)
-    x = frames.double()
-    zeros = x.new_zeros(centroids.shape)
-    return EMStatistics(
-        torch.bincount(labels, minlength=centroids.shape[0]).double(),
-        zeros.index_add(0, labels, x),
-        zeros.index_add(0, labels, x.square()),
-        -distances.sum(dtype=torch.float64),
-    )
+    K = centroids.shape[0]
+    first = frames.new_zeros(centroids.shape, dtype=torch.float64)
+    counts, second, inertia = first.new_zeros(K), first.clone(), first.new_zeros(())
+    for part in frames.split(BLOCK_FRAMES):
+        labels, distances = kmeans_assign(part, centroids)
+        x = part.double()
+        counts += torch.bincount(labels, minlength=K)
+        first.index_add_(0, labels, x)
+        second.index_add_(0, labels, x.square())
+        inertia -= distances.sum(dtype=torch.float64)
+    return EMStatistics(counts, first, second, inertia)
