@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
+from gmm_jepa.models.padding import conv_length
+from gmm_jepa.models.transformer import KERNELS, STRIDES, TransformerConfig
 
 FLOAT32_BYTES = 4
 
@@ -133,11 +136,14 @@ def masked_mse(
     return Work(4.0 * n_channels, tensors * n_channels * in_bytes).scaled(n_rows)
 
 
-def front_end_flops(config: ConformerConfig, n_samples: int) -> float:
-    """Waveform of one row to frames: the strided stages and the projection, forward.
+def front_end_flops(config: EncoderConfig, n_samples: int) -> float:
+    """Waveform of one row to frames: the strided convolutions and the projection, forward.
 
-    The input convolution and the first strided one count as the one convolution they are run as.
+    The conformer's input convolution and its first strided one count as the one convolution they
+    are run as.
     """
+    if isinstance(config, TransformerConfig):
+        return _convolution_stack_flops(config, n_samples)
     flops, n_frames = 0.0, n_samples
     for i, stride in enumerate(config.strides):
         c_in, c_out = config.channels[i], config.channels[i + 1]
@@ -148,40 +154,93 @@ def front_end_flops(config: ConformerConfig, n_samples: int) -> float:
     return flops + 2.0 * n_frames * config.channels[-1] * config.code_dim
 
 
-def block_flops(config: ConformerConfig, n_frames: int) -> float:
-    """One conformer block over one row of so many frames, forward."""
+def _convolution_stack_flops(config: TransformerConfig, n_samples: int) -> float:
+    flops, n_frames, c_in = 0.0, n_samples, 1
+    for kernel, stride in zip(KERNELS, STRIDES):
+        n_frames = conv_length(n_frames, kernel, stride=stride)
+        flops += 2.0 * n_frames * kernel * c_in * config.conv_dim
+        c_in = config.conv_dim
+    return flops + 2.0 * n_frames * config.conv_dim * config.code_dim
+
+
+def block_flops(config: EncoderConfig, n_frames: int) -> float:
+    """One block of the encoder over one row of so many frames, forward."""
     D = config.code_dim
+    attention = 2 * n_frames * D
+    if isinstance(config, TransformerConfig):
+        return 2.0 * n_frames * (4 * D * D + 2 * D * config.ffn_dim + attention)
     linear = 2 * (2 * 4 * D * D) + 4 * D * D + 3 * D * D  # two feed-forwards, attention, conv
-    attention = 2 * n_frames * D + (2 * D if config.relative_bias else 0)
+    attention += 2 * D if config.relative_bias else 0
     return 2.0 * n_frames * (linear + attention + config.conv_kernel * D)
 
 
-def encoder_flops(config: ConformerConfig, n_samples: int) -> float:
+def encoder_flops(config: EncoderConfig, n_samples: int) -> float:
     """One row through the encoder, forward."""
     n_frames = max(0, int(config.n_frames(n_samples)))
-    aggregation = 2.0 * config.code_dim**2 * (config.layers + 2)
+    aggregates = isinstance(config, ConformerConfig) and config.aggregation == "attention"
+    aggregation = 2.0 * config.code_dim**2 * (config.layers + 2) if aggregates else 0.0
     blocks = config.layers * block_flops(config, n_frames)
     return front_end_flops(config, n_samples) + blocks + aggregation
 
 
-def heads_flops(config: ConformerConfig, n_frames: int, n_clusters: int) -> float:
-    """Predictor and cluster head over one row of so many frames, forward."""
+def predictor_flops(config: EncoderConfig, n_frames: int) -> float:
+    """Predictor over one row of so many frames, forward."""
+    block = block_flops(config, n_frames) if isinstance(config, ConformerConfig) else 0.0
+    return 2.0 * n_frames * 2 * config.code_dim**2 + block
+
+
+def cluster_head_flops(
+    config: EncoderConfig, n_frames: int, n_clusters: int, *, kind: str = "mlp"
+) -> float:
+    """Cluster head ("mlp", "linear" or "none") over one row of so many frames, forward."""
     D, width = config.code_dim, 2 * config.code_dim
-    predictor = 2.0 * n_frames * 2 * D * D + block_flops(config, n_frames)
-    cluster_head = 2.0 * n_frames * (D * width + 3 * 2 * width * width + width * n_clusters)
-    return predictor + cluster_head
+    weights = {
+        "mlp": D * width + 3 * 2 * width * width + width * n_clusters,
+        "linear": D * n_clusters,
+        "none": 0,
+    }
+    return 2.0 * n_frames * weights[kind]
+
+
+def heads_flops(config: EncoderConfig, n_frames: int, n_clusters: int) -> float:
+    """Predictor and cluster head over one row of so many frames, forward."""
+    head = cluster_head_flops(config, n_frames, n_clusters)
+    return predictor_flops(config, n_frames) + head
 
 
 def training_step_flops(
-    config: ConformerConfig, n_samples: int, *, n_rows: int = 1, n_clusters: int = 1024
+    config: EncoderConfig,
+    n_samples: int,
+    *,
+    n_rows: int = 1,
+    n_clusters: int = 1024,
+    cluster_head: str = "mlp",
+    predicts: bool = True,
+    teaches: bool = True,
+    recomputes_blocks: bool = False,
 ) -> float:
     """One step over so many rows of equal length: forward, backward (twice forward), teacher.
 
     Log-mel, posteriors and losses are in it too; the optimiser's elementwise work is not.
+
+    Args:
+        config: of the encoder.
+        n_samples: of a row.
+        n_rows: rows.
+        n_clusters: K.
+        cluster_head: its kind, see `cluster_head_flops`.
+        predicts: there is a predictor.
+        teaches: there is a teacher.
+        recomputes_blocks: the backward pass runs the encoder's blocks forward once more.
     """
-    n_frames = int(config.n_frames(n_samples))
+    n_frames = max(0, int(config.n_frames(n_samples)))
     encoder = encoder_flops(config, n_samples)
-    learned = 3.0 * (encoder + heads_flops(config, n_frames, n_clusters))
-    targets = log_mel(n_frames, hop=config.hop_samples).flops
-    targets += masked_kl(n_frames, n_clusters).flops
-    return n_rows * (learned + encoder + targets)
+    heads = cluster_head_flops(config, n_frames, n_clusters, kind=cluster_head)
+    heads += predictor_flops(config, n_frames) if predicts else 0.0
+    flops = 3.0 * (encoder + heads) + (encoder if teaches else 0.0)
+    if recomputes_blocks:
+        flops += config.layers * block_flops(config, n_frames)
+    if cluster_head != "none":
+        flops += log_mel(n_frames, hop=config.hop_samples).flops
+        flops += masked_kl(n_frames, n_clusters).flops
+    return n_rows * flops

@@ -147,10 +147,11 @@ class Run:
         """
         self._labeller.take_mixture(path, corpus)
 
-    def train(self, corpus: Corpus) -> TrainOutcome:
+    def train(self, corpus: Corpus, *, profile: Path | None = None) -> TrainOutcome:
         """Train to the recipe's last step, or go on from the newest checkpoint.
 
-        Every iteration first makes the labels that it needs.
+        Every iteration first makes the labels that it needs. With `profile` a few steps are
+        profiled into that folder.
         """
         outcome = TrainOutcome(steps_done=self._steps_done(), finished=True)
         for iteration in self.recipe.iterations:
@@ -164,6 +165,7 @@ class Run:
                 self.peers,
                 iteration=iteration,
                 rejects=self.rejects,
+                profile=profile,
             )
             if not outcome.finished:
                 break

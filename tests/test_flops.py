@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gmm_jepa import flops
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.models.transformer import TransformerConfig
 
 SMALL = ConformerConfig(
     channels=(4, 8, 16), strides=(8, 5), residual_blocks=2, code_dim=32, layers=2, heads=4
@@ -70,6 +71,38 @@ def test_against_pytorchs_counter(daam):
     assert counter.get_total_flops() == pytest.approx(
         2 * flops.heads_flops(config, n_frames, 24), rel=0.03
     )
+
+
+def test_the_transformer_against_pytorchs_counter():
+    """Without the position bias, whose gate the counter sees and the formula leaves out."""
+    config = TransformerConfig(
+        conv_dim=16, code_dim=32, layers=3, heads=4, ffn_dim=64, relative_bias=False
+    )
+    model, waveform = JepaModel(config, 24, cluster_head="linear").eval(), torch.randn(2, 8000)
+    n_frames = config.n_frames(8000)
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            z = model.encode(waveform).output
+        assert counter.get_total_flops() == pytest.approx(
+            2 * flops.encoder_flops(config, 8000), rel=0.03
+        )
+        with FlopCounterMode(display=False) as counter:
+            model.predict(z, torch.ones(z.shape[:2]))
+            model.cluster_head(z)
+    heads = flops.predictor_flops(config, n_frames)
+    heads += flops.cluster_head_flops(config, n_frames, 24, kind="linear")
+    assert counter.get_total_flops() == pytest.approx(2 * heads, rel=0.03)
+
+
+def test_a_step_has_only_the_networks_of_its_system():
+    n = 32_000
+    whole = flops.training_step_flops(SMALL, n)
+    encoder, n_frames = flops.encoder_flops(SMALL, n), SMALL.n_frames(n)
+    assert whole - flops.training_step_flops(SMALL, n, teaches=False) == pytest.approx(encoder)
+    alone = flops.training_step_flops(
+        SMALL, n, teaches=False, predicts=False, cluster_head="none", recomputes_blocks=True
+    )
+    assert alone == pytest.approx(3 * encoder + 2 * flops.block_flops(SMALL, n_frames))
 
 
 def test_backward_is_twice_forward():

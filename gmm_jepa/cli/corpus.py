@@ -11,7 +11,7 @@ from gmm_jepa.data.corpus import open_corpus, validate_corpus
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.packed import PackedCorpus, is_pack
 from gmm_jepa.data.rejects import RejectLog
-from gmm_jepa.data.synthesis import synthesize
+from gmm_jepa.data.synthesis import Content, synthesize
 from gmm_jepa.progress import Bar
 
 
@@ -56,7 +56,9 @@ class SynthesizeOptions:
     test_minutes: float = 8.0
     """Minutes of speech to test on."""
     seed: int = 0
-    """Of voices, sentences and levels."""
+    """Of voices, texts and levels."""
+    content: Content = "sentences"
+    """sentences; or commands with slots and moods, for `gmm-jepa probe`."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -110,6 +112,7 @@ def _synthesize(arguments: Sequence[str]) -> int:
             minutes=options.minutes,
             test_minutes=options.test_minutes,
             seed=options.seed,
+            content=options.content,
             progress=progress,
         )
     print(f"{train}\n{test}")

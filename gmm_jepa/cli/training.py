@@ -34,6 +34,8 @@ class RunOptions:
     """How often an utterance of each source comes per epoch; default: once."""
     heldout_audio: tuple[str, ...] = ()
     """Sources to evaluate on; default: a part of the audio is held out."""
+    profile: Path | None = None
+    """Folder for a profile of a few early steps: a trace and a table of its operations."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """All settings; `system` sets what that system needs, which can be overridden as well."""
 
@@ -77,7 +79,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         audio = run.audio()
         if isinstance(options, TrainOptions) and options.gmm is not None:
             run.take_mixture(options.gmm, audio.train)
-        outcome = run.train(audio.train)
+        outcome = run.train(audio.train, profile=options.profile)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
         elif command == "run":

@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
+from gmm_jepa.data.commands import commands, draw_mood, spoken
 from gmm_jepa.data.espeak import Speaker, Speech
 from gmm_jepa.data.phones import label_phones
-from gmm_jepa.data.voices import N_VOICES, Voice, cast_parts
+from gmm_jepa.data.voices import N_VOICES, Voice, cast_parts, sentences
 from gmm_jepa.errors import InputError, require
 
 _RECIPE_VERSION = 1
@@ -33,6 +34,9 @@ _RMS = 0.08
 _LEVEL_SPREAD_DB = 1.5
 _MAX_LEVEL_CHANGE_DB = 3.0
 _MAX_PEAK = 0.95
+
+Content = Literal["sentences", "commands"]
+"""Read English; or commands with slots, spoken in several moods."""
 
 Progress = Callable[[float, float], None]
 """Called with the seconds made so far and the seconds wanted."""
@@ -47,6 +51,7 @@ class _Recipe:
     n_train_voices: int
     n_test_voices: int
     seed: int
+    content: Content
     version: int = _RECIPE_VERSION
 
     def __post_init__(self) -> None:
@@ -62,6 +67,8 @@ class _Recipe:
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < least:
                 raise InputError(f"{name}: expected {least} or more, got {value}")
+        if self.content not in get_args(Content):
+            raise InputError(f"content: expected sentences or commands, got {self.content!r}")
         n_voices = self.n_train_voices + self.n_test_voices
         if n_voices > N_VOICES:
             raise InputError(
@@ -78,6 +85,7 @@ def synthesize(
     n_train_voices: int = 14,
     n_test_voices: int = 5,
     seed: int = 0,
+    content: Content = "sentences",
     progress: Progress | None = None,
 ) -> tuple[Path, Path]:
     """Make the corpus in `out_dir`, or take the one that is there if it was made the same way.
@@ -85,7 +93,8 @@ def synthesize(
     The folder appears when it is complete, never before: ``audio/*.flac`` (16 kHz, mono, 16 bits),
     ``train.jsonl``, ``test.jsonl`` and ``corpus.json``. A manifest line holds ``audio_filepath``
     (relative to the manifest), ``duration`` (s), ``text``, ``speaker`` and ``phones``, a list of
-    [start_s, end_s, symbol] without gaps from 0 to ``duration``; silence is ``"sil"``.
+    [start_s, end_s, symbol] without gaps from 0 to ``duration``; silence is ``"sil"``. The ``text``
+    of commands has slot tags; what is said stands in ``transcript``, and their mood in ``label``.
 
     Args:
         out_dir: the folder to make; its parents are made as needed.
@@ -94,7 +103,8 @@ def synthesize(
         test_minutes: likewise for the test voices.
         n_train_voices: voices to train on.
         n_test_voices: further voices, heard in the test part only.
-        seed: draws the voices, their rates and pitches, the sentences and the levels.
+        seed: draws the voices, their rates and pitches, the texts and the levels.
+        content: sentences to pretrain on, or commands for downstream tasks.
         progress: called after each utterance with the seconds made and the seconds wanted.
 
     Returns:
@@ -110,6 +120,7 @@ def synthesize(
         n_train_voices=n_train_voices,
         n_test_voices=n_test_voices,
         seed=seed,
+        content=content,
     )
     out_dir = Path(out_dir).resolve()
     if not _is_free(out_dir):
@@ -162,7 +173,8 @@ def _publish(partial: Path, out_dir: Path, recipe: _Recipe) -> None:
 def _fill(folder: Path, recipe: _Recipe, progress: Progress | None) -> None:
     soundfile = require("soundfile", extra="train")
     soxr = require("soxr", extra="train")
-    train, test = cast_parts(recipe.n_train_voices, recipe.n_test_voices, recipe.seed)
+    texts = sentences() if recipe.content == "sentences" else commands()
+    train, test = cast_parts(recipe.n_train_voices, recipe.n_test_voices, recipe.seed, texts)
     plan = (("train", train, 60 * recipe.minutes), ("test", test, 60 * recipe.test_minutes))
     wanted_s = sum(seconds for _, _, seconds in plan)
     made_s = 0.0
@@ -171,7 +183,9 @@ def _fill(folder: Path, recipe: _Recipe, progress: Progress | None) -> None:
             for number, voice in enumerate(part.voices):
                 rng = np.random.default_rng([recipe.seed, name == "test", number])
                 share_s = seconds / len(part.voices)
-                for entry, wave in _read_aloud(part.sentences, voice, share_s, rng, soxr):
+                for entry, wave in _read_aloud(
+                    part.sentences, voice, share_s, rng, soxr, moods=recipe.content == "commands"
+                ):
                     path = folder / entry["audio_filepath"]
                     soundfile.write(path, wave, SAMPLE_RATE_HZ, subtype="PCM_16")
                     manifest.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -194,6 +208,8 @@ def _read_aloud(
     share_s: float,
     rng: np.random.Generator,
     soxr: ModuleType,
+    *,
+    moods: bool,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Manifest entries and waveforms of one voice, until its share of the part is made."""
     made_s, number = 0.0, 0
@@ -202,19 +218,28 @@ def _read_aloud(
             if number % len(sentences) == 0:  # again from the start, in another order
                 order = rng.permutation(len(sentences))
             text = sentences[order[number % len(sentences)]]
+            rate = voice.rate + int(rng.integers(-8, 9))
+            pitch = voice.pitch + int(rng.integers(-4, 5))
+            pitch_range = voice.pitch_range
+            answers = {"text": text}
+            if moods:
+                answers["transcript"] = spoken(text)
+                answers["label"], mood = draw_mood(rng)
+                rate, pitch = rate + mood.rate, pitch + mood.pitch
+                pitch_range = min(max(pitch_range + mood.pitch_range, 0), 100)
             speech = speaker.say(
-                text,
+                spoken(text) if moods else text,
                 voice=voice.name,
-                rate=voice.rate + int(rng.integers(-8, 9)),
-                pitch=voice.pitch + int(rng.integers(-4, 5)),
-                pitch_range=voice.pitch_range,
+                rate=rate,
+                pitch=pitch,
+                pitch_range=pitch_range,
             )
             wave = _natural_level(_resample(speech, soxr), rng)
             duration_s = len(wave) / SAMPLE_RATE_HZ
             entry = {
                 "audio_filepath": f"audio/{voice.name.replace('+', '_')}-{number:04d}.flac",
                 "duration": duration_s,
-                "text": text,
+                **answers,
                 "speaker": voice.name,
                 "phones": _phones_s(speech, duration_s),
             }

@@ -48,14 +48,16 @@ def sentences() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def cast_parts(n_train_voices: int, n_test_voices: int, seed: int) -> tuple[Part, Part]:
-    """A train and a test part without a voice or a sentence in common.
+def cast_parts(
+    n_train_voices: int, n_test_voices: int, seed: int, texts: list[str]
+) -> tuple[Part, Part]:
+    """A train and a test part without a voice or a text in common.
 
     Low voices, high voices and accents are spread over both. There are `N_VOICES` in all.
     """
     rng = np.random.default_rng([seed, 2])
     voices = _draw_voices(rng)
-    texts = rng.permutation(sentences()).tolist()
+    texts = rng.permutation(texts).tolist()
     n_test_texts = len(texts) // _TEST_SENTENCES
     train = Part(voices=voices[:n_train_voices], sentences=texts[n_test_texts:])
     test = Part(

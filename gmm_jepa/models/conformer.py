@@ -166,7 +166,7 @@ class ConformerEncoder(Encoder[ConformerConfig]):
         table = None if bias is None else bias.table(x.shape[1])
         layers = []
         for block in self.blocks:
-            x = block(x, mask, bias, table)
+            x = self.run(block, x, mask, bias, table)
             layers.append(x)
         return layers
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.padding import Count, FrameMask, zero_padding
@@ -36,6 +37,8 @@ class Encoder(nn.Module, Generic[Config]):
     """
 
     front_end: nn.Module
+    recomputes_blocks = False
+    """For the gradient, keep only what enters a block and compute its inside again."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -48,6 +51,12 @@ class Encoder(nn.Module, Generic[Config]):
     @abstractmethod
     def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
         """Layers, each (B, T, D) -> output (B, T, D) and the layers' weights (B, L)."""
+
+    def run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """One block's output; dropout is the same when its inside is computed again."""
+        if self.recomputes_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     @property
     def hop_samples(self) -> int:

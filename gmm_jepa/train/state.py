@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gmm_jepa.config import Recipe
+from gmm_jepa.config import Recipe, TrainConfig
 from gmm_jepa.objectives.build import Labels, build_objective, initial_model
 from gmm_jepa.objectives.schedules import Schedule
 from gmm_jepa.train import checkpoint
+from gmm_jepa.train.compile import compile_networks
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import Meters
 
@@ -33,10 +35,14 @@ class TrainState:
         self.step = self._first_step = first_step
         self._peers = peers
         self.model = initial_model(recipe).to(peers.device)
+        self.model.online.recomputes_blocks = config.checkpoint_blocks
+        if config.compile:
+            report = print if peers.is_main else lambda _line: None
+            compile_networks(self.model, n_buckets=recipe.data.n_buckets, report=report)
         self.objective = build_objective(recipe, self.model, labels)
         self.forward: nn.Module = self.objective
         if peers.world_size > 1:
-            self.forward = DistributedDataParallel(self.objective, broadcast_buffers=False)
+            self.forward = _shared(self.objective, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -94,3 +100,21 @@ class TrainState:
         self.objective.after_step(schedule, self._peers)
         self.step += 1
         return norm, skipped
+
+
+def _shared(objective: nn.Module, config: TrainConfig) -> DistributedDataParallel:
+    """The objective with gradients that are averaged over the processes.
+
+    They lie in the buckets that are sent, so that none is copied. The same parameters take part in
+    every step, which DDP may rely on (`static_graph`); in a step of several micro-batches it
+    cannot, since it looks for gradients in the first backward pass, which sends none.
+    """
+    shared = DistributedDataParallel(
+        objective,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=config.accumulate == 1,
+    )
+    if config.reduce_precision == "bf16":
+        shared.register_comm_hook(None, bf16_compress_hook)
+    return shared

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,7 @@ from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
+from gmm_jepa.train.profile import StepProfile
 from gmm_jepa.train.state import TrainState
 
 
@@ -51,6 +53,7 @@ def train(
     *,
     iteration: Iteration,
     rejects: RejectLog,
+    profile: Path | None = None,
 ) -> TrainOutcome:
     """Train until the iteration's last step, SIGTERM or Ctrl-C; go on from the newest checkpoint.
 
@@ -65,6 +68,7 @@ def train(
         peers: this process among its peers.
         iteration: the part of the run to train, from a new model.
         rejects: where unusable audio is recorded.
+        profile: folder for a profile of a few early steps; None: no profile.
 
     Raises:
         InputError: a damaged checkpoint, too much unusable audio, or ten steps in a row without a
@@ -98,9 +102,15 @@ def train(
 
     # Steps
     unread: list[Reject] = []
-    with _log_of(folder, start, recipe, peers) as log, _stop_signal() as stop_asked:
+    with (
+        _log_of(folder, start, recipe, peers) as log,
+        _stop_signal() as stop_asked,
+        _profile_of(profile, recipe, peers) as profiler,
+    ):
         for batch in batches:
             schedule = training_step(state, batch, recipe, peers)
+            if profiler is not None:
+                profiler.after_step()
             unread += batch.rejects
 
             last = state.step == iteration.stop_step
@@ -182,6 +192,15 @@ def _gradient_sync(forward: nn.Module, *, wanted: bool) -> contextlib.AbstractCo
     if wanted or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
+
+
+def _profile_of(
+    folder: Path | None, recipe: Recipe, peers: Processes
+) -> contextlib.AbstractContextManager[StepProfile | None]:
+    """The main process's steps are profiled where a folder is given."""
+    if folder is None or not peers.is_main:
+        return contextlib.nullcontext()
+    return StepProfile(folder, peers.device, recipe.train.precision)
 
 
 class _Log:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gmm_jepa.data.commands import MOODS, commands, spoken
 from gmm_jepa.data.espeak import Speaker
 from gmm_jepa.data.phones import SILENCE, label_phones, phone_symbol
 from gmm_jepa.data.synthesis import synthesize
@@ -196,7 +198,7 @@ def test_inventory_is_that_of_english() -> None:
 
 
 def test_every_voice_speaks_and_sounds_different() -> None:
-    train, test = cast_parts(N_VOICES - 1, 1, seed=0)
+    train, test = cast_parts(N_VOICES - 1, 1, seed=0, texts=sentences())
     names = [voice.name for voice in train.voices + test.voices]
     assert len(set(names)) == N_VOICES
     heard = set()
@@ -243,3 +245,24 @@ def test_phones_without_samples_are_left_out() -> None:
     samples = np.full(6, 9)
     assert label_phones([(0, "ɛ"), (3, "l"), (3, "z")], samples) == [(0, 3, "ɛ"), (3, 6, "z")]
     assert label_phones([], np.zeros(0, dtype=np.int16)) == []
+
+
+def test_commands_have_slots_moods_and_what_is_said(tmp_path: Path) -> None:
+    train, test = synthesize(
+        tmp_path / "commands", minutes=0.5, test_minutes=0.2, n_train_voices=2, n_test_voices=1,
+        content="commands",
+    )  # fmt: skip
+    lines = [json.loads(line) for path in (train, test) for line in path.read_text().splitlines()]
+    assert {line["label"] for line in lines} == set(MOODS)
+    for line in lines:
+        kinds = re.findall(r"B-(\w+)", line["text"])
+        assert kinds == re.findall(r"E-(\w+)", line["text"])
+        assert kinds
+        words = [word for word in line["text"].split() if not re.match(r"[BE]-", word)]
+        assert line["transcript"].split() == words
+
+
+def test_commands_are_many_and_each_is_there_once() -> None:
+    written = commands()
+    assert len(written) == len(set(written)) > 250
+    assert spoken("make the B-device lamp E-device B-colour red E-colour") == "make the lamp red"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,8 @@ def wait_for_steps(metrics: Path, n: int, running: subprocess.Popen) -> None:
 
 
 def test_the_loss_falls_and_every_figure_is_there(manifest, tmp_path):
-    lines = train(manifest, tmp_path / "run", "--train.steps", "40")
+    more = ("--train.steps", "40", "--objective.cluster-head", "mlp")  # learns soonest
+    lines = train(manifest, tmp_path / "run", *more)
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
     for name in (
@@ -100,7 +102,9 @@ def test_the_loss_falls_and_every_figure_is_there(manifest, tmp_path):
 def test_twenty_steps_follow_the_golden_curve(manifest, tmp_path):
     """A refactor leaves the losses as they are; other processors may differ in rounding."""
     golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
-    lines = train(manifest, tmp_path / "run", "--train.steps", "20", "--train.log-every", "1")
+    published = ("--objective.cluster-head", "mlp", "--objective.no-align-targets")
+    more = ("--train.steps", "20", "--train.log-every", "1", *published)
+    lines = train(manifest, tmp_path / "run", *more)
     for name in ("jepa", "kl"):
         assert [line[name] for line in lines] == pytest.approx(golden[name], rel=2e-3), name
 
@@ -140,6 +144,48 @@ def test_two_processes_give_the_losses_of_one(manifest, tmp_path):
         read_metrics(tmp_path / "two" / "metrics.jsonl"),
         relative=2e-4,
     )
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SHORT = ("--train.steps", "6", "--train.log-every", "1", "--train.keep-checkpoints", "1")
+
+
+@pytest.fixture(scope="module")
+def one_process(manifest, tmp_path_factory) -> list[dict]:
+    return train(manifest, tmp_path_factory.mktemp("one") / "run", *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "relative"),
+    [
+        (("--train.accumulate", "2"), 2e-4),
+        (("--train.checkpoint-blocks", "--train.accumulate", "2"), 2e-4),
+        (("--train.reduce-precision", "bf16"), 1e-2),
+    ],
+)
+def test_two_processes_give_the_losses_of_one_with(
+    options, relative, one_process, manifest, tmp_path
+):
+    running = process(manifest, tmp_path / "two", *SHORT, *options, launcher=TWO)
+    output, _ = running.communicate()
+    assert running.returncode == 0, output
+    assert_close(one_process, read_metrics(tmp_path / "two" / "metrics.jsonl"), relative)
+
+
+@pytest.mark.slow
+def test_two_nodes_give_the_losses_of_one_process(one_process, manifest, tmp_path):
+    """Two agents of one process each, as in docs/multi-node.md."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+    launcher += ("--rdzv-backend", "c10d", "--rdzv-id", "x")
+    launcher += ("--rdzv-endpoint", f"localhost:{port}")
+    nodes = [process(manifest, tmp_path / "two", *SHORT, launcher=launcher) for _ in range(2)]
+    for node in nodes:
+        output, _ = node.communicate()
+        assert node.returncode == 0, output
+    assert_close(one_process, read_metrics(tmp_path / "two" / "metrics.jsonl"), 2e-4)
 
 
 def test_a_whole_run_under_torchrun_resumes_exactly(manifest, tmp_path):

@@ -1,0 +1,1 @@
+"""Downstream tasks on frozen features, after SUPERB: transcripts, emotions, slots."""

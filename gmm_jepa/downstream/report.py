@@ -1,0 +1,168 @@
+"""The report of a probe: ``report.html``, its pictures as PNGs, and the table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gmm_jepa.downstream import plots
+from gmm_jepa.downstream.metrics import edit_distance, slots
+from gmm_jepa.evaluate import sections
+from gmm_jepa.evaluate.report import draw, page, save_pictures
+from gmm_jepa.evaluate.sections import show, table
+from gmm_jepa.evaluate.theme import Theme
+from gmm_jepa.files import write_text
+
+TITLES = {"asr": "Speech recognition", "er": "Emotion recognition", "sf": "Slot filling"}
+WORDS = {
+    "wer": "WER",
+    "cer": "CER",
+    "accuracy": "accuracy",
+    "slot_type_f1": "slot-type F1",
+    "slot_value_cer": "slot-value CER",
+}
+N_EXAMPLES = 8
+
+_LEAD = (
+    "A head on frozen features, a learned weight a layer; trained alike for every row, once with "
+    "each learning rate, and the one that is best on the dev part is tested. <b>An encoder is "
+    "worth something where it beats its controls:</b> the same encoder untrained, and log-mel "
+    "frames."
+)
+
+
+def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """The result as a table; the first row is the head."""
+    scores = numbers["scores"]
+    first = scores[0]
+    head = ["features", "layers", "width", "learning rate", f"dev {WORDS[first]} %"]
+    rows = [[*head, *(f"test {WORDS[score]} %" for score in scores)]]
+    for row in numbers["rows"]:
+        dev, test = row["dev"] or {}, row["test"] or {}
+        cells = [show(test.get(score), ".2f") for score in scores]
+        rate = f"{row['learning_rate']:g}" if row["dev"] else "diverged"
+        size = [str(row["layers"]), str(row["dimensions"])]
+        rows.append([row["features"], *size, rate, show(dev.get(first), ".2f"), *cells])
+    return rows
+
+
+def write_report(out: Path, numbers: Mapping[str, Any]) -> Path:
+    """Write page and pictures; returns the page.
+
+    Args:
+        out: folder of the probe.
+        numbers: content of ``probe.json``.
+
+    Raises:
+        ImportError: matplotlib is absent.
+    """
+    pictures = draw(lambda theme: _figures(theme, numbers))
+    save_pictures(out / "plots", pictures)
+    title = TITLES[numbers["task"]]
+    body = page(
+        f"{title}: {out.resolve().name}",
+        _subtitle(numbers),
+        _parts(numbers, pictures),
+        "The numbers are in <code>probe.json</code> and <code>results/</code>, the pictures in "
+        "<code>plots/</code>.",
+    )
+    write_text(out / "report.html", body)
+    return out / "report.html"
+
+
+def _figures(theme: Theme, numbers: Mapping[str, Any]) -> Mapping[str, Callable[[], Any]]:
+    figures: dict[str, Callable[[], Any]] = {
+        "curves": lambda: plots.curves(theme, numbers),
+        "layer_weights": lambda: plots.layer_weights(theme, numbers),
+    }
+    for i, row in enumerate(numbers["rows"]):
+        if numbers["task"] == "er":
+            figures[f"confusion_{i}"] = lambda row=row: plots.confusion(theme, numbers, row)
+        if numbers["task"] == "sf":
+            figures[f"slots_{i}"] = lambda row=row: plots.slot_bars(
+                theme, row, slot_counts(row["predictions"])
+            )
+    return figures
+
+
+def _subtitle(numbers: Mapping[str, Any]) -> str:
+    data, settings = numbers["data"], numbers["settings"]
+    folds = data["folds"]
+    counts = ", ".join(f"{folds[0][part]:,} {part}" for part in ("train", "dev", "test"))
+    several = f", first of {len(folds)} folds" if len(folds) > 1 else ""
+    return (
+        f"{data['utterances']:,} utterances, {data['hours']:.2f} h ({counts}{several}) · "
+        f"{settings['steps']:,} steps of {settings['batch'] * settings['accumulate']} utterances"
+    )
+
+
+def _parts(numbers: Mapping[str, Any], pictures: sections.Pictures) -> list[tuple[str, str]]:
+    head, *rows = summary_rows(numbers)
+    rates = ", ".join(f"{rate:g}" for rate in numbers["settings"]["learning_rates"])
+    lead = f'<p class="lead">{_LEAD}</p>'
+    training = sections.picture(
+        pictures, "curves", "Curves", "At each row's learning rate; with folds, the first one."
+    )
+    weights = sections.picture(pictures, "layer_weights", "Layer weights")
+    return [
+        ("Result", lead + table(head, rows, f"Learning rates tried: {rates}.")),
+        ("Training", training),
+        ("Layers", weights),
+        ("Confusion", _pairs(pictures, "confusion_")),
+        ("Slots", _all(pictures, "slots_")),
+        ("Transcripts", _transcripts(numbers) if numbers["task"] != "er" else ""),
+    ]
+
+
+def _all(pictures: sections.Pictures, prefix: str) -> str:
+    return "".join(
+        sections.picture(pictures, key, key) for key in pictures if key.startswith(prefix)
+    )
+
+
+def _pairs(pictures: sections.Pictures, prefix: str) -> str:
+    body = _all(pictures, prefix)
+    return f'<div class="pairs">{body}</div>' if body else ""
+
+
+def _transcripts(numbers: Mapping[str, Any]) -> str:
+    """The best and the worst test utterances of trained rows, by characters in error."""
+    rows = [row for row in numbers["rows"] if row["kind"] == "trained"] or numbers["rows"]
+    parts = []
+    for row in rows:
+        ranked = sorted(row["predictions"], key=_error, reverse=True)
+        shown = {"worst first": ranked}
+        if len(ranked) > 2 * N_EXAMPLES:
+            shown = {"worst": ranked[:N_EXAMPLES], "best": ranked[: -N_EXAMPLES - 1 : -1]}
+        for which, predictions in shown.items():
+            if predictions:
+                title = escape(f"{row['features']}, {which}")
+                parts.append(f"<h3>{title}</h3>{_said(predictions)}")
+    return "".join(parts)
+
+
+def _error(prediction: Mapping[str, str]) -> float:
+    reference = prediction["reference"]
+    return edit_distance(prediction["hypothesis"], reference) / max(1, len(reference))
+
+
+def _said(predictions: Sequence[Mapping[str, str]]) -> str:
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(p['reference'])}</th>"
+        f"<td>{escape(p['hypothesis'] or '(nothing)')}</td></tr>"
+        for p in predictions
+    )
+    return f"<table class='plain'>{rows}</table>"
+
+
+def slot_counts(predictions: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, int, int]]:
+    """Of each slot type, the utterances where it was found, missed, or invented."""
+    counts: dict[str, list[int]] = {}
+    for prediction in predictions:
+        truth, answer = set(slots(prediction["reference"])), set(slots(prediction["hypothesis"]))
+        for i, kinds in enumerate((truth & answer, truth - answer, answer - truth)):
+            for kind in kinds:
+                counts.setdefault(kind, [0, 0, 0])[i] += 1
+    return {kind: (c[0], c[1], c[2]) for kind, c in counts.items()}

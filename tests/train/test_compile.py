@@ -1,0 +1,119 @@
+"""Compiled networks beside plain ones, and trainings where nothing can be compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmm_jepa.cli import main
+from gmm_jepa.errors import InputError
+from gmm_jepa.models import ConformerConfig, JepaModel
+from gmm_jepa.train import compile as compiling
+from gmm_jepa.train.metrics import read_metrics
+from tests.audio import write_corpus
+
+SMALL = ["--preset", "smoke", "--train.no-tensorboard", "--mixture.n-components", "8"]
+SMALL += ["--train.steps", "4", "--train.log-every", "1"]
+TINY = ConformerConfig(
+    channels=(4, 8), strides=(8,), residual_blocks=1, code_dim=16, layers=1, heads=2, dropout=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    """Of one padded length."""
+    return write_corpus(tmp_path_factory.mktemp("audio"), 16, seconds=(0.985, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    torch._dynamo.reset()
+
+
+def train(manifest: Path, out: Path, *more: str) -> list[dict]:
+    assert main(["train", "--audio", str(manifest), "--out", str(out), *SMALL, *more]) == 0
+    return read_metrics(out / "metrics.jsonl")
+
+
+def assert_equal_losses(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        for name in ("loss", "jepa", "kl", "target_entropy"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-7), (a["step"], name)
+
+
+@pytest.mark.parametrize("more", [(), ("--train.checkpoint-blocks",)])
+def test_a_traced_training_gives_the_same_losses(more, manifest, tmp_path, monkeypatch, capsys):
+    """Through all of torch.compile but the making of code."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    plain = train(manifest, tmp_path / "plain")
+    traced = train(manifest, tmp_path / "traced", "--train.compile", *more)
+    assert_equal_losses(traced, plain)
+    assert "goes on without" not in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_one_line_where_nothing_can_be_compiled(manifest, tmp_path, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nis here")
+
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    plain = train(manifest, tmp_path / "plain")
+    capsys.readouterr()
+    found = train(manifest, tmp_path / "compiled", "--train.compile")
+    assert_equal_losses(found, plain)
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if "train.compile" in line]
+    assert len(lines) == 1
+    assert "train.compile: goes on without" in lines[0]
+
+
+def test_a_users_mistake_is_no_failed_compilation(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    said, model = [], JepaModel(TINY, 4)
+    compiling.compile_networks(model, n_buckets=1, report=said.append)
+    with pytest.raises(InputError, match="waveform"):
+        model.encode(torch.zeros(3))
+    assert not said
+
+
+def test_every_bucket_keeps_its_graph(monkeypatch):
+    """More lengths than PyTorch's own limit of 8; met again, none is traced again."""
+    traced = []
+
+    def counting(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", counting)
+    model = JepaModel(TINY, 4).eval()
+    compiling.compile_networks(model, n_buckets=10, report=print)
+    with torch.no_grad():
+        for n_samples in range(400, 1400, 100):
+            model.encode(torch.zeros(2, n_samples), torch.full((2,), n_samples))
+        before = len(traced)
+        for n_samples in range(400, 1400, 100):
+            model.encode(torch.zeros(2, n_samples), torch.full((2,), n_samples))
+    assert len(traced) == before >= 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="code is made in minutes on a CPU")
+def test_compiled_code_gives_the_same_outputs_and_gradients():
+    """With the default backend."""
+    said, model = [], JepaModel(TINY, 4).cuda()
+    waveform, lengths = torch.randn(2, 1600).cuda(), torch.tensor([1600, 900]).cuda()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compiling.compile_networks(model, n_buckets=1, report=said.append)
+        model.zero_grad()
+        output = model.encode(waveform, lengths).output
+        output.square().sum().backward()
+        gradients = [p.grad.clone() for p in model.online.parameters() if p.grad is not None]
+        found.append((output.detach(), gradients))
+    assert not said
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)

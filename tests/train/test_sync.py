@@ -1,0 +1,78 @@
+"""No step waits for the device: nothing reads a value back until a line of metrics is due."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
+from gmm_jepa.data.loader import make_loader
+from gmm_jepa.objectives.prepare import MaskAndDisturb
+from gmm_jepa.presets import preset
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.state import TrainState
+from gmm_jepa.train.trainer import batch_plan, training_step
+
+READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__")
+SYSTEMS = ("gmm-anchored", "pure-jepa", "wavlm-style")
+
+
+def steps_of(system: str, device: torch.device, *, pinned: bool = False):
+    """A function that makes a step, and the meters."""
+    recipe = preset("smoke", system=system)
+    peers = Processes(rank=0, world_size=1, device=device)
+    state = TrainState(recipe, synthetic_labels(recipe), peers)
+    state.model.train()
+    corpus = SyntheticCorpus(16, 1.0)
+    batches = make_loader(
+        corpus,
+        batch_plan(corpus, recipe),
+        stop_step=20,
+        pin_memory=pinned,
+        prepare=MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=0),
+    )
+    made = [next(batches) for _ in range(4)]
+    return (lambda i: training_step(state, made[i], recipe, peers)), state.meters
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_reads_nothing_back(system, monkeypatch):
+    step, meters = steps_of(system, torch.device("cpu"))
+    step(0)
+    reads = []
+    for name in READS:
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *arguments, _original=original, _name=name):
+            frame = sys._getframe(1)
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            # Whole numbers are lengths, which CPU kernels may read; `_is_one` reads on CPUs only.
+            if self.is_floating_point() and frame.f_code.co_name != "_is_one":
+                reads.append(f"{_name} in {place}")
+            return _original(self, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    step(1)
+    step(2)
+    assert not reads
+    meters.read()
+    assert len(reads) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_never_waits_for_the_gpu(system):
+    """PyTorch itself refuses every call that would wait."""
+    step, _ = steps_of(system, torch.device("cuda", 0), pinned=True)
+    step(0)
+    step(1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(2)
+        step(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
