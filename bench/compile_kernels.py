@@ -26,6 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 import torch
 import triton
 from gmm_jepa.kernels import (
+    gated_bias_attention,
     gaussian,
     gmm_log_likelihood,
     gmm_posterior,
@@ -188,8 +189,38 @@ def log_mel_cases() -> dict[str, Callable[[], object]]:
     }
 
 
+def attention_cases() -> dict[str, Callable[[], object]]:
+    """Gated-bias attention, forward and backward: name -> launch."""
+
+    def launch(dtype: torch.dtype, D: int, dropout_p: float) -> None:
+        B, H, T = 4, 12, 750
+        q = torch.zeros(B, T, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)
+        table, gate = torch.zeros(H, 2 * T - 1), torch.zeros(B, H, T, dtype=dtype)
+        seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+        arguments = (*q, table, gate, torch.full((B,), T), seed, dropout_p)
+        out, log_sum = gated_bias_attention.gated_bias_attention(*arguments)
+        gated_bias_attention.gated_bias_attention_backward(out, out, log_sum, *arguments)
+
+    return {
+        f"gated_bias_attention {str(dtype).removeprefix('torch.')} d={D}"
+        + (" dropout" if dropout_p else ""): lambda options=(dtype, D, dropout_p): launch(*options)
+        for dtype, D, dropout_p in (
+            (BF16, 16, 0.1),
+            (BF16, 64, 0.0),
+            (BF16, 64, 0.1),
+            (BF16, 128, 0.1),
+            (F32, 64, 0.1),
+            (F32, 128, 0.1),
+        )
+    }
+
+
 # Each entry gives name -> launch on CPU tensors; append yours.
-REGISTRY: list[Callable[[], dict[str, Callable[[], object]]]] = [mixture_cases, log_mel_cases]
+REGISTRY: list[Callable[[], dict[str, Callable[[], object]]]] = [
+    mixture_cases,
+    log_mel_cases,
+    attention_cases,
+]
 
 
 def main() -> None:

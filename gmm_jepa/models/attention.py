@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
 from gmm_jepa.models.padding import valid_frames
+
+WRITTEN_OUT_SCORES = 2**21
+"""Scores (B H T T) up to which a CPU writes the bias out: 8 MiB in float32."""
 
 
 class GatedRelativeBias(nn.Module):
@@ -71,9 +75,10 @@ def gated_bias_attention(
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(q k' / sqrt(d) + table[h, j - i] gate[b, h, i]) v.
+    """softmax(q k' / sqrt(d) + table[h, j - i] gate[b, h, i]) v, as `gmm_jepa.ops` has it.
 
-    The bias is materialised here; the arguments are what a kernel needs to form it on the fly.
+    `attention_with_bias` takes over where the scores of a CPU's batch are few, for it is the faster
+    one there, and in an exported graph, which holds no ops of this package.
 
     Args:
         q, k, v: (B, H, T, d).
@@ -85,6 +90,24 @@ def gated_bias_attention(
     Returns:
         (B, H, T, d).
     """
+    written_out = torch.compiler.is_exporting() or (
+        q.device.type == "cpu" and q.shape[:3].numel() * q.shape[2] <= WRITTEN_OUT_SCORES
+    )
+    form = attention_with_bias if written_out else ops.gated_bias_attention
+    return form(q, k, v, table, gate, key_lengths=key_lengths, dropout_p=dropout_p)
+
+
+def attention_with_bias(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`gated_bias_attention` with the bias (B, H, T, T) written out."""
     n_frames = q.shape[2]
     # Row r, column j of the windows is table[r + j]; upside down, row i is r = T - 1 - i. (As
     # strides, because `unfold` fixes T when the model is exported.)

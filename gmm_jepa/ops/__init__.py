@@ -9,7 +9,8 @@ empty inputs.
 
 import torch
 
-from gmm_jepa.ops import native, triton_gmm, triton_log_mel
+from gmm_jepa.ops import native, triton_attention, triton_gmm, triton_log_mel
+from gmm_jepa.ops.attention import gated_bias_attention
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
 from gmm_jepa.ops.log_mel import log_mel
@@ -52,6 +53,7 @@ __all__ = [
     "Mixture",
     "em_statistics",
     "ema_update",
+    "gated_bias_attention",
     "gmm_log_likelihood",
     "gmm_posterior",
     "gmm_topk",
@@ -62,6 +64,7 @@ __all__ = [
     "masked_kl_targets",
     "masked_mse",
     "native",
+    "triton_attention",
     "triton_gmm",
     "triton_log_mel",
 ]

@@ -1,0 +1,125 @@
+"""Kernels of gated-bias attention against float64: output and all five gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops import triton_attention
+from tests.attention_cases import CASES, Case, assert_near, by_definition, drawn
+
+from .interpreter import mend_the_interpreter
+
+mend_the_interpreter()
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def results(case: Case, seed: Tensor | None = None, dropout_p: float = 0.0) -> list[Tensor]:
+    arguments = (*case.leaves, case.lengths, seed, dropout_p)
+    out, log_sum = triton_attention.gated_bias_attention(*arguments)
+    backward = triton_attention.gated_bias_attention_backward
+    return [out, *backward(case.cotangent, out, log_sum, *arguments)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_definition(name, dtype, device):
+    case = CASES[name]().to(device, dtype)
+    # probabilities go into the product as bf16, which the interpreter cuts off, not rounds
+    factor = 2.0 if dtype == torch.float32 else 4.0
+    assert_near(results(case), by_definition(case), case, factor=factor)
+
+
+def test_log_of_the_sum(device):
+    case = drawn(2, 2, 70, 16, (70, 9)).to(device, torch.float32)
+    arguments = (*case.leaves, case.lengths, None, 0.0)
+    _, ours = triton_attention.gated_bias_attention(*arguments)
+    _, plain = triton_attention.attention.attention_reference(*arguments)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def keep_of(case: Case, seed: Tensor, dropout_p: float) -> Tensor:
+    """The mask of the kernels: with equal scores and v = 1, T times the output is keep."""
+    B, H, T, _ = case.q.shape
+    flat = torch.zeros((B, H, T, T), device=case.q.device)
+    table, gate = torch.zeros_like(case.table), torch.ones_like(case.gate)
+    v = torch.eye(T, device=flat.device).expand(B, H, T, T)
+    out, _ = triton_attention.gated_bias_attention(
+        flat, flat, v, table, gate, None, seed, dropout_p
+    )
+    return T * out
+
+
+def test_gradients_under_dropout_are_those_of_its_mask(device):
+    case = drawn(2, 2, 71, 16, (71, 40)).to(device, torch.float32)
+    seed = torch.tensor([123456789012], device=device)
+    keep = keep_of(case, seed, 0.3)
+    kept = keep[keep != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / 0.7), rtol=1e-4, atol=0)
+    assert abs(float((keep == 0).float().mean()) - 0.3) < 0.015  # 20,164 draws: 4.6 deviations
+    assert not torch.equal(keep[0, 0], keep[0, 1])
+    got = results(case, seed, 0.3)
+    for ours, true in zip(got, by_definition(case, keep.double())):
+        size = max(1.0, float(true.abs().max()))
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=3e-5 * size)
+
+
+def test_expanded_gates_and_any_strides(device):
+    """One gate an utterance, as in the transformer; keys side by side with other things."""
+    case = drawn(2, 3, 20, 24).to(device, torch.float32)
+    wide = torch.randn(2, 3, 24, 20, device=device).transpose(2, 3)
+    case = case._replace(
+        k=wide, gate=case.gate[..., :1].expand_as(case.gate), cotangent=torch.randn_like(wide)
+    )
+    assert case.gate.stride(2) == 0
+    for ours, true in zip(results(case), by_definition(case)):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=3e-5)
+
+
+def test_same_input_same_bits(device):
+    case = drawn(2, 2, 150, 16, (150, 90)).to(device, torch.float32)
+    for first, second in zip(results(case), results(case)):
+        assert torch.equal(first, second)
+
+
+def test_no_rows(device):
+    case = drawn(0, 2, 5, 16, ()).to(device, torch.float32)
+    out, *gradients = results(case)
+    assert out.shape == (0, 2, 5, 16)
+    assert (gradients[3] == 0).all()
+
+
+@pytest.mark.parametrize("op", ["gated_bias_attention", "gated_bias_attention_backward"])
+def test_it_is_the_kernel_on_cuda(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gmm_jepa::{op}", "CUDA")
+
+
+OPCHECK = """
+import sys, torch
+from gmm_jepa.ops import attention, triton_attention
+from tests.kernels.interpreter import mend_the_interpreter
+mend_the_interpreter()
+device = sys.argv[1]
+if device == "cpu":
+    attention._attention.register_kernel("cpu")(triton_attention.gated_bias_attention)
+    backward = triton_attention.gated_bias_attention_backward
+    attention._attention_backward.register_kernel("cpu")(backward)
+q, k, v = torch.randn(3, 2, 2, 5, 16, device=device).requires_grad_().unbind()
+table = torch.randn(2, 9, device=device, requires_grad=True)
+gate = torch.rand(2, 2, 5, device=device, requires_grad=True)
+op = torch.ops.gmm_jepa.gated_bias_attention.default
+lengths, seed = torch.tensor([5, 2], device=device), torch.tensor([3], device=device)
+torch.library.opcheck(op, (q, k, v, table, gate, lengths, seed, 0.25))
+torch.library.opcheck(op, (q, k, v, table, gate, None, None, 0.0))
+"""
+
+
+def test_opcheck_with_the_kernels_behind_the_op(device):
+    """A process of its own: on a CPU the kernels take the place of the plain ones."""
+    repository = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", OPCHECK, device], check=True, cwd=repository)

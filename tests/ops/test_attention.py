@@ -1,0 +1,149 @@
+"""Gated-bias attention in plain torch: float64, gradients, memory, dropout, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmm_jepa import ops
+from gmm_jepa.errors import InputError
+from gmm_jepa.ops import attention
+from tests.attention_cases import CASES, assert_near, by_definition, drawn, results_of
+
+from .test_memory import peak_bytes
+
+
+@pytest.mark.parametrize("values", [1 << 17, 400])  # one block for all, and many
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_definition(name, dtype, values, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_VALUES", values)
+    case = CASES[name]().to("cpu", dtype)
+    assert_near(results_of(ops.gated_bias_attention, case), by_definition(case), case)
+
+
+def test_no_rows():
+    case = drawn(0, 2, 5, 8, ())
+    output, *gradients = results_of(ops.gated_bias_attention, case)
+    assert output.shape == (0, 2, 5, 8)
+    assert (gradients[3] == 0).all()
+
+
+def test_memory_grows_with_frames_not_with_their_square():
+    def peak(T: int) -> int:
+        case = drawn(1, 2, T, 32, (T - T // 5,))
+        return peak_bytes(lambda: results_of(ops.gated_bias_attention, case))
+
+    short, long = peak(750), peak(3000)
+    assert long < 6 * short
+    assert long < 3000 * 3000 * 4 / 3
+
+
+def test_opcheck():
+    case = drawn(2, 2, 9, 8, (9, 4))
+    leaves = [t.detach().requires_grad_() for t in case.leaves]
+    op = torch.ops.gmm_jepa.gated_bias_attention.default
+    for seed, dropout_p in ((None, 0.0), (torch.tensor([3]), 0.25)):
+        torch.library.opcheck(op, (*leaves, case.lengths, seed, dropout_p))
+    torch.library.opcheck(op, (*leaves, None, None, 0.0))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_one_graph(backend, dropout_p):
+    case = drawn(2, 2, 11, 8, (11, 4))
+    seed = torch.tensor([5])
+
+    def function(*leaves: Tensor, key_lengths: Tensor) -> Tensor:
+        q, *others = leaves
+        options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "seed": seed}
+        return 2 * ops.gated_bias_attention(torch.sin(q), *others, **options).cos()
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for eager, ours in zip(results_of(function, case), results_of(compiled, case)):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_one_graph_draws_its_own_seed():
+    case = drawn(1, 2, 11, 8)
+    compiled = torch.compile(ops.gated_bias_attention, fullgraph=True, backend="aot_eager")
+    first, second = (compiled(*case.leaves, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def keep_of(B: int, H: int, T: int, seed: int, dropout_p: float) -> Tensor:
+    """The op's mask: with equal scores and v = 1, T times the output is keep."""
+    flat = torch.zeros(B, H, T, T)
+    table, gate = torch.zeros(H, 2 * T - 1), torch.ones(B, H, T)
+    v = torch.eye(T).expand(B, H, T, T)
+    options = {"dropout_p": dropout_p, "seed": torch.tensor([seed])}
+    return T * ops.gated_bias_attention(flat, flat, v, table, gate, **options)
+
+
+@pytest.mark.parametrize("values", [1 << 17, 400])
+def test_gradients_under_dropout_are_those_of_its_mask(values, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_VALUES", values)
+    case = drawn(2, 3, 30, 16)
+    keep = keep_of(2, 3, 30, 11, 0.3)
+    assert 0.2 < float((keep == 0).float().mean()) < 0.4
+    kept = keep[keep != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / 0.7), rtol=1e-4, atol=0)
+
+    def dropped(*leaves: Tensor, key_lengths: Tensor | None) -> Tensor:
+        return ops.gated_bias_attention(*leaves, dropout_p=0.3, seed=torch.tensor([11]))
+
+    for ours, true in zip(results_of(dropped, case), by_definition(case, keep.double())):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=2e-5)
+
+
+def test_dropout_keeps_the_mean():
+    case = drawn(1, 2, 13, 8, (11,))
+    arguments = {"key_lengths": case.lengths}
+    whole = ops.gated_bias_attention(*case.leaves, **arguments)
+    n_seeds, total = 4000, torch.zeros_like(whole)
+    for seed in range(n_seeds):
+        total += ops.gated_bias_attention(
+            *case.leaves, dropout_p=0.25, seed=torch.tensor([seed]), **arguments
+        )
+    # one draw deviates by at most sqrt(p / (1 - p)) max |v|; five standard errors of the mean
+    deviation = (0.25 / 0.75) ** 0.5 * float(case.v.abs().max())
+    assert float((total / n_seeds - whole).abs().max()) < 5 * deviation / n_seeds**0.5
+
+
+def test_dropout_follows_torchs_own_seed():
+    case = drawn(1, 2, 13, 8)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(ops.gated_bias_attention(*case.leaves, dropout_p=0.25))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_autocast_does_not_reach_inside():
+    case = drawn(2, 2, 30, 16, (30, 12))
+    expected = results_of(ops.gated_bias_attention, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results_of(ops.gated_bias_attention, case)
+    for a, b in zip(expected, got):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_refusals():
+    q, k, v, table, gate = drawn(2, 2, 5, 8).leaves
+    call = ops.gated_bias_attention
+    with pytest.raises(InputError, match="q, k, v"):
+        call(q, k[:, :, :4], v, table, gate)
+    with pytest.raises(InputError, match="table"):
+        call(q, k, v, table[:, 1:], gate)
+    with pytest.raises(InputError, match="gate"):
+        call(q, k, v, table, gate[:1])
+    with pytest.raises(InputError, match="key_lengths"):
+        call(q, k, v, table, gate, key_lengths=torch.ones(3, dtype=torch.int64))
+    with pytest.raises(InputError, match="dropout_p"):
+        call(q, k, v, table, gate, dropout_p=1.0)
+    with pytest.raises(TypeError, match="one dtype"):
+        call(q, k.double(), v, table, gate)
+    with pytest.raises(TypeError, match="v: expected a floating-point"):
+        call(q, k, v.long(), table, gate)
