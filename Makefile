@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo demo-long test native native-sanitize lint format bench clean
+.PHONY: help setup demo demo-long test native native-sanitize ptxas lint format bench clean
 
 help:
 	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (5 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make native     builds the native module again"
 	@echo "make native-sanitize  its C++ under sanitizers"
+	@echo "make ptxas      registers, spills and shared memory of the CUDA kernels (needs nvcc)"
 	@echo "make lint       style and format checks"
 	@echo "make bench      measurements beside peers, appended to bench/results/"
 	@echo "make setup      only the virtual environment in $(VENV)"
@@ -47,6 +48,10 @@ native: setup
 native-sanitize:
 	@$(PYTHON) csrc/sanitize/build.py build/sanitize
 	@build/sanitize/main
+
+# The CUDA kernels for sm_90a, without a GPU; appended to bench/results/ptxas.jsonl.
+ptxas:
+	@$(PYTHON) -m bench.ptxas
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -5,14 +5,15 @@
 #
 # prints the environment, builds the native module into a temporary folder, runs the GPU tests (a
 # failure stops the script and shows the numbers that differ), lets compute-sanitizer look at a
-# tiny case where it is installed, prints the table of ops with floors and peers, and measures a
-# training step. JSON lines go to ${OUT:-bench/results}. TUNE=1 sweeps the mixture kernels' tiles
-# after that, which takes longer than the rest.
+# tiny case where it is installed, prints the table of ops with floors and peers and one of EM by
+# the native CUDA kernels, and measures a training step. JSON lines go to ${OUT:-bench/results}.
+# TUNE=1 sweeps the mixture kernels' tiles after that, which takes longer than the rest.
 #
 # It has not been run on a GPU yet.
 #
 # Needs: Python 3.10 or later with torch (CUDA), triton, torchaudio, numpy, scipy, scikit-learn,
-# pytest; for the native module setuptools, pybind11, a compiler, and nvcc for its CUDA part. Nothing is installed and nothing outside the repository is written but temporary links.
+# pytest; for the native module setuptools, pybind11, a compiler, and nvcc for its CUDA part.
+# Nothing is installed and nothing outside the repository is written but temporary links.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -32,7 +33,7 @@ export TRITON_CACHE_DIR="$site/triton"
 unset TRITON_INTERPRET
 cd "$site"
 
-# Each part has its own limit: 60 + 220 + 30 + 80 + 60 s at most.
+# Each part has its own limit: 60 + 220 + 30 + 80 + 30 + 60 s at most.
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
     shift
@@ -106,6 +107,7 @@ start mixture "$kernels/test_gmm_posterior.py" \
 for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native}/test_*.py; do
     case "$file" in
         */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
+        */native/test_cuda_em.py) ;; # below
         *) ! grep -q "gpu" "$file" || start "$(basename "$file" .py)" "$file" ;;
     esac
 done
@@ -128,6 +130,14 @@ echo "== ops, floors and peers"
 # shellcheck disable=SC2086  # several shapes are several words
 limited 80 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.5 --out "$out"
 
+echo "== EM: the native CUDA kernels (off by default) beside torch and Triton"
+# Nothing else uses them yet, so their failure fails the script at its end and does not stop it.
+if run_tests cuda_em "$repository/tests/native/test_cuda_em.py"; then
+    limited 30 "$python" -m bench.cuda_em --out "$out" || failed=1
+else
+    failed=1
+fi
+
 echo "== a training step"
 # Hook: whatever bench.train measures on a CUDA device; absent in a tree without it.
 if [ -f "$repository/bench/train.py" ]; then
@@ -141,3 +151,4 @@ if [ "${TUNE:-0}" = 1 ]; then
     "$python" -m bench.ops --device cuda --shapes paper --tune --out "$out"
 fi
 echo "== results in $out"
+exit "$failed"

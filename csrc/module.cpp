@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/bindings.h"
 #include "em.h"
 #include "kernels.h"
 #include "log_mel.h"
@@ -163,7 +164,7 @@ void log_mel_at(const py::tuple& waveform, bool is_int16, uintptr_t lengths,
 
 PYBIND11_MODULE(_native, module) {
     using namespace gmm_jepa;
-    module.doc() = "Kernels for CPUs; see gmm_jepa.ops.native.";
+    module.doc() = "Kernels for CPUs, and for CUDA where built with nvcc; see gmm_jepa.ops.native.";
     module.def("instruction_sets", [] { return std::string(available_kernels()); },
                "Names of the sets that this processor can run, best first, comma separated.");
     module.def("em_statistics", &em_statistics_at, py::arg("frames"), py::arg("is_float64"),
@@ -185,4 +186,5 @@ PYBIND11_MODULE(_native, module) {
                py::arg("lengths"), py::arg("settings"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
     module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
+    cuda::define(module);
 }

@@ -26,6 +26,7 @@ def main(folder: Path) -> None:
     compiler = os.environ.get("CXX", "g++")
     sources = [path for path in CSRC.glob("*.cpp") if path.stem != "module"]
     sources = [path for path in sources if IS_X86 or path.stem not in FLAGS_OF]
+    sources.append(CSRC / "cuda" / "emulate.cpp")
     sources.append(CSRC / "sanitize" / "main.cpp")
 
     def compiled(source: Path) -> str:

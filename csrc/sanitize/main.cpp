@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/em.h"
+#include "cuda/tile.h"
 #include "em.h"
 #include "log_mel.h"
 #include "posterior.h"
@@ -56,6 +58,42 @@ void mixture_round(const Kernels& kernels) {
     nearest(matrix, mixture, labels.data(), squares.data(), kernels, threads);
 }
 
+// Any operands will do, tight or not: whatever the screen leaves is shared out in full.
+template <typename T>
+void emulation_round() {
+    const int64_t K = any(1, 150), D = any(1, 90), N = any(0, 120), depth = cuda::depth_of(int(D));
+    const int64_t stride_column = any(1, 2), stride_row = stride_column * D + any(0, 3);
+    const int64_t padded = round_up(K, cuda::kTileComponents);
+    std::vector<uint16_t> weights(padded * depth);
+    std::vector<float> bias(padded, -INFINITY), shift(D), scale(D, 0.5f);
+    std::vector<uint8_t> always(padded);
+    std::vector<double> table(2 * K * D), constants(K), gain(1, 0.01);
+    for (uint16_t& w : weights) w = uint16_t(cuda::bfloat16_bits(float(0.1 * normal())));
+    for (double& t : table) t = std::fabs(normal());
+    for (int64_t k = 0; k < K; ++k) {
+        always[k] = any(0, 20) == 0 || k == 0;
+        bias[k] = any(0, 5) ? float(normal()) : -INFINITY;
+        constants[k] = normal();
+    }
+    std::vector<T> frames(N ? (N - 1) * stride_row + (D - 1) * stride_column + 1 : 1);
+    for (T& x : frames) {
+        x = static_cast<T>(any(0, 3000) ? 3.0 * normal() : std::pow(10.0, any(0, 30)));
+    }
+    const Matrix<T> matrix{frames.data(), N, D, stride_row, stride_column};
+    const cuda::Operands operands{weights.data(), bias.data(),  always.data(), table.data(),
+                                  constants.data(), shift.data(), scale.data(),  gain.data(), K, D};
+    std::vector<double> counts(K), first(K * D), second(K * D), likelihood(1);
+    const bool hard = any(0, 1);
+    cuda::em_statistics_emulated(matrix, operands, {hard, 34.0},
+                                 {counts.data(), first.data(), second.data(), likelihood.data()});
+    double total = 0.0;
+    for (double n : counts) total += n;
+    if (std::isfinite(total) ? std::fabs(total - N) > 1e-6 * (N + 1) : true) {
+        std::printf("emulated counts sum to %g, not %ld\n", total, long(N));
+        std::exit(1);
+    }
+}
+
 template <typename T>
 void log_mel_round(const Kernels& kernels) {
     const int sizes[] = {4, 6, 150, 400, 512};
@@ -79,6 +117,11 @@ void log_mel_round(const Kernels& kernels) {
 }  // namespace
 
 int main() {
+    for (int round = 0; round < 60; ++round) {
+        emulation_round<float>();
+        emulation_round<double>();
+    }
+    std::printf("emulation of the CUDA kernels: clean\n");
     std::istringstream names(available_kernels());
     for (std::string name; std::getline(names, name, ',');) {
         for (int round = 0; round < 60; ++round) {

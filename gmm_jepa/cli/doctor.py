@@ -80,6 +80,7 @@ def backends() -> list[tuple[str, str]]:
         ("torch on cuda", cuda),
         ("triton kernels", _triton_status()),
         ("native module", native.status()),
+        ("native EM on cuda", native.cuda_status()),
     ]
 
 

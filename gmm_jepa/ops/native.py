@@ -1,14 +1,18 @@
-"""The native module's kernels in the place of the torch ones on CPUs.
+"""The native module's kernels in the place of the torch ones on CPUs, and of EM on CUDA devices.
 
 ``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides. Where it was not
-built nothing is registered here, and the operators run on torch alone.
+built nothing is registered here, and the operators run on torch alone. Its CUDA part has not run
+on a GPU yet and is left out unless ``GMM_JEPA_CUDA_EM=1`` is set when the package is imported.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+from gmm_jepa.ops import cuda_em
 from gmm_jepa.ops.em import (
     _em_statistics,
     _kmeans_assign,
@@ -32,6 +36,10 @@ except ImportError as error:
     _why_absent = str(error)
 
 _WIDE = (torch.float32, torch.float64)
+
+# Both kernels and their emulation are made for mixtures up to this size.
+_MOST_COMPONENTS, _MOST_FEATURES = 8192, 512
+_CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
 
 # Every call names the set it runs with; the empty name is the best one.
 _instruction_set = ""
@@ -58,6 +66,23 @@ def status() -> str:
     return f"live ({_instruction_set or best}; can also run {', '.join(others) or 'none'})"
 
 
+def cuda_architectures() -> str:
+    """Targets that the module's CUDA part was built for, comma separated; empty without one."""
+    return getattr(_native, "cuda_architectures", "")
+
+
+def cuda_status() -> str:
+    """One line for people: whether the CUDA part of the module is built and used."""
+    if _native is None:
+        return f"off: {_why_absent}"
+    if not cuda_architectures():
+        return "off: built without nvcc"
+    built = f"built for {cuda_architectures()}"
+    if os.environ.get(_CUDA_SWITCH) != "1":
+        return f"off: {built}; not proven on a GPU yet, {_CUDA_SWITCH}=1 turns it on"
+    return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
+
+
 def em_statistics(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,8 +91,7 @@ def em_statistics(
     if not K or not D:
         return em_statistics_reference(frames, log_weights, means, variances)
     x, parameters = _frames(frames), _parameters(log_weights, means, variances)
-    shapes = ((K,), (K, D), (K, D), ())
-    out = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    out = _statistics(K, D, x.device)
     _native.em_statistics(
         _matrix(x),
         x.dtype == torch.float64,
@@ -75,6 +99,58 @@ def em_statistics(
         tuple(o.data_ptr() for o in out),
         torch.get_num_threads(),
         _instruction_set,
+    )
+    return out
+
+
+def em_statistics_cuda(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    hard: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`em_statistics` on a CUDA device; `hard` gives all of a frame to its best component."""
+    K, D = means.shape
+    mixture = (log_weights, means, variances)
+    if not hard and not _cuda_covers(K, D):
+        return em_statistics_reference(frames, *mixture)
+    x, operands = _frames(frames), cuda_em.pack(cuda_em.Mixture(*mixture))
+    out = _statistics(K, D, x.device)
+    n_bytes = _native.em_workspace_bytes(K, D)
+    workspace = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
+    stream = torch.cuda.current_stream(x.device)
+    _native.em_statistics_cuda(
+        _matrix(x),
+        x.dtype == torch.float64,
+        operands.addresses(),
+        tuple(o.data_ptr() for o in out),
+        hard,
+        cuda_em.MARGIN_NATS,
+        (workspace.data_ptr(), n_bytes),
+        (x.device.index, stream.cuda_stream),
+    )
+    return out
+
+
+def em_statistics_emulated(
+    frames: Tensor,
+    log_weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    hard: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The CUDA kernels' algorithm, serially on the CPU; for tests."""
+    K, D = means.shape
+    x, operands = _frames(frames), cuda_em.pack(cuda_em.Mixture(log_weights, means, variances))
+    out = _statistics(K, D, x.device)
+    _native.em_statistics_emulated(
+        _matrix(x),
+        x.dtype == torch.float64,
+        operands.addresses(),
+        tuple(o.data_ptr() for o in out),
+        hard,
+        cuda_em.MARGIN_NATS,
     )
     return out
 
@@ -219,6 +295,17 @@ def log_mel(
     return out.to(out_dtype)
 
 
+def _cuda_covers(K: int, D: int) -> bool:
+    return 1 <= K <= _MOST_COMPONENTS and 1 <= D <= _MOST_FEATURES
+
+
+def _statistics(K: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(
+        torch.empty(shape, dtype=torch.float64, device=device)
+        for shape in ((K,), (K, D), (K, D), ())
+    )
+
+
 def _frames(frames: Tensor) -> Tensor:
     """Frames as float32 or float64; the half types are exact in float32."""
     return frames if frames.dtype in _WIDE else frames.float()
@@ -244,3 +331,5 @@ if _native is not None:
     _posterior.register_kernel("cpu")(posterior)
     _log_likelihood.register_kernel("cpu")(log_likelihood)
     _topk.register_kernel("cpu")(topk)
+    if cuda_architectures() and os.environ.get(_CUDA_SWITCH) == "1":
+        _em_statistics.register_kernel("cuda")(em_statistics_cuda)

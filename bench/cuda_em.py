@@ -1,0 +1,82 @@
+"""EM statistics on a CUDA device: the native kernels beside chunked torch, accuracy against speed.
+
+    python -m bench.cuda_em
+
+K = 1,024, D = 80, frames drawn from a mixture whose components overlap about as speech's do. Each
+side first runs on a small part against float64 on the CPU. Triton has no EM kernel; the time of
+its log-likelihood, which does the same dense products, stands for a lower bound of one. Median,
+p20 and p80 of `--repeats`; a line each side is appended to ``bench/results/cuda_em.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.records import RESULTS, append, surroundings, take_turns
+from gmm_jepa import ops
+from gmm_jepa.ops import Mixture, em, native
+
+FLOOR_FRAMES_PER_S = 2.4e9  # bytes and bfloat16 products; csrc/README.md
+
+
+def drawn(n: int, K: int, D: int) -> tuple[Tensor, Mixture]:
+    """Frames (n, D) float32 of a mixture of K components, on the device."""
+    g = torch.Generator("cuda").manual_seed(0)
+    means = 1.2 * torch.randn(K, D, generator=g, device="cuda", dtype=torch.float64)
+    variances = 0.1 + 2.0 * torch.rand(K, D, generator=g, device="cuda", dtype=torch.float64)
+    k = torch.randint(K, (n,), generator=g, device="cuda")
+    noise = torch.randn(n, D, generator=g, device="cuda")
+    frames = means.float()[k] + variances.float().sqrt()[k] * noise
+    return frames, Mixture(torch.full_like(means[:, 0], -math.log(K)), means, variances)
+
+
+def error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest difference, relative to each field's own size."""
+    return max(
+        float((g.cpu() - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True)
+    )
+
+
+def main() -> None:
+    """Check, measure, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=1 << 20)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    K, D = 1024, 80
+    frames, mixture = drawn(options.frames, K, D)
+    narrow = Mixture(*(p.float() for p in mixture))
+    sides: dict[str, Callable[[Tensor], object]] = {
+        "torch": lambda x: em.em_statistics_reference(x, *mixture)
+    }
+    if native.cuda_architectures():
+        sides["native"] = lambda x: native.em_statistics_cuda(x, *mixture)
+        sides["native, hard"] = lambda x: native.em_statistics_cuda(x, *mixture, hard=True)
+    small = frames[:8192]
+    cpu = Mixture(*(p.cpu() for p in mixture))
+    expected = em.em_statistics_reference(small.cpu().double(), *cpu)
+    errors = {name: error(sides[name](small), expected) for name in sides if "hard" not in name}
+    if not errors.get("native", 0.0) <= 1e-6:
+        raise SystemExit(f"native statistics are off by {errors['native']}")
+    sides["triton, log-likelihood alone"] = lambda x: ops.gmm_log_likelihood(x, narrow)
+    turns = {name: (lambda side=side: side(frames)) for name, side in sides.items()}
+    print(f"{'side':30} {'M frames/s':>10} {'of floor':>8} {'error':>9}")
+    for name, seconds in take_turns(turns, options.repeats, device="cuda").items():
+        rate = options.frames / seconds["median"]
+        off = errors.get(name)
+        shown = f"{off:9.1e}" if off is not None else " " * 9
+        print(f"{name:30} {rate / 1e6:10.1f} {rate / FLOOR_FRAMES_PER_S:8.3f} {shown}")
+        line = {"name": name, "shape": {"frames": options.frames, "components": K, "features": D}}
+        line |= {"seconds": seconds, "frames_per_s": round(rate), "relative_error": off}
+        append("cuda_em", line | surroundings("cuda"), options.out)
+
+
+if __name__ == "__main__":
+    main()

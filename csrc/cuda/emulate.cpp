@@ -1,0 +1,277 @@
+// em.cu, one thread: the same tiles in the same order with the functions of tile.h. It differs from
+// a GPU in the order of float32 sums inside an mma, which the bound allows for, and in the last
+// digits of exp and log.
+#include <algorithm>
+#include <vector>
+
+#include "em.h"
+#include "tile.h"
+
+namespace gmm_jepa::cuda {
+namespace {
+
+constexpr int kLanes = 32;
+
+// What __shfl_xor_sync leaves in every lane: sums over ever closer lanes.
+double tree_sum(double* lanes, int n) {
+    for (int offset = n / 2; offset; offset /= 2) {
+        for (int i = 0; i < offset; ++i) lanes[i] += lanes[i + offset];
+    }
+    return lanes[0];
+}
+
+template <typename T>
+class Emulation {
+  public:
+    Emulation(const Matrix<T>& frames, const Operands& mixture, const Mode& mode)
+        : frames_(frames),
+          mixture_(mixture),
+          mode_(mode),
+          K_(static_cast<int>(mixture.n_components)),
+          D_(static_cast<int>(mixture.n_dims)),
+          depth_(depth_of(D_)),
+          chunk_(chunk_frames(K_)),
+          segments_(n_segments(K_)),
+          mask_(chunk_ / kTileFrames * K_),
+          normalisers_(chunk_),
+          likelihoods_(chunk_ / kTileFrames),
+          counts_(size_t(segments_) * K_),
+          first_(counts_.size() * D_),
+          second_(first_.size()) {}
+
+    void run() {
+        for (int64_t start = 0; start < frames_.n_rows; start += chunk_) {
+            start_ = start;
+            n_ = std::min(chunk_, frames_.n_rows - start);
+            const int64_t blocks = (n_ + kTileFrames - 1) / kTileFrames;
+            for (int64_t block = 0; block < blocks; ++block) {
+                screen(block);
+                refine(block);
+            }
+            for (int segment = 0; segment < segments_; ++segment) {
+                const int64_t first = blocks * segment / segments_;
+                const int64_t last = blocks * (segment + 1) / segments_;
+                for (int k = 0; k < K_; ++k) add_pairs(segment, k, first, last);
+            }
+        }
+    }
+
+    void write(const Statistics& out) const {
+        double likelihood = 0.0;
+        for (double value : likelihoods_) likelihood += value;
+        const double spoil = std::isfinite(likelihood) ? 0.0 : std::nan("");
+        *out.log_likelihood = likelihood + spoil;
+        for (int k = 0; k < K_; ++k) {
+            double count = 0.0;
+            for (int s = 0; s < segments_; ++s) count += counts_[size_t(s) * K_ + k];
+            out.counts[k] = count + spoil;
+            for (int d = 0; d < D_; ++d) {
+                double first = 0.0, second = 0.0;
+                for (int s = 0; s < segments_; ++s) {
+                    first += first_[(size_t(s) * K_ + k) * D_ + d];
+                    second += second_[(size_t(s) * K_ + k) * D_ + d];
+                }
+                const size_t at = size_t(k) * D_ + d;
+                const double mean = mixture_.table[2 * at];
+                out.first[at] = first_about_zero(count, mean, first) + spoil;
+                out.second[at] = second_about_zero(count, mean, first, second) + spoil;
+            }
+        }
+    }
+
+  private:
+    const T& x(int64_t frame, int d) const { return frames_(start_ + frame, d); }
+
+    uint32_t& word(int64_t block, int k) { return mask_[block * K_ + k]; }
+
+    double log_joint_of(int64_t frame, int k) const {
+        const double* row = &mixture_.table[size_t(k) * D_ * 2];
+        double parts[kParts] = {};
+        for (int d = 0; d < D_; ++d) {
+            double& sum = parts[d % kParts];
+            sum = add_square(sum, x(frame, d), row[2 * d], row[2 * d + 1]);
+        }
+        return log_joint(mixture_.constants[k], tree_sum(parts, kParts));
+    }
+
+    // One warp's tile: two sweeps over the components, first for the best, then for all that may
+    // come near it.
+    void screen(int64_t block) {
+        const int64_t first = block * kTileFrames;
+        const int valid = static_cast<int>(std::min<int64_t>(kTileFrames, n_ - first));
+        features_.assign(size_t(kTileFrames) * depth_ / 2, 0);
+        bool usable[kTileFrames] = {};
+        for (int f = 0; f < valid; ++f) {
+            usable[f] = true;
+            for (int d = 0; d < D_; ++d) {
+                const float z =
+                    standardised(x(first + f, d), mixture_.shift[d], mixture_.inverse_scale[d]);
+                usable[f] &= is_usable(z);
+                features_[size_t(f) * depth_ / 2 + d] = feature_word(z);
+            }
+        }
+        const int tiles = (K_ + kTileComponents - 1) / kTileComponents;
+        float best[kTileFrames];
+        int component[kTileFrames];
+        std::fill_n(best, kTileFrames, -static_cast<float>(kInfinity));
+        std::fill_n(component, kTileFrames, -1);
+        for (int tile = 0; tile < tiles; ++tile) {
+            scores(tile);
+            for (int f = 0; f < valid; ++f) {
+                for (int c = 0; c < kTileComponents; ++c) {
+                    if (!is_better(scores_[f][c], 0, best[f], 0)) continue;
+                    best[f] = scores_[f][c];
+                    component[f] = tile * kTileComponents + c;
+                }
+            }
+        }
+        float threshold[kTileFrames];
+        for (int f = 0; f < kTileFrames; ++f) {
+            threshold[f] = -static_cast<float>(kInfinity);
+            if (!usable[f] || component[f] < 0) continue;
+            const double exact = log_joint_of(first + f, component[f]);
+            threshold[f] = score_threshold(exact, mode_.margin, *mixture_.gain);
+        }
+        for (int tile = 0; tile < tiles; ++tile) {
+            scores(tile);
+            mark(block, tile, threshold, first_bits(valid));
+        }
+    }
+
+    // scores_ of 32 frames by one tile of components: products of bfloat16, sums in float32.
+    void scores(int tile) {
+        for (int f = 0; f < kTileFrames; ++f) {
+            const uint32_t* words = &features_[size_t(f) * depth_ / 2];
+            for (int c = 0; c < kTileComponents; ++c) {
+                const int64_t k = int64_t(tile) * kTileComponents + c;
+                const uint16_t* weights = mixture_.weights + k * depth_;
+                float sum = mixture_.bias[k];
+                for (int w = 0; w < depth_ / 2; ++w) {
+                    sum += bits_float(words[w] << 16) * bits_float(uint32_t(weights[2 * w]) << 16);
+                    sum += bits_float(words[w] & 0xffff0000u) *
+                           bits_float(uint32_t(weights[2 * w + 1]) << 16);
+                }
+                scores_[f][c] = sum;
+            }
+        }
+    }
+
+    // The mask words of one tile, by ballots over the lanes' accumulators.
+    void mark(int64_t block, int tile, const float* threshold, uint32_t valid) {
+        for (int j = 0; j < kTileComponents / 8; ++j) {
+            uint32_t ballots[2][4] = {};
+            for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < 4; ++i) {
+                    for (int lane = 0; lane < kLanes; ++lane) {
+                        const int f = 16 * half + accumulator_frame(lane, i);
+                        const int c = 8 * j + accumulator_component(lane, i);
+                        ballots[half][i] |= uint32_t(survives(scores_[f][c], threshold[f])) << lane;
+                    }
+                }
+            }
+            for (int c = 0; c < 8; ++c) {
+                const int k = tile * kTileComponents + 8 * j + c;
+                if (k >= K_) continue;
+                const uint32_t always = mixture_.always[k] ? 0xffffffffu : 0u;
+                word(block, k) = (component_word(ballots, c) | always) & valid;
+            }
+        }
+    }
+
+    // One warp: batches of at most kBatch pairs by component, then by frame.
+    void refine(int64_t block) {
+        LogSumExp sums[kTileFrames];
+        for (int start = 0; start < K_; start += kMaskComponents) {
+            std::vector<std::pair<int, int>> pairs;
+            for (int k = start; k < std::min(K_, start + kMaskComponents); ++k) {
+                for (int f = 0; f < kTileFrames; ++f) {
+                    if (word(block, k) >> f & 1u) pairs.push_back({k, f});
+                }
+            }
+            for (size_t from = 0; from < pairs.size(); from += kBatch) {
+                batch(block, &pairs[from], std::min<size_t>(kBatch, pairs.size() - from), sums);
+            }
+        }
+        double lanes[kLanes] = {};
+        for (int f = 0; f < std::min<int64_t>(kTileFrames, n_ - block * kTileFrames); ++f) {
+            normalisers_[block * kTileFrames + f] = sums[f].normaliser();
+            lanes[f] = sums[f].value(mode_.hard);
+        }
+        likelihoods_[block] += tree_sum(lanes, kLanes);
+        if (!mode_.hard) return;
+        for (int k = 0; k < K_; ++k) {
+            uint32_t owners = 0;
+            for (int f = 0; f < kTileFrames; ++f) owners |= uint32_t(sums[f].component == k) << f;
+            word(block, k) &= owners;
+        }
+    }
+
+    void batch(int64_t block, const std::pair<int, int>* pairs, size_t n, LogSumExp* sums) const {
+        double values[kBatch];
+        for (size_t i = 0; i < n; ++i) {
+            values[i] = log_joint_of(block * kTileFrames + pairs[i].second, pairs[i].first);
+        }
+        for (size_t i = 0; i < n; ++i) sums[pairs[i].second].see(values[i], pairs[i].first);
+        for (int f = 0; f < kTileFrames; ++f) sums[f].raise();
+        for (size_t i = 0; i < n; ++i) {
+            LogSumExp& sum = sums[pairs[i].second];
+            sum.add(share(values[i], sum.largest));
+        }
+    }
+
+    // One warp: a component over the frames of one segment of the chunk.
+    void add_pairs(int segment, int k, int64_t first_block, int64_t last_block) {
+        const double* row = &mixture_.table[size_t(k) * D_ * 2];
+        std::vector<double> first(D_), second(D_);
+        double count = 0.0;
+        for (int64_t block = first_block; block < last_block; ++block) {
+            for (int f = 0; f < kTileFrames; ++f) {
+                if (!(word(block, k) >> f & 1u)) continue;
+                const int64_t frame = block * kTileFrames + f;
+                const double r =
+                    mode_.hard ? 1.0
+                               : normalisers_[frame].responsibility(log_joint_of(frame, k));
+                count += r;
+                for (int d = 0; d < D_; ++d) {
+                    add_moments(r, x(frame, d) - row[2 * d], first[d], second[d]);
+                }
+            }
+        }
+        const size_t at = size_t(segment) * K_ + k;
+        counts_[at] += count;
+        for (int d = 0; d < D_; ++d) {
+            first_[at * D_ + d] += first[d];
+            second_[at * D_ + d] += second[d];
+        }
+    }
+
+    const Matrix<T>& frames_;
+    const Operands& mixture_;
+    Mode mode_;
+    int K_, D_, depth_;
+    int64_t chunk_, start_ = 0, n_ = 0;
+    int segments_;
+    std::vector<uint32_t> features_;
+    float scores_[kTileFrames][kTileComponents];
+    std::vector<uint32_t> mask_;
+    std::vector<Normaliser> normalisers_;
+    std::vector<double> likelihoods_;
+    std::vector<double> counts_, first_, second_;
+};
+
+}  // namespace
+
+template <typename T>
+void em_statistics_emulated(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
+                            const Statistics& out) {
+    Emulation<T> emulation(frames, mixture, mode);
+    emulation.run();
+    emulation.write(out);
+}
+
+template void em_statistics_emulated(const Matrix<float>&, const Operands&, const Mode&,
+                                     const Statistics&);
+template void em_statistics_emulated(const Matrix<double>&, const Operands&, const Mode&,
+                                     const Statistics&);
+
+}  // namespace gmm_jepa::cuda
