@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.records import append, surroundings
+from bench.records import append, peak_bytes, surroundings
 from gmm_jepa.gmm import GaussianMixture
 
 K, D = 1024, 80
@@ -32,12 +31,6 @@ def batches(block: np.ndarray, n_frames: int) -> Iterator[np.ndarray]:
     """The block again and again, views of it, until there are `n_frames`."""
     for start in range(0, n_frames, len(block)):
         yield block[: n_frames - start]
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1])
 
 
 def measure(n_frames: int, iterations: int) -> dict[str, float]:

@@ -42,6 +42,12 @@ def commit() -> str | None:
     return f"{name}{'+' if changed else ''}" if name else None
 
 
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1])
+
+
 def append(name: str, line: Mapping[str, Any], folder: Path = RESULTS) -> None:
     """Add one JSON line to ``<name>.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,24 +16,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import resource
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from bench.peaks import peaks_of
 from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
-from bench.records import append, surroundings, take_turns
+from bench.records import append, peak_bytes, surroundings, take_turns
 from gmm_jepa import flops
+from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
-from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.models import export_published
-from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
+from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
@@ -41,34 +39,6 @@ from gmm_jepa.train.trainer import batch_plan, training_step
 
 PROOF_STEPS = 3
 PROOF_TOLERANCE = 1e-4
-
-
-class MemoryCorpus(Corpus):
-    """Utterances of equal length in memory: modulated noise, so that no frame is like the next."""
-
-    def __init__(self, n_utterances: int, seconds: float) -> None:
-        rng = np.random.default_rng(0)
-        n_samples = round(seconds * SAMPLE_RATE_HZ)
-        self.durations_samples = np.full(n_utterances, n_samples, np.int64)
-        level = np.repeat(rng.uniform(0, 0.2, (n_utterances, n_samples // 800 + 1)), 800, axis=1)
-        noise = rng.standard_normal((n_utterances, n_samples), np.float32)
-        self._samples = (noise * level[:, :n_samples]).astype(np.float32)
-
-    @property
-    def fingerprint(self) -> str:
-        """Never compared."""
-        return "memory"
-
-    def entry(self, i: int) -> dict:
-        """Its number."""
-        return {"id": i}
-
-    def locate(self, i: int) -> tuple[str, int | None, str | None]:
-        """Nowhere."""
-        return f"utterance {i}", None, None
-
-    def _read(self, i: int, start: int, n: int) -> np.ndarray:
-        return self._samples[i, start : start + n]
 
 
 def sized(recipe: Recipe, rows: int | None, seconds: float | None, precision: str) -> Recipe:
@@ -79,7 +49,9 @@ def sized(recipe: Recipe, rows: int | None, seconds: float | None, precision: st
         recipe.data, max_segment_s=seconds, batch_s=batch_s, min_segment_s=seconds / 2
     )
     train = dataclasses.replace(recipe.train, precision=precision)
-    return dataclasses.replace(recipe, data=data, train=train)
+    # What the plain step has, and no other.
+    objective = dataclasses.replace(recipe.objective, cluster_head="mlp", align_targets=False)
+    return dataclasses.replace(recipe, data=data, train=train, objective=objective)
 
 
 def quiet(recipe: Recipe) -> Recipe:
@@ -91,24 +63,14 @@ def quiet(recipe: Recipe) -> Recipe:
     )
 
 
-def mixture_of(recipe: Recipe) -> GaussianMixture:
-    """Some mixture of the recipe's size; what it is does not change the work."""
-    rng = np.random.default_rng(0)
-    K, D = recipe.mixture.n_components, recipe.front_end.n_mels
-    mixture = GaussianMixture(n_components=K)
-    mixture.weights_ = np.full(K, 1.0 / K)
-    mixture.means_ = rng.normal(-5.0, 3.0, (K, D))
-    mixture.covariances_ = rng.uniform(0.5, 2.0, (K, D))
-    return mixture
-
-
 class Ours:
     """The package's step: loader, losses, update, teacher."""
 
     def __init__(self, recipe: Recipe, corpus: Corpus, device: torch.device) -> None:
         self.recipe, self.peers = recipe, Processes(rank=0, world_size=1, device=device)
-        self.mixture = mixture_of(recipe)
-        self.state = TrainState(recipe, Labels((self.mixture,)), self.peers)
+        labels = synthetic_labels(recipe)
+        (self.mixture,) = labels.fitted
+        self.state = TrainState(recipe, labels, self.peers)
         self.state.model.train()
         self.batches = self._endless(corpus)
 
@@ -183,7 +145,8 @@ def prove(recipe: Recipe, corpus: Corpus, device: torch.device) -> list[tuple[fl
         (part,) = micro_batches(batch, 1, unmasked_weight=recipe.objective.unmasked_weight)
         with torch.no_grad():
             part = type(part)(*(tensor.to(device) for tensor in part))
-            own = ours.state.forward(part, recipe.objective.anchor_start).total.item()
+            schedule = schedule_at(recipe, ours.state.step)
+            own = ours.state.forward(part, schedule).total.item()
         training_step(ours.state, batch, recipe, ours.peers)
         pairs.append((own, plain()))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -200,12 +163,12 @@ def memory_growth(side: str, recipe: Recipe, rows: int, seconds: float) -> float
 
 
 def _grown(side: str, recipe: Recipe, rows: int, seconds: float) -> float:
-    ours = Ours(recipe, MemoryCorpus(2 * rows, seconds), torch.device("cpu"))
+    ours = Ours(recipe, SyntheticCorpus(2 * rows, seconds), torch.device("cpu"))
     step = ours if side == "ours" else Plain(recipe, ours, [next(ours.batches)], augment=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     for _ in range(3):
         step()
-    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return float(peak_bytes() - before)
 
 
 def cuda_peak(step) -> float:
@@ -217,7 +180,7 @@ def cuda_peak(step) -> float:
 
 def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, repeats: int) -> dict:
     """Both sides in turn."""
-    corpus = MemoryCorpus(4 * rows, seconds)
+    corpus = SyntheticCorpus(4 * rows, seconds)
     ours = Ours(recipe, corpus, device)
     plain = Plain(recipe, ours, [next(ours.batches) for _ in range(4)], augment=True)
     times = take_turns({"ours": ours, "plain": plain}, repeats, device=device.type)
@@ -262,7 +225,7 @@ def main() -> None:
         recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
         seconds = recipe.data.max_segment_s
         rows = round(recipe.data.batch_s / seconds)
-        pairs = prove(recipe, MemoryCorpus(4 * rows, seconds), device)
+        pairs = prove(recipe, SyntheticCorpus(4 * rows, seconds), device)
         found = measure(recipe, rows, seconds, device, options.repeats)
         rate = found["audio_s_per_s"]
         print(
