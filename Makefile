@@ -5,17 +5,21 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo demo-long test native native-sanitize ptxas lint format bench clean
+.PHONY: help setup demo demo-long demo-probes bench-train bench-data bench-pytest test native native-sanitize ptxas lint format bench clean
 
 help:
 	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (5 minutes)"
 	@echo "make demo-long  the same with a training four times as long"
+	@echo "make demo-probes  recognition, moods and slots on spoken commands, after make demo (10 minutes)"
 	@echo "make test       all tests"
 	@echo "make native     builds the native module again"
 	@echo "make native-sanitize  its C++ under sanitizers"
 	@echo "make ptxas      registers, spills and shared memory of the CUDA kernels (needs nvcc)"
 	@echo "make lint       style and format checks"
 	@echo "make bench      measurements beside peers, appended to bench/results/"
+	@echo "make bench-train  the training step beside the published recipe in plain PyTorch"
+	@echo "make bench-data   how fast audio is fed, from flac and from a packed corpus"
+	@echo "make bench-pytest  the ops under pytest-benchmark"
 	@echo "make setup      only the virtual environment in $(VENV)"
 
 setup: $(VENV)/.complete
@@ -36,6 +40,15 @@ demo-long: setup
 	@$(BIN)/gmm-jepa synthesize --out $(DEMO)/speech
 	@$(BIN)/gmm-jepa run --audio $(DEMO)/speech/train.jsonl --heldout-audio $(DEMO)/speech/test.jsonl \
 		--out $(DEMO)/run-long --preset cpu-long
+
+# Three downstream tasks of the demo's encoder on commands of its own, each with its controls.
+demo-probes: setup
+	@test -d $(DEMO)/run/checkpoints || $(MAKE) demo
+	@$(BIN)/gmm-jepa synthesize --out $(DEMO)/commands --content commands --minutes 20 --test-minutes 1
+	@for task in "asr --label-key transcript" "er" "sf"; do \
+		$(BIN)/gmm-jepa probe $$task --upstream $(DEMO)/run --data $(DEMO)/commands/train.jsonl \
+			--out $(DEMO)/probes/$${task%% *} || exit 1; \
+	done
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -65,6 +78,16 @@ bench: setup
 	@$(BIN)/python -m bench.ops --shapes small paper --seconds 1
 	@$(BIN)/python -m bench.em_vs_sklearn
 	@$(BIN)/python -m bench.native
+
+bench-train: setup
+	@$(BIN)/python -m bench.train --preset cpu --precision fp32 bf16
+	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --repeats 3
+
+bench-data: setup
+	@$(BIN)/python -m bench.feed --minutes 10
+
+bench-pytest: setup
+	@$(BIN)/python -m pytest bench --benchmark-only
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -319,10 +319,14 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(kind: Any, values: dict[str, Any], *, where: str = "config") -> Any:
-    """Rebuild a config dataclass from `to_dict`'s output; unknown or missing keys are refused.
+    """Rebuild a config dataclass from `to_dict`'s output.
+
+    A setting that is missing, as in files from before there was such a setting, has its default,
+    which stands for how things were.
 
     Raises:
-        InputError: a key is unknown or missing, or a value is refused by the dataclass.
+        InputError: a key is unknown, or missing without a default, or a value is refused by the
+            dataclass.
     """
     check(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
     if kind is EncoderConfig or kind in ENCODERS.values():
@@ -334,12 +338,20 @@ def from_dict(kind: Any, values: dict[str, Any], *, where: str = "config") -> An
         )
         kind = ENCODERS[name]
     hints = get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    if names != set(values):
-        odd = ", ".join(sorted(names ^ set(values)))
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = set(values) - set(fields)
+    missing = {name for name in set(fields) - set(values) if not _has_default(fields[name])}
+    if unknown or missing:
+        odd = ", ".join(sorted(unknown | missing))
         raise InputError(f"{where}: unknown or missing keys: {odd}")
     built = {name: _value(hints[name], values[name], f"{where}.{name}") for name in values}
     return kind(**built)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return any(
+        default is not dataclasses.MISSING for default in (field.default, field.default_factory)
+    )
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
