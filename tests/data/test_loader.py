@@ -235,9 +235,17 @@ def test_a_signal_to_the_whole_group_is_the_main_process_alone(speech_like, sent
     run = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert run.stdout.readline() == "running\n"
-    os.killpg(run.pid, sent)
-    out, err = run.communicate(timeout=60)
+    try:
+        assert run.stdout.readline() == "running\n"
+        os.killpg(run.pid, sent)
+        try:
+            out, err = run.communicate(timeout=20)
+        except subprocess.TimeoutExpired:  # Python drops a KeyboardInterrupt inside a destructor
+            os.killpg(run.pid, sent)
+            out, err = run.communicate(timeout=60)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
     if sent == signal.SIGTERM:
         assert (run.returncode, out, err) == (0, "saved\n", "")
     else:
