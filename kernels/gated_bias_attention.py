@@ -308,7 +308,10 @@ def _gated_bias_attention_bwd_table_kernel(
 
 
 def config(D_pad: int, dtype: torch.dtype, *, backward: bool = False) -> dict[str, int]:
-    """Tile and schedule: the largest that compiles for sm_90 without spills (bench/results)."""
+    """Tile and schedule: the largest that bf16 compiles with for sm_90 at d = 64 without spills.
+
+    float32, and bf16 at d = 128 with dropout, spill with them (`bench/results/compile.jsonl`).
+    """
     if backward and D_pad >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK": 64, "num_warps": 8 if backward or D_pad > 64 else 4, "num_stages": 2}
