@@ -1,13 +1,14 @@
-"""The CPU operators beside scikit-learn, torchaudio and their own torch references, in one run.
+"""The CPU operators beside scikit-learn, chunked torch and torchaudio, in one run.
 
     python -m bench.native --threads 2
 
 One EM iteration (sufficient statistics and new parameters), posteriors, and log-mel frames, on
 log-mel of speech where it lies beside the repository. The mixture is the one after ten iterations
 from frames of the data. Correctness first; sides in turn; median, p20 and p80 of `--repeats`.
-``sgemm_share`` is the arithmetic of the dense problem over measured sgemm, so that above one means
-faster than any dense float32 method could be. Prints JSON lines and appends them to
-``bench/results/native.jsonl``.
+Chunked torch is `bench.peers.chunked_torch`, float32; "reference" is the operator's own exact
+torch form, which screens as well. ``sgemm_share`` is the arithmetic of the dense problem over
+measured sgemm, so that above one means faster than any dense float32 method could be. Prints JSON
+lines and appends them to ``bench/results/native.jsonl``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sklearn.mixture import GaussianMixture as Peer
 from threadpoolctl import threadpool_limits
 
 from bench.em_vs_sklearn import REPOSITORY, rates, seconds, speech_frames
+from bench.peers.chunked_torch import ChunkedMixture
 from gmm_jepa import ops
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import maximisation
@@ -69,13 +71,13 @@ def em_sides(frames: torch.Tensor, mixture: Mixture) -> dict[str, Callable]:
         model, data = peer_of(mixture, dtype), frames.numpy().astype(dtype)
         return lambda: peer_of(mixture, dtype)._m_step(data, model._e_step(data)[1])
 
-    def torch_side() -> None:
-        statistics = EMStatistics(*em.em_statistics_reference(frames, *mixture))
-        maximisation(statistics, mixture, FLOOR)
+    def iteration(statistics: Callable[[], tuple]) -> Callable:
+        return lambda: maximisation(EMStatistics(*statistics()), mixture, FLOOR)
 
     return {
-        "native": lambda: maximisation(ops.em_statistics(frames, mixture), mixture, FLOOR),
-        "torch": torch_side,
+        "native": iteration(lambda: ops.em_statistics(frames, mixture)),
+        "chunked_torch": iteration(lambda: ChunkedMixture(*mixture).statistics(frames)),
+        "reference": iteration(lambda: em.em_statistics_reference(frames, *mixture)),
         "sklearn_float64": peer(np.float64),
         "sklearn_float32": peer(np.float32),
     }
@@ -92,7 +94,8 @@ def posterior_sides(frames: torch.Tensor, mixture: Mixture) -> dict[str, Callabl
     options = (1.0, False, "exact", torch.float32)
     return {
         "native": lambda: ops.gmm_posterior(frames, mixture, precision="exact"),
-        "torch": lambda: posterior.posterior_reference(frames, *mixture, *options),
+        "chunked_torch": lambda: ChunkedMixture(*mixture).posteriors(frames),
+        "reference": lambda: posterior.posterior_reference(frames, *mixture, *options),
         "sklearn_float64": lambda: models[np.float64].predict_proba(data[np.float64]),
         "sklearn_float32": lambda: models[np.float32].predict_proba(data[np.float32]),
     }
@@ -114,7 +117,7 @@ def log_mel_sides(n_frames: int) -> dict[str, Callable]:
     plain = (*arguments, spec.hop_samples, spec.floor, torch.float32)
     return {
         "native": lambda: ops.log_mel(*arguments, **options),
-        "torch": lambda: log_mel_reference(*plain),
+        "reference": lambda: log_mel_reference(*plain),
         "torchaudio": lambda: (peer(waveform) + spec.floor).log(),
     }
 

@@ -6,6 +6,8 @@
 #define GMM_JEPA_TILE 6
 #define GMM_JEPA_VECTORS 4
 #define GMM_JEPA_BF16 0
+#define GMM_JEPA_PRODUCT_ROWS 12
+#define GMM_JEPA_PRODUCT_VECTORS 2
 #include "kernels_impl.h"
 
 namespace gmm_jepa {

@@ -23,6 +23,27 @@ struct LogMelPlan {
     const float* weights;   // their weights, filter after filter
 };
 
+// c (n_rows, n_panels panels) = bias + sum over taps and k of a(row, tap, k) b(tap, k), or c += the
+// same without the bias. a(row, tap, k) is a[row * stride_a + tap * stride_tap + k * stride_k];
+// b holds, panel after panel, rows of one panel's columns. n_rows is rounded up to the tile's rows:
+// a is read and c written that far.
+struct Products {
+    const float* a;
+    ptrdiff_t stride_a, stride_k, stride_tap;
+    const float* b;
+    const float* bias;  // (n_panels panels,); not read when accumulating
+    float* c;
+    ptrdiff_t stride_c;
+    int n_rows, n_panels, n_taps, n_k;
+    bool accumulate;
+};
+
+// Of one chunk of density-adaptive attention.
+constexpr int kDensityGaussians = 4;
+struct DensityParameters {
+    float offsets[kDensityGaussians], squared_widths[kDensityGaussians];
+};
+
 // A screen's operands are 32-bit words: one pair of bfloat16 (z, z^2), or z and z^2 as two floats.
 struct Kernels {
     const char* name;
@@ -67,6 +88,19 @@ struct Kernels {
     // 2 n_fft lanes floats, aligned to 64 bytes.
     void (*log_mel)(const LogMelPlan& plan, const float* const* frames, float* scratch,
                     float* const* out);
+
+    int product_rows;     // of a register tile
+    int product_columns;  // of a panel
+    void (*products)(const Products& operands);
+
+    // x + x softmax(log-density) over n >= 2 frames, `stride` floats apart, of `lanes` channels;
+    // `scratch` holds n lanes floats. Backward writes grad_x and adds to the gradients of offsets,
+    // then squared widths.
+    void (*density_forward)(const DensityParameters& parameters, const float* x, ptrdiff_t stride,
+                            int n, float* scratch, float* out);
+    void (*density_backward)(const DensityParameters& parameters, const float* x,
+                             const float* grad, ptrdiff_t stride, int n, float* scratch,
+                             float* grad_x, double* grad_parameters);
 };
 
 // Rows of parameters and of frames are padded with zeros to a multiple of this many values.

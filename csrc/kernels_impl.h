@@ -5,8 +5,9 @@
 //   GMM_JEPA_TILE    frames of a register tile
 //   GMM_JEPA_VECTORS vectors of components of a register tile
 //   GMM_JEPA_BF16    1 for bfloat16 operands
+//   GMM_JEPA_PRODUCT_ROWS, GMM_JEPA_PRODUCT_VECTORS   the same of a convolution's products
 //   GMM_JEPA_NAME    what the set is called
-// TILE x VECTORS accumulators and VECTORS weights must fit the registers.
+// Accumulators (TILE x VECTORS) and VECTORS weights must fit the registers.
 
 #include "kernels.h"
 
@@ -240,11 +241,14 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 }
 
 #include "log_mel_kernel.h"
+#include "products_kernel.h"
+#include "density_kernel.h"
 
 const gmm_jepa::Kernels kTable = {
     GMM_JEPA_NAME,  GMM_JEPA_BF16 != 0, kPanel, kTile,    kLanes,    pack<float>,
     pack<double>,   screen,             find,   at_least, distances, moments<float>,
-    moments<double>, log_mel,
+    moments<double>, log_mel,           GMM_JEPA_PRODUCT_ROWS, kProductLanes, products,
+    density_forward, density_backward,
 };
 
 }  // namespace

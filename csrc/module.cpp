@@ -6,10 +6,13 @@
 #include <string>
 
 #include "cuda/bindings.h"
+#include "density.h"
 #include "em.h"
 #include "kernels.h"
 #include "log_mel.h"
+#include "parallel.h"
 #include "posterior.h"
+#include "residual.h"
 
 namespace py = pybind11;
 
@@ -55,6 +58,12 @@ MixtureView mixture_view(const py::tuple& t, int64_t n_dims) {
         throw std::invalid_argument("mixture: expected addresses and 1 to 2^30 components");
     }
     return mixture;
+}
+
+void use_openmp_at(const py::tuple& t) {
+    use_openmp({reinterpret_cast<decltype(OpenMP::parallel)>(t[0].cast<uintptr_t>()),
+                reinterpret_cast<decltype(OpenMP::thread_num)>(t[1].cast<uintptr_t>()),
+                reinterpret_cast<decltype(OpenMP::num_threads)>(t[2].cast<uintptr_t>())});
 }
 
 void em_statistics_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
@@ -159,6 +168,81 @@ void log_mel_at(const py::tuple& waveform, bool is_int16, uintptr_t lengths,
     is_int16 ? run(x.as<int16_t>()) : run(x.as<float>());
 }
 
+// shape: B, T, C, dilation, address of lengths or 0
+ResidualShape residual_shape(const py::tuple& t) {
+    const ResidualShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
+                              t[3].cast<int64_t>(), pointer<const int64_t>(t[4].cast<uintptr_t>())};
+    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 || shape.dilation < 1) {
+        throw std::invalid_argument("shape: expected sizes, and a dilation of at least 1");
+    }
+    return shape;
+}
+
+ResidualWeights residual_weights(const py::tuple& t) {
+    const auto at = [&](int i) { return pointer<const float>(t[i].cast<uintptr_t>()); };
+    return {at(0), at(1), at(2), at(3)};
+}
+
+void residual_forward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                         uintptr_t hidden, uintptr_t out, int n_threads,
+                         const std::string& instruction_set) {
+    const ResidualShape sizes = residual_shape(shape);
+    const ResidualWeights parameters = residual_weights(weights);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    residual_forward(sizes, parameters, pointer<const float>(x), pointer<float>(hidden),
+                     pointer<float>(out), table, n_threads);
+}
+
+void residual_backward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                          uintptr_t hidden, uintptr_t grad, const py::tuple& out, int n_threads,
+                          const std::string& instruction_set) {
+    const ResidualShape sizes = residual_shape(shape);
+    const ResidualWeights parameters = residual_weights(weights);
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    const ResidualGradients gradients{at(0), at(1), at(2), at(3), at(4)};
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    residual_backward(sizes, parameters, pointer<const float>(x), pointer<const float>(hidden),
+                      pointer<const float>(grad), gradients, table, n_threads);
+}
+
+// shape: B, T, C, address of lengths or 0
+DensityShape density_shape(const py::tuple& t, const Kernels& table) {
+    const DensityShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
+                             pointer<const int64_t>(t[3].cast<uintptr_t>())};
+    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels % table.lanes) {
+        throw std::invalid_argument("shape: expected sizes, and channels that fill vectors");
+    }
+    return shape;
+}
+
+void density_attention_at(const py::tuple& shape, const py::tuple& parameters, uintptr_t x,
+                          uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const DensityShape sizes = density_shape(shape, table);
+    const auto* offsets = pointer<const float>(parameters[0].cast<uintptr_t>());
+    const auto* widths = pointer<const float>(parameters[1].cast<uintptr_t>());
+    const py::gil_scoped_release release;
+    density_attention(sizes, offsets, widths, pointer<const float>(x), pointer<float>(out), table,
+                      n_threads);
+}
+
+void density_attention_backward_at(const py::tuple& shape, const py::tuple& parameters,
+                                   uintptr_t x, uintptr_t grad, const py::tuple& out,
+                                   int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const DensityShape sizes = density_shape(shape, table);
+    const auto* offsets = pointer<const float>(parameters[0].cast<uintptr_t>());
+    const auto* widths = pointer<const float>(parameters[1].cast<uintptr_t>());
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    float *grad_x = at(0), *grad_offsets = at(1), *grad_widths = at(2);
+    const py::gil_scoped_release release;
+    density_attention_backward(sizes, offsets, widths, pointer<const float>(x),
+                               pointer<const float>(grad), grad_x, grad_offsets, grad_widths,
+                               table, n_threads);
+}
+
 }  // namespace
 }  // namespace gmm_jepa
 
@@ -167,6 +251,8 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Kernels for CPUs, and for CUDA where built with nvcc; see gmm_jepa.ops.native.";
     module.def("instruction_sets", [] { return std::string(available_kernels()); },
                "Names of the sets that this processor can run, best first, comma separated.");
+    module.def("use_openmp", &use_openmp_at, py::arg("addresses"),
+               "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads.");
     module.def("em_statistics", &em_statistics_at, py::arg("frames"), py::arg("is_float64"),
                py::arg("mixture"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
@@ -185,6 +271,18 @@ PYBIND11_MODULE(_native, module) {
     module.def("log_mel", &log_mel_at, py::arg("waveform"), py::arg("is_int16"),
                py::arg("lengths"), py::arg("settings"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
+    module.def("residual_forward", &residual_forward_at, py::arg("shape"), py::arg("weights"),
+               py::arg("x"), py::arg("hidden"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("residual_backward", &residual_backward_at, py::arg("shape"), py::arg("weights"),
+               py::arg("x"), py::arg("hidden"), py::arg("grad"), py::arg("out"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("density_attention", &density_attention_at, py::arg("shape"),
+               py::arg("parameters"), py::arg("x"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("density_attention_backward", &density_attention_backward_at, py::arg("shape"),
+               py::arg("parameters"), py::arg("x"), py::arg("grad"), py::arg("out"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
     cuda::define(module);
 }

@@ -1,5 +1,7 @@
-// Threads for the length of one call. None outlive it, so that a process may fork at any time
-// (data loaders do), and no second OpenMP runtime is loaded beside torch's.
+// Threads for the length of one call: those of the OpenMP runtime that torch has loaded, where its
+// functions were handed over, for its idle threads spin for a while and new ones would have to share
+// the processor with them; new threads otherwise, and in a process that was forked. No second runtime
+// is loaded beside torch's.
 #pragma once
 
 #include <condition_variable>
@@ -35,7 +37,20 @@ class Barrier {
     long round_ = 0;
 };
 
-// Runs work(thread) for thread 0 .. n_threads - 1, the first of them on the caller's thread.
+// GOMP_parallel, omp_get_thread_num and omp_get_num_threads of a runtime with GNU's interface.
+struct OpenMP {
+    void (*parallel)(void (*function)(void*), void* data, unsigned n_threads, unsigned flags);
+    int (*thread_num)();
+    int (*num_threads)();
+};
+
+// For all calls from now on.
+void use_openmp(const OpenMP& runtime);
+
+// Calls work(data, thread) for thread 0 .. n_threads - 1, all at once.
+void run_together(int n_threads, void (*work)(const void*, int), const void* data);
+
+// Runs work(thread) for thread 0 .. n_threads - 1, all at once, one of them on the caller's thread.
 // `work` must not throw between barriers; what it throws otherwise is thrown again here.
 template <typename Work>
 void parallel(int n_threads, const Work& work) {
@@ -47,10 +62,13 @@ void parallel(int n_threads, const Work& work) {
             errors[thread] = std::current_exception();
         }
     };
-    std::vector<std::thread> threads;
-    for (int thread = 1; thread < n_threads; ++thread) threads.emplace_back(guarded, thread);
-    guarded(0);
-    for (std::thread& thread : threads) thread.join();
+    if (n_threads == 1) {
+        guarded(0);
+    } else {
+        run_together(n_threads, [](const void* self, int thread) {
+            (*static_cast<const decltype(guarded)*>(self))(thread);
+        }, &guarded);
+    }
     for (const std::exception_ptr& error : errors) {
         if (error) std::rethrow_exception(error);
     }

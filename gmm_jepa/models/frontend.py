@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.daam import DensityAttention
@@ -47,6 +48,17 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, C) with zero padding -> the same."""
         for dilated, plain in zip(self.dilated, self.plain):
+            if ops.takes_residual_unit(x):
+                x = ops.residual_unit(
+                    x,
+                    dilated.weight,
+                    dilated.bias,
+                    plain.weight,
+                    plain.bias,
+                    dilation=dilated.dilation,
+                    lengths_frames=None if mask is None else mask.lengths,
+                )
+                continue
             y = zero_padding(dilated(F.leaky_relu(x, 0.1)), mask)
             y = plain(F.leaky_relu(y, 0.1))
             x = x + zero_padding(y, mask)

@@ -11,9 +11,9 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
-from gmm_jepa.models.daam import CHUNKS
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.models.transformer import TransformerConfig
+from gmm_jepa.ops.density import CHUNKS
 
 Renames = list[tuple[str, str]]
 

@@ -11,6 +11,7 @@ import torch
 
 from gmm_jepa.ops import native, triton_attention, triton_gmm, triton_log_mel
 from gmm_jepa.ops.attention import gated_bias_attention
+from gmm_jepa.ops.density import density_attention
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
 from gmm_jepa.ops.log_mel import log_mel
@@ -23,6 +24,7 @@ from gmm_jepa.ops.losses import (
 )
 from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
+from gmm_jepa.ops.residual import residual_unit, takes_residual_unit
 
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
 # is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
@@ -51,6 +53,7 @@ __all__ = [
     "Ensemble",
     "MaskedLoss",
     "Mixture",
+    "density_attention",
     "em_statistics",
     "ema_update",
     "gated_bias_attention",
@@ -64,6 +67,8 @@ __all__ = [
     "masked_kl_targets",
     "masked_mse",
     "native",
+    "residual_unit",
+    "takes_residual_unit",
     "triton_attention",
     "triton_gmm",
     "triton_log_mel",

@@ -7,12 +7,20 @@ on a GPU yet and is left out unless ``GMM_JEPA_CUDA_EM=1`` is set when the packa
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gmm_jepa.ops import cuda_em
+from gmm_jepa.ops.density import (
+    _density_attention,
+    _density_attention_backward,
+    density_attention_backward_reference,
+    density_attention_reference,
+)
 from gmm_jepa.ops.em import (
     _em_statistics,
     _kmeans_assign,
@@ -27,6 +35,12 @@ from gmm_jepa.ops.posterior import (
     log_likelihood_reference,
     posterior_reference,
     topk_reference,
+)
+from gmm_jepa.ops.residual import (
+    _unit,
+    _unit_backward,
+    residual_unit_backward_reference,
+    residual_unit_reference,
 )
 
 try:
@@ -295,6 +309,139 @@ def log_mel(
     return out.to(out_dtype)
 
 
+def residual_unit(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """x + conv(lrelu(conv(lrelu(x)))) in float32, and what the first convolution made."""
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden)
+    x, *parameters = (t.contiguous() for t in tensors)
+    out = torch.empty_like(x)
+    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    _native.residual_forward(
+        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr() if keep_hidden else 0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out, hidden
+
+
+def residual_unit_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the parameters of `residual_unit`."""
+    tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
+    grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    _native.residual_backward(
+        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out
+
+
+def _is_residual(*tensors: Tensor) -> bool:
+    """What the native unit is made for: float32, and at least one value."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
+
+
+def density_attention(
+    x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor | None
+) -> Tensor:
+    """x + x softmax(log-density) over time, in float32."""
+    if not _is_density(x):
+        return density_attention_reference(x, offsets, squared_widths, lengths_frames)
+    x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
+    out = torch.empty_like(x)
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    _native.density_attention(
+        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out
+
+
+def density_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    squared_widths: Tensor,
+    lengths_frames: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `density_attention`."""
+    if not _is_density(x):
+        return density_attention_backward_reference(
+            grad, x, offsets, squared_widths, lengths_frames
+        )
+    grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    _native.density_attention_backward(
+        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+        torch.get_num_threads(),
+        _instruction_set,
+    )
+    return out
+
+
+def _is_density(x: Tensor) -> bool:
+    """Float32 with channels that fill the vectors of every instruction set."""
+    return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
+def _share_threads() -> None:
+    """Let the module run on the threads of torch's own OpenMP runtime, where it is GNU's."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in sorted(folder.glob("libgomp*")):
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        try:
+            library = ctypes.CDLL(str(path))  # the one that is loaded already
+            functions = [getattr(library, name) for name in names]
+        except (OSError, AttributeError):
+            continue
+        _native.use_openmp(
+            tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        )
+
+
 def _cuda_covers(K: int, D: int) -> bool:
     return 1 <= K <= _MOST_COMPONENTS and 1 <= D <= _MOST_FEATURES
 
@@ -325,11 +472,16 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 if _native is not None:
+    _share_threads()
     _em_statistics.register_kernel("cpu")(em_statistics)
     _kmeans_assign.register_kernel("cpu")(kmeans_assign)
     _log_mel.register_kernel("cpu")(log_mel)
     _posterior.register_kernel("cpu")(posterior)
     _log_likelihood.register_kernel("cpu")(log_likelihood)
     _topk.register_kernel("cpu")(topk)
+    _density_attention.register_kernel("cpu")(density_attention)
+    _density_attention_backward.register_kernel("cpu")(density_attention_backward)
+    _unit.register_kernel("cpu")(residual_unit)
+    _unit_backward.register_kernel("cpu")(residual_unit_backward)
     if cuda_architectures() and os.environ.get(_CUDA_SWITCH) == "1":
         _em_statistics.register_kernel("cuda")(em_statistics_cuda)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmm_jepa.models.daam import MIN_FRAMES, DensityAttention
+from gmm_jepa.models.daam import DensityAttention
 from gmm_jepa.models.padding import frame_mask, zero_padding
+from gmm_jepa.ops.density import MIN_FRAMES
 
 from .small import shake
 

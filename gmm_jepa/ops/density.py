@@ -1,0 +1,177 @@
+"""Density-adaptive attention over time (DAAM), see `gmm_jepa.models.daam` for the formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNKS = 4
+"""Into which the real frames of a row are cut."""
+GAUSSIANS = 4
+"""Of each chunk."""
+MIN_FRAMES = 2 * CHUNKS
+"""Below this many real frames a row passes unchanged."""
+
+_HIDDEN = -1e30
+"""Log-density of slots without a frame: finite, so that a chunk of none has finite gradients."""
+
+
+def density_attention(
+    x: Tensor, offsets: Tensor, squared_widths: Tensor, *, lengths_frames: Tensor | None = None
+) -> Tensor:
+    """x + x softmax over a chunk's time of the summed log-densities of its Gaussians.
+
+    Args:
+        x: (B, T, C) float32 or float64; frames beyond a row's length are zero.
+        offsets: (4, 4) means of the Gaussians of each chunk, relative to the chunk's mean.
+        squared_widths: (4, 4) their variances, positive, in units of the chunk's.
+        lengths_frames: (B,) int64, real frames of each row; None: all.
+
+    Returns:
+        (B, T, C); rows of fewer than 8 frames are as they were.
+    """
+    # Elsewhere a compiler fuses the plain form; an exported graph holds no ops of this package.
+    one_op = x.device.type == "cpu" and not torch.compiler.is_exporting()
+    form = _density_attention if one_op else density_attention_reference
+    return form(x, offsets, squared_widths, lengths_frames)
+
+
+def density_attention_reference(
+    x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor | None
+) -> Tensor:
+    """`density_attention` in plain torch."""
+    if x.shape[1] < MIN_FRAMES or not x.numel():
+        return x.clone()
+    if lengths_frames is None:
+        return _whole(x, offsets, squared_widths)
+    return _ragged(x, offsets, squared_widths, lengths_frames)
+
+
+def _whole(x: Tensor, offsets: Tensor, squared_widths: Tensor) -> Tensor:
+    n_frames = x.shape[1]
+    size = n_frames // CHUNKS
+    chunks = x.split([size] * (CHUNKS - 1) + [n_frames - (CHUNKS - 1) * size], dim=1)
+    weights = [
+        _density_weights(chunk, *gaussians)
+        for chunk, *gaussians in zip(chunks, offsets, squared_widths)
+    ]
+    return x + x * torch.cat(weights, dim=1)
+
+
+def _ragged(x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor) -> Tensor:
+    """Each row is dealt out to 4 chunks of equal room, weighed, and dealt back."""
+    size = (lengths_frames // CHUNKS)[:, None]  # (B, 1), frames of all chunks but the last
+    room = x.shape[1] // CHUNKS + CHUNKS - 1  # no chunk is longer
+    slots = torch.arange(room, device=x.device)
+    frames = torch.arange(x.shape[1], device=x.device)
+    weights = torch.zeros_like(x)
+    for chunk, gaussians in enumerate(zip(offsets, squared_widths)):
+        start = chunk * size
+        stop = start + size if chunk < CHUNKS - 1 else lengths_frames[:, None]
+        index = (start + slots).clamp(max=x.shape[1] - 1)  # (B, room)
+        taken = start + slots < stop
+        dealt = x.gather(1, _over_channels(index, x))
+        weight = _density_weights(dealt, *gaussians, taken[..., None])
+        back = (frames - start).clamp(0, room - 1)
+        inside = (frames >= start) & (frames < stop)
+        returned = weight.gather(1, _over_channels(back, x))
+        weights = torch.where(inside[..., None], returned, weights)
+    long_enough = (lengths_frames >= MIN_FRAMES)[:, None, None]
+    return torch.where(long_enough, x + x * weights, x)
+
+
+def _density_weights(
+    chunk: Tensor, offsets: Tensor, squared_widths: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Softmax over time of the summed log-densities of one chunk, up to their constants.
+
+    Args:
+        chunk: (B, T, C)
+        offsets: (G,)
+        squared_widths: (G,)
+        valid: (B, T, 1) bool, frames that exist; None: all. Others get weight zero.
+
+    Returns:
+        (B, T, C), positive, summing to one over the chunk's real frames.
+    """
+    if valid is None:
+        mean = chunk.mean(dim=1, keepdim=True)
+        variance = chunk.var(dim=1, keepdim=True)
+    else:
+        count = valid.sum(dim=1, keepdim=True)
+        mean = chunk.masked_fill(~valid, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+        centred = (chunk - mean).masked_fill(~valid, 0)
+        variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    std = (variance + 1e-8).sqrt()
+    log_density = torch.zeros_like(chunk)
+    for offset, squared_width in zip(offsets, squared_widths):
+        y = ((chunk - (mean + offset)) / std).clamp(-10.0, 10.0)
+        log_density = log_density - y.square() / (2 * squared_width)
+    if valid is not None:
+        log_density = log_density.masked_fill(~valid, _HIDDEN)
+    return log_density.softmax(dim=1)
+
+
+def _over_channels(index: Tensor, x: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, x.shape[2])
+
+
+def density_attention_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    squared_widths: Tensor,
+    lengths_frames: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, offsets and squared widths, in plain torch, chunk by chunk."""
+    d_x, d_offsets, d_widths = grad.clone(), torch.zeros_like(offsets), torch.zeros_like(offsets)
+    lengths = [x.shape[1]] * len(x) if lengths_frames is None else lengths_frames.tolist()
+    for row, n_frames in enumerate(lengths):
+        size = n_frames // CHUNKS
+        for chunk in range(CHUNKS if n_frames >= MIN_FRAMES else 0):
+            frames = slice(chunk * size, (chunk + 1) * size if chunk < CHUNKS - 1 else n_frames)
+            v, g = x[row, frames], grad[row, frames]
+            c2 = squared_widths[chunk, :, None, None]
+            mean, std = v.mean(0), (v.var(0) + 1e-8).sqrt()
+            u = (v - (mean + offsets[chunk, :, None, None])) / std  # (G, n, C)
+            y = u.clamp(-10.0, 10.0)
+            w = (-y.square() / (2 * c2)).sum(0).softmax(0)
+            of_density = w * (g * v - (w * g * v).sum(0))
+            of_u = torch.where(y == u, -of_density * y / c2, 0.0)
+            d_offsets[chunk] -= (of_u / std).sum((1, 2))
+            d_widths[chunk] += (of_density * y.square() / (2 * c2.square())).sum((1, 2))
+            total = of_u.sum(0)
+            of_mean = -(total / std).sum(0) / len(v)
+            of_variance = -(of_u * u).sum((0, 1)) / (2 * std.square())
+            d_x[row, frames] += g * w + total / std + of_mean
+            d_x[row, frames] += 2 * of_variance * (v - mean) / (len(v) - 1)
+    return d_x, d_offsets, d_widths
+
+
+_density_attention = torch.library.custom_op(
+    "gmm_jepa::density_attention", density_attention_reference, mutates_args=()
+)
+_density_attention_backward = torch.library.custom_op(
+    "gmm_jepa::density_attention_backward", density_attention_backward_reference, mutates_args=()
+)
+
+
+@_density_attention.register_fake
+def _(x, offsets, squared_widths, lengths_frames):
+    return torch.empty_like(x)
+
+
+@_density_attention_backward.register_fake
+def _(grad, x, offsets, squared_widths, lengths_frames):
+    return tuple(torch.empty_like(t) for t in (x, offsets, squared_widths))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _vjp(ctx, grad):
+    return *_density_attention_backward(grad, *ctx.saved_tensors), None
+
+
+_density_attention.register_autograd(_vjp, setup_context=_setup)

@@ -1,0 +1,154 @@
+"""One unit of a residual block of convolutions, x + keep conv(lrelu(keep conv(lrelu(x)))).
+
+The first convolution is dilated; both have three taps and as many channels out as in, and keep the
+number of frames. One op reads x once and writes the result once, with everything between in cache;
+for the gradient it keeps what the first convolution made.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SLOPE = 0.1
+"""Of the leaky ReLU."""
+
+
+def takes_residual_unit(x: Tensor) -> bool:
+    """Whether `residual_unit` is the way to go for x: float32 on a CPU, not under autocast.
+
+    Elsewhere, and in an exported graph, which holds no ops of this package, a model composes the
+    unit of its parts.
+    """
+    plain = x.device.type != "cpu" or x.dtype != torch.float32
+    return not (plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+
+
+def residual_unit(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    dilation: int = 1,
+    lengths_frames: Tensor | None = None,
+) -> Tensor:
+    """x + conv2(lrelu(conv1(lrelu(x)))), with zeros for what a convolution makes of padding.
+
+    Args:
+        x: (B, T, C) float; frames beyond a row's length are zero.
+        weight1: (C, C, 3), as in `torch.nn.Conv1d`, of the dilated convolution.
+        bias1: (C,)
+        weight2: (C, C, 3), of the plain one.
+        bias2: (C,)
+        dilation: frames between two taps of the first.
+        lengths_frames: (B,) int64, real frames of each row; None: all.
+
+    Returns:
+        (B, T, C).
+    """
+    keep_hidden = torch.is_grad_enabled()
+    return _unit(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden)[0]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=dilation, dilation=dilation)
+    return y.transpose(1, 2)
+
+
+def _real(lengths_frames: Tensor | None, x: Tensor) -> Tensor | float:
+    """(B, T, 1), one on real frames and zero on padding."""
+    if lengths_frames is None:
+        return 1.0
+    frames = torch.arange(x.shape[1], device=x.device)
+    return (frames < lengths_frames[:, None])[..., None].to(x.dtype)
+
+
+def residual_unit_reference(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """`residual_unit` in plain torch, and what the first convolution made, or (0,) without."""
+    real = _real(lengths_frames, x)
+    hidden = _convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation)
+    y = _convolution(F.leaky_relu(hidden * real, SLOPE), weight2, bias2, 1)
+    kept = hidden.contiguous() if keep_hidden else x.new_empty(0)
+    return (x + y * real).contiguous(), kept
+
+
+def residual_unit_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight1, bias1, weight2 and bias2, in plain torch."""
+
+    def through(inner: Tensor, weight: Tensor, gradient: Tensor, dilation: int):
+        """Gradients of lrelu(inner), the weight and the bias of one convolution."""
+        a = F.leaky_relu(inner, SLOPE).transpose(1, 2)
+        d_a, d_weight, d_bias = torch.ops.aten.convolution_backward(
+            gradient.transpose(1, 2),
+            a,
+            weight,
+            [weight.shape[0]],
+            [1],
+            [dilation],
+            [dilation],
+            False,
+            [0],
+            1,
+            [True, True, True],
+        )
+        return d_a.transpose(1, 2), d_weight, d_bias
+
+    real = _real(lengths_frames, x)
+    inner = hidden * real
+    d_a2, d_weight2, d_bias2 = through(inner, weight2, grad * real, 1)
+    d_hidden = torch.where(inner > 0, d_a2, SLOPE * d_a2) * real
+    d_a1, d_weight1, d_bias1 = through(x, weight1, d_hidden, dilation)
+    d_x = grad + torch.where(x > 0, d_a1, SLOPE * d_a1)
+    return d_x.contiguous(), d_weight1, d_bias1, d_weight2, d_bias2
+
+
+_unit = torch.library.custom_op("gmm_jepa::residual_unit", residual_unit_reference, mutates_args=())
+_unit_backward = torch.library.custom_op(
+    "gmm_jepa::residual_unit_backward", residual_unit_backward_reference, mutates_args=()
+)
+
+
+@_unit.register_fake
+def _(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden):
+    out = x.new_empty(x.shape)
+    return out, x.new_empty(x.shape) if keep_hidden else x.new_empty(0)
+
+
+@_unit_backward.register_fake
+def _(grad, x, hidden, weight1, bias1, weight2, bias2, lengths_frames, dilation):
+    return tuple(t.new_empty(t.shape) for t in (x, weight1, bias1, weight2, bias2))
+
+
+def _setup(ctx, inputs, output):
+    x, *parameters, lengths_frames, dilation, _ = inputs
+    ctx.save_for_backward(x, output[1], *parameters, lengths_frames)
+    ctx.dilation = dilation
+
+
+def _vjp(ctx, grad, _):
+    return *_unit_backward(grad, *ctx.saved_tensors, ctx.dilation), None, None, None
+
+
+_unit.register_autograd(_vjp, setup_context=_setup)

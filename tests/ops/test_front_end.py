@@ -1,0 +1,176 @@
+"""Residual units and density-adaptive attention: every kernel of a CPU against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmm_jepa import ops
+from gmm_jepa.ops import native
+from gmm_jepa.ops.density import density_attention_reference
+from gmm_jepa.ops.residual import residual_unit_reference
+
+# Names of the native module's instruction sets, and the plain torch form.
+KERNELS = [*native.instruction_sets(), "torch"]
+
+# B, T, C, dilation, lengths
+UNITS = {
+    "one frame": (1, 1, 3, 1, None),
+    "fewer frames than taps reach": (2, 7, 5, 125, None),
+    "ragged, one row empty": (3, 100, 16, 25, (100, 60, 0)),
+    "several blocks": (2, 700, 64, 125, (700, 333)),
+    "taps close together": (2, 600, 48, 3, None),
+    "channels beyond a panel": (1, 130, 130, 9, (99,)),
+    "wide": (2, 40, 256, 1, None),
+    "prime sizes": (3, 101, 17, 7, (101, 97, 2)),
+    "length one": (2, 20, 32, 1, (1, 20)),
+    "block edge": (1, 257, 64, 1, (256,)),
+    "no rows": (0, 9, 8, 1, None),
+    "large values": (2, 50, 16, 3, (50, 11)),
+}
+# B, T, C, lengths, scale, offset
+DENSITIES = {
+    "least frames": (2, 8, 16, None, 1.0, 0.0),
+    "too few frames": (2, 7, 16, None, 1.0, 0.0),
+    "ragged, one row too short": (3, 100, 16, (100, 33, 7), 1.0, 0.0),
+    "one row empty": (2, 403, 64, (403, 0), 1.0, 0.0),
+    "chunks of unequal size": (1, 11, 32, None, 1.0, 0.0),
+    "quiet": (2, 2003, 16, None, 1e-2, 0.0),
+    "far from zero": (2, 400, 16, (400, 399), 1.0, 5.0),
+    "channels that fill no vector": (2, 60, 5, (60, 41), 1.0, 0.0),
+    "beyond the clamp": (1, 4000, 16, None, 1.0, 0.0),
+    "prime sizes": (3, 101, 48, (101, 97, 13), 1.0, 0.0),
+    "no rows": (0, 9, 16, None, 1.0, 0.0),
+    "one channel group": (4, 64, 16, (64, 64, 9, 8), 1.0, 0.0),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_is_residual", lambda *tensors: False)
+        monkeypatch.setattr(native, "_is_density", lambda x: False)
+    else:
+        native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set("")
+
+
+def real(T: int, lengths: Tensor | None) -> Tensor | float:
+    return 1.0 if lengths is None else (torch.arange(T) < lengths[:, None])[..., None].float()
+
+
+def unit_case(name: str) -> tuple[list[Tensor], dict]:
+    """Drawn until no value lies so near the activation's kink that rounding could change sides."""
+    B, T, C, dilation, lengths = UNITS[name]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    scale = 1e4 if name == "large values" else 1.0
+    while True:
+        x = scale * torch.randn(B, T, C) * real(T, lengths)
+        pairs = [(torch.randn(C, C, 3) / (3 * C) ** 0.5, 0.1 * torch.randn(C)) for _ in "12"]
+        leaves = [x, *(tensor for pair in pairs for tensor in pair)]
+        doubles = [leaf.double() for leaf in leaves]
+        hidden = residual_unit_reference(*doubles, lengths, dilation, True)[1]
+        if not hidden.numel() or hidden.abs().min() > 5e-6 * scale:
+            return leaves, {"dilation": dilation, "lengths_frames": lengths}
+
+
+def density_case(name: str) -> tuple[list[Tensor], dict]:
+    B, T, C, lengths, scale, offset = DENSITIES[name]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    x = (scale * torch.randn(B, T, C) + offset) * real(T, lengths)
+    if name == "beyond the clamp":
+        x[:, ::500] *= 40
+    squared_widths = torch.rand(4, 4) + 0.3
+    return [x, 0.3 * torch.randn(4, 4), squared_widths], {"lengths_frames": lengths}
+
+
+def results_of(function, leaves: list[Tensor], options: dict) -> list[Tensor]:
+    """Output and all gradients under one fixed gradient of the output."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    found = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    zeros = (torch.zeros_like(leaf) for leaf in leaves)
+    return [out, *(zero if g is None else g for zero, g in zip(zeros, found))]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for number, (a, e) in enumerate(zip(got, expected, strict=True)):
+        if not e.numel():
+            continue
+        scale, difference = (float(t.detach().abs().max()) for t in (e, a - e))
+        assert difference <= tolerance * scale, f"result {number}: {difference} of {scale}"
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_residual_unit(name, kernel):
+    torch.manual_seed(0)
+    leaves, options = unit_case(name)
+
+    def oracle(x, *parameters, dilation, lengths_frames):
+        return residual_unit_reference(x, *parameters, lengths_frames, dilation, False)[0]
+
+    expected = results_of(oracle, [leaf.double() for leaf in leaves], options)
+    assert_close(results_of(ops.residual_unit, leaves, options), expected, 3e-6)
+    with torch.no_grad():
+        assert_close([ops.residual_unit(*leaves, **options)], expected[:1], 3e-6)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_density_attention(name, kernel):
+    torch.manual_seed(0)
+    leaves, options = density_case(name)
+
+    def oracle(*leaves, lengths_frames):
+        return density_attention_reference(*leaves, lengths_frames)
+
+    expected = results_of(oracle, [leaf.double() for leaf in leaves], options)
+    # The plain form rounds the statistics of two thousand quiet frames more than the native one.
+    tolerance = 1e-3 if kernel == "torch" else 1e-4
+    assert_close(results_of(ops.density_attention, leaves, options), expected, tolerance)
+
+
+def test_float64_is_kept():
+    leaves, options = unit_case("prime sizes")
+    assert ops.residual_unit(*(leaf.double() for leaf in leaves), **options).dtype == torch.float64
+    leaves, options = density_case("prime sizes")
+    doubles = [leaf.double() for leaf in leaves]
+    assert ops.density_attention(*doubles, **options).dtype == torch.float64
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_outputs_do_not_depend_on_threads(threads):
+    torch.manual_seed(0)
+    unit, density = unit_case("several blocks"), density_case("one row empty")
+    before = torch.get_num_threads()
+
+    def outputs() -> list[Tensor]:
+        # gradients of a unit's weights are summed by thread
+        return [
+            *results_of(ops.residual_unit, *unit)[:2],
+            *results_of(ops.density_attention, *density),
+        ]
+
+    expected = outputs()
+    try:
+        torch.set_num_threads(threads)
+        got = outputs()
+    finally:
+        torch.set_num_threads(before)
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_opcheck():
+    (x, *parameters), options = unit_case("prime sizes")
+    leaves = [leaf.requires_grad_() for leaf in (x, *parameters)]
+    for lengths in (None, options["lengths_frames"]):
+        arguments = (*leaves, lengths, options["dilation"], True)
+        torch.library.opcheck(torch.ops.gmm_jepa.residual_unit.default, arguments)
+    leaves, options = density_case("prime sizes")
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    for lengths in (None, options["lengths_frames"]):
+        op = torch.ops.gmm_jepa.density_attention.default
+        torch.library.opcheck(op, (*leaves, lengths))
