@@ -44,6 +44,25 @@ struct DensityParameters {
     float offsets[kDensityGaussians], squared_widths[kDensityGaussians];
 };
 
+// A value is kept, times `scale`, where the hash of its row and column is at least `threshold`.
+struct Dropout {
+    uint64_t seed;
+    int32_t threshold;
+    float scale;
+    bool active;
+};
+
+// One query's row on the way back through an attention's softmax.
+struct SoftmaxGradient {
+    float* scores;            // (n,), become probabilities, as dropout left them
+    float* of_probabilities;  // (n,), become the gradients of the scores
+    int n;
+    float log_sum, delta;
+    const float* table;  // (n,), the bias over the gate
+    float gate;
+    float* grad_table;  // (n,), added to
+};
+
 // A screen's operands are 32-bit words: one pair of bfloat16 (z, z^2), or z and z^2 as two floats.
 struct Kernels {
     const char* name;
@@ -101,6 +120,16 @@ struct Kernels {
     void (*density_backward)(const DensityParameters& parameters, const float* x,
                              const float* grad, ptrdiff_t stride, int n, float* scratch,
                              float* grad_x, double* grad_parameters);
+
+    // Rows of n scores, read and written in whole vectors, minus infinity behind the last. Forward:
+    // exp(score - largest), dropped out; returns the largest, and the sum without dropout. Backward
+    // returns the gradient of the gate. `row` is the row's number among all.
+    float (*softmax_row)(float* scores, int n, const Dropout& dropout, uint64_t row, float* total);
+    float (*softmax_row_backward)(const SoftmaxGradient& gradient, const Dropout& dropout,
+                                  uint64_t row);
+
+    // out[i] = x[i] scale or 0, for n values of row `row`.
+    void (*dropout)(const float* x, int n, const Dropout& dropping, uint64_t row, float* out);
 };
 
 // Rows of parameters and of frames are padded with zeros to a multiple of this many values.

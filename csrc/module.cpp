@@ -2,9 +2,13 @@
 // (gmm_jepa/ops/native.py) owns the memory and has checked shapes, types and devices.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "attention.h"
 #include "cuda/bindings.h"
 #include "density.h"
 #include "em.h"
@@ -243,6 +247,89 @@ void density_attention_backward_at(const py::tuple& shape, const py::tuple& para
                                table, n_threads);
 }
 
+// (address, strides of row, head and frame)
+HeadRows head_rows(const py::handle& t) {
+    const auto values = t.cast<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>();
+    return {pointer<const float>(std::get<0>(values)), std::get<1>(values), std::get<2>(values),
+            std::get<3>(values)};
+}
+
+// B, H, T, d, address of key lengths or 0
+AttentionShape attention_shape(const py::tuple& t) {
+    const AttentionShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                               t[3].cast<int>(), pointer<const int64_t>(t[4].cast<uintptr_t>())};
+    if (shape.n_rows < 0 || shape.n_heads < 1 || shape.n_frames < 1 || shape.n_dims < 1) {
+        throw std::invalid_argument("shape: expected B, H, T, d");
+    }
+    for (int64_t row = 0; shape.key_lengths && row < shape.n_rows; ++row) {
+        if (shape.key_lengths[row] < 1 || shape.key_lengths[row] > shape.n_frames) {
+            throw std::invalid_argument("key_lengths: expected 1 to T each");
+        }
+    }
+    return shape;
+}
+
+// q, k, v as head_rows has them; addresses of table and gate
+AttentionInputs attention_inputs(const py::tuple& t) {
+    return {head_rows(t[0]), head_rows(t[1]), head_rows(t[2]),
+            pointer<const float>(t[3].cast<uintptr_t>()),
+            pointer<const float>(t[4].cast<uintptr_t>())};
+}
+
+// seed and probability; none with probability 0
+Dropout dropout_of(const py::tuple& t) {
+    const double p = t[1].cast<double>();
+    const double threshold = std::min(std::round(p * 4294967296.0), 4294967295.0);
+    return {t[0].cast<uint64_t>(), static_cast<int32_t>(threshold - 2147483648.0),
+            static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
+}
+
+void dropout_at(uintptr_t x, int64_t n, const py::tuple& dropout, uintptr_t out, int n_threads,
+                const std::string& instruction_set) {
+    const Dropout dropping = dropout_of(dropout);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    constexpr int64_t kRow = 4096;
+    const int64_t rows = (n + kRow - 1) / kRow;
+    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + rows / 16));
+    parallel(n_threads, [&](int thread) {
+        const Share share(rows, thread, n_threads);
+        for (int64_t row = share.first; row < share.last; ++row) {
+            const int64_t at = row * kRow;
+            table.dropout(pointer<const float>(x) + at, int(std::min(kRow, n - at)), dropping,
+                          uint64_t(row), pointer<float>(out) + at);
+        }
+    });
+}
+
+void attention_at(const py::tuple& shape, const py::tuple& inputs, const py::tuple& dropout,
+                  uintptr_t out, uintptr_t log_sum, int n_threads,
+                  const std::string& instruction_set) {
+    const AttentionShape sizes = attention_shape(shape);
+    const AttentionInputs operands = attention_inputs(inputs);
+    const Dropout dropping = dropout_of(dropout);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    attention(sizes, operands, dropping, pointer<float>(out), pointer<float>(log_sum), table,
+              n_threads);
+}
+
+void attention_backward_at(const py::tuple& shape, const py::tuple& inputs,
+                           const py::tuple& dropout, const py::tuple& grad, const py::tuple& out,
+                           uintptr_t log_sum, const py::tuple& gradients, int n_threads,
+                           const std::string& instruction_set) {
+    const AttentionShape sizes = attention_shape(shape);
+    const AttentionInputs operands = attention_inputs(inputs);
+    const Dropout dropping = dropout_of(dropout);
+    const HeadRows of_out = head_rows(grad), forward_out = head_rows(out);
+    const auto at = [&](int i) { return pointer<float>(gradients[i].cast<uintptr_t>()); };
+    const AttentionGradients to{at(0), at(1), at(2), at(3), at(4)};
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    attention_backward(sizes, operands, dropping, of_out, forward_out,
+                       pointer<const float>(log_sum), to, table, n_threads);
+}
+
 }  // namespace
 }  // namespace gmm_jepa
 
@@ -283,6 +370,14 @@ PYBIND11_MODULE(_native, module) {
     module.def("density_attention_backward", &density_attention_backward_at, py::arg("shape"),
                py::arg("parameters"), py::arg("x"), py::arg("grad"), py::arg("out"),
                py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("dropout", &dropout_at, py::arg("x"), py::arg("n"), py::arg("dropout"),
+               py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("attention", &attention_at, py::arg("shape"), py::arg("inputs"),
+               py::arg("dropout"), py::arg("out"), py::arg("log_sum"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("attention_backward", &attention_backward_at, py::arg("shape"), py::arg("inputs"),
+               py::arg("dropout"), py::arg("grad"), py::arg("out"), py::arg("log_sum"),
+               py::arg("gradients"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
     cuda::define(module);
 }

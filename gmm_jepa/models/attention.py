@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from gmm_jepa import ops
 from gmm_jepa.models.padding import valid_frames
 
-WRITTEN_OUT_SCORES = 2**21
-"""Scores (B H T T) up to which a CPU writes the bias out: 8 MiB in float32."""
-
 
 class GatedRelativeBias(nn.Module):
     """bias[b, h, i, j] = table[h, j - i] * gate[b, h, i]; one module serves all blocks.
@@ -77,8 +74,7 @@ def gated_bias_attention(
 ) -> Tensor:
     """softmax(q k' / sqrt(d) + table[h, j - i] gate[b, h, i]) v, as `gmm_jepa.ops` has it.
 
-    `attention_with_bias` takes over where the scores of a CPU's batch are few, for it is the faster
-    one there, and in an exported graph, which holds no ops of this package.
+    `attention_with_bias` takes over in an exported graph, which holds no ops of this package.
 
     Args:
         q, k, v: (B, H, T, d).
@@ -90,10 +86,8 @@ def gated_bias_attention(
     Returns:
         (B, H, T, d).
     """
-    written_out = torch.compiler.is_exporting() or (
-        q.device.type == "cpu" and q.shape[:3].numel() * q.shape[2] <= WRITTEN_OUT_SCORES
-    )
-    form = attention_with_bias if written_out else ops.gated_bias_attention
+    exporting = torch.compiler.is_exporting()
+    form = attention_with_bias if exporting else ops.gated_bias_attention
     return form(q, k, v, table, gate, key_lengths=key_lengths, dropout_p=dropout_p)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gmm_jepa.models.attention import GatedRelativeBias, attention, gated_bias_attention
 from gmm_jepa.models.config import AGGREGATION_HEADS, ConformerConfig
 from gmm_jepa.models.convolution import FrameConv
+from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import FrontEnd
 from gmm_jepa.models.padding import (
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -76,7 +77,7 @@ class ConvolutionModule(nn.Module):
         self.depthwise = FrameConv(dim, dim, kernel, padding=kernel // 2, groups=dim)
         self.norm_out = FrameGroupNorm(dim)
         self.down = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gmm_jepa.models.attention import GatedRelativeBias
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.conformer import ConformerBlock
+from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.padding import FrameMask, zero_padding
 from gmm_jepa.models.transformer import TransformerConfig
 
@@ -20,7 +21,7 @@ class ClusterBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, dim)
         self.down = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W)."""

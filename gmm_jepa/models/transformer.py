@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.attention import attention, gated_bias_attention, position_table
 from gmm_jepa.models.convolution import FrameConv
+from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import to_unit_rms
 from gmm_jepa.models.padding import (
@@ -130,7 +131,7 @@ class ConvolutionStack(nn.Module):
         self.norms = nn.ModuleList(FrameGroupNorm(config.conv_dim) for _ in KERNELS)
         self.projection = nn.Linear(config.conv_dim, config.code_dim)
         self.norm = nn.LayerNorm(config.code_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, waveform: Tensor, lengths_samples: Tensor | None
@@ -198,7 +199,7 @@ class TransformerBlock(nn.Module):
         self.out_proj = nn.Linear(D, D)
         self.ffn_norm = nn.LayerNorm(D)
         self.up, self.down = nn.Linear(D, config.ffn_dim), nn.Linear(config.ffn_dim, D)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

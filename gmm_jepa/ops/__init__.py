@@ -12,6 +12,7 @@ import torch
 from gmm_jepa.ops import native, triton_attention, triton_gmm, triton_log_mel
 from gmm_jepa.ops.attention import gated_bias_attention
 from gmm_jepa.ops.density import density_attention
+from gmm_jepa.ops.dropout import dropout
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
 from gmm_jepa.ops.log_mel import log_mel
@@ -54,6 +55,7 @@ __all__ = [
     "MaskedLoss",
     "Mixture",
     "density_attention",
+    "dropout",
     "em_statistics",
     "ema_update",
     "gated_bias_attention",

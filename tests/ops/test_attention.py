@@ -8,17 +8,27 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import attention
+from gmm_jepa.ops import attention, native
 from tests.attention_cases import CASES, assert_near, by_definition, drawn, results_of
 
 from .test_memory import peak_bytes
 
 
-@pytest.mark.parametrize("values", [1 << 17, 400])  # one block for all, and many
+@pytest.fixture(params=[*native.instruction_sets(), "torch", "torch in small blocks"])
+def kernel(request, monkeypatch):
+    if request.param.startswith("torch"):
+        monkeypatch.setattr(native, "_is_attention", lambda *tensors: False)
+        values = 400 if request.param.endswith("blocks") else 1 << 17
+        monkeypatch.setattr(attention, "BLOCK_VALUES", values)
+    else:
+        native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set("")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_definition(name, dtype, values, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_VALUES", values)
+def test_against_the_definition(name, dtype, kernel):
     case = CASES[name]().to("cpu", dtype)
     assert_near(results_of(ops.gated_bias_attention, case), by_definition(case), case)
 
@@ -30,7 +40,7 @@ def test_no_rows():
     assert (gradients[3] == 0).all()
 
 
-def test_memory_grows_with_frames_not_with_their_square():
+def test_memory_grows_with_frames_not_with_their_square(kernel):
     def peak(T: int) -> int:
         case = drawn(1, 2, T, 32, (T - T // 5,))
         return peak_bytes(lambda: results_of(ops.gated_bias_attention, case))
@@ -81,9 +91,7 @@ def keep_of(B: int, H: int, T: int, seed: int, dropout_p: float) -> Tensor:
     return T * ops.gated_bias_attention(flat, flat, v, table, gate, **options)
 
 
-@pytest.mark.parametrize("values", [1 << 17, 400])
-def test_gradients_under_dropout_are_those_of_its_mask(values, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_VALUES", values)
+def test_gradients_under_dropout_are_those_of_its_mask(kernel):
     case = drawn(2, 3, 30, 16)
     keep = keep_of(2, 3, 30, 11, 0.3)
     assert 0.2 < float((keep == 0).float().mean()) < 0.4
@@ -109,6 +117,24 @@ def test_dropout_keeps_the_mean():
     # one draw deviates by at most sqrt(p / (1 - p)) max |v|; five standard errors of the mean
     deviation = (0.25 / 0.75) ** 0.5 * float(case.v.abs().max())
     assert float((total / n_seeds - whole).abs().max()) < 5 * deviation / n_seeds**0.5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_threads(threads):
+    case, before = drawn(3, 4, 150, 16, (150, 20, 149)), torch.get_num_threads()
+
+    def dropped(*leaves: Tensor, key_lengths: Tensor | None) -> Tensor:
+        options = {"key_lengths": key_lengths, "dropout_p": 0.2, "seed": torch.tensor([7])}
+        return ops.gated_bias_attention(*leaves, **options)
+
+    expected = results_of(dropped, case)
+    try:
+        torch.set_num_threads(threads)
+        got = results_of(dropped, case)
+    finally:
+        torch.set_num_threads(before)
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_dropout_follows_torchs_own_seed():

@@ -1,0 +1,68 @@
+"""Dropout of values: what it keeps, its gradient, its seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gmm_jepa import ops
+from gmm_jepa.ops import native
+from gmm_jepa.ops.dropout import dropout_reference
+
+
+@pytest.fixture(params=[*native.instruction_sets(), "torch"])
+def dropped(request):
+    """dropout(x, seed, p) by one kernel."""
+    if request.param == "torch":
+        yield dropout_reference
+        return
+    native.use_instruction_set(request.param)
+    yield native.dropout
+    native.use_instruction_set("")
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (4096,), (4097, 3), (2, 0), (100, 1013)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_values_are_kept_and_scaled_or_zero(dropped, shape, p):
+    x = torch.rand(shape) + 1
+    y = dropped(x, torch.tensor([3]), p)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / (1 - p))
+    n = x.numel()
+    if n > 1000:  # five standard deviations
+        assert abs(int(kept.sum()) - n * (1 - p)) < 5 * (n * p * (1 - p)) ** 0.5
+
+
+def test_neighbours_rows_and_seeds_are_independent(dropped):
+    n, p = 1 << 20, 0.3
+    masks = [(dropped(torch.ones(n), torch.tensor([seed]), p) != 0).float() for seed in (1, 2)]
+    for a, b in (
+        masks,
+        (masks[0][1:], masks[0][:-1]),
+        (masks[0][4096:], masks[0][:-4096]),
+        (masks[0][8:], masks[0][:-8]),
+    ):
+        covariance = ((a - a.mean()) * (b - b.mean())).mean() / (p * (1 - p))
+        assert abs(float(covariance)) < 5 / n**0.5
+
+
+def test_its_gradient_has_the_same_mask():
+    x = torch.randn(50, 300, requires_grad=True)
+    y = ops.dropout(x, 0.4)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(gradient * x, y)
+    assert 0.35 < float((gradient == 0).float().mean()) < 0.45
+
+
+def test_it_follows_torchs_own_seed():
+    x, outputs = torch.ones(1000), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(ops.dropout(x, 0.5))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_opcheck():
+    x = torch.randn(5, 7, requires_grad=True)
+    torch.library.opcheck(torch.ops.gmm_jepa.dropout.default, (x, torch.tensor([3]), 0.2))
