@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from gmm_jepa.train.precision import bf16_over_fp32
+
 
 class Peaks(NamedTuple):
     """Rates that the device reaches in practice, not those of its data sheet."""
@@ -42,11 +44,12 @@ def _of_this_cpu() -> Peaks:
     source = torch.randn(1 << 25)
     target = torch.empty_like(source)
     copy_s = _best(lambda: target.copy_(source))
-    rates = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a, b = torch.randn(2, 2048, 2048).to(dtype)
-        rates[name] = 2.0 * 2048**3 / _best(lambda a=a, b=b: torch.mm(a, b))
-    rates["bfloat16"] = max(rates.values())  # not every CPU multiplies bfloat16
+    a, b = torch.randn(2, 2048, 2048)
+    rates = {"float32": 2.0 * 2048**3 / _best(lambda: torch.mm(a, b))}
+    rates["bfloat16"] = rates["float32"]
+    if bf16_over_fp32() > 1.0:  # not every CPU multiplies bfloat16
+        a, b = a.bfloat16(), b.bfloat16()
+        rates["bfloat16"] = 2.0 * 2048**3 / _best(lambda: torch.mm(a, b))
     return Peaks(2 * 4 * source.numel() / copy_s, rates)
 
 

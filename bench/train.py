@@ -34,6 +34,7 @@ from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.precision import bf16_over_fp32
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.trainer import batch_plan, training_step
 
@@ -222,6 +223,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     for precision in options.precision:
+        if precision == "bf16" and options.device == "cpu" and bf16_over_fp32() < 1.0:
+            print("bf16 left out: this CPU does not multiply bfloat16")
+            continue
         recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
         seconds = recipe.data.max_segment_s
         rows = round(recipe.data.batch_s / seconds)

@@ -2,31 +2,21 @@
 // (gmm_jepa/ops/native.py) owns the memory and has checked shapes, types and devices.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
-#include "attention.h"
+#include "bindings.h"
 #include "cuda/bindings.h"
-#include "density.h"
 #include "em.h"
 #include "kernels.h"
 #include "log_mel.h"
 #include "parallel.h"
 #include "posterior.h"
-#include "residual.h"
 
 namespace py = pybind11;
 
 namespace gmm_jepa {
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // (address, n_rows, n_columns, stride_row, stride_column)
 struct MatrixArguments {
@@ -172,164 +162,6 @@ void log_mel_at(const py::tuple& waveform, bool is_int16, uintptr_t lengths,
     is_int16 ? run(x.as<int16_t>()) : run(x.as<float>());
 }
 
-// shape: B, T, C, dilation, address of lengths or 0
-ResidualShape residual_shape(const py::tuple& t) {
-    const ResidualShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
-                              t[3].cast<int64_t>(), pointer<const int64_t>(t[4].cast<uintptr_t>())};
-    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 || shape.dilation < 1) {
-        throw std::invalid_argument("shape: expected sizes, and a dilation of at least 1");
-    }
-    return shape;
-}
-
-ResidualWeights residual_weights(const py::tuple& t) {
-    const auto at = [&](int i) { return pointer<const float>(t[i].cast<uintptr_t>()); };
-    return {at(0), at(1), at(2), at(3)};
-}
-
-void residual_forward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
-                         uintptr_t hidden, uintptr_t out, int n_threads,
-                         const std::string& instruction_set) {
-    const ResidualShape sizes = residual_shape(shape);
-    const ResidualWeights parameters = residual_weights(weights);
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    residual_forward(sizes, parameters, pointer<const float>(x), pointer<float>(hidden),
-                     pointer<float>(out), table, n_threads);
-}
-
-void residual_backward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
-                          uintptr_t hidden, uintptr_t grad, const py::tuple& out, int n_threads,
-                          const std::string& instruction_set) {
-    const ResidualShape sizes = residual_shape(shape);
-    const ResidualWeights parameters = residual_weights(weights);
-    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
-    const ResidualGradients gradients{at(0), at(1), at(2), at(3), at(4)};
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    residual_backward(sizes, parameters, pointer<const float>(x), pointer<const float>(hidden),
-                      pointer<const float>(grad), gradients, table, n_threads);
-}
-
-// shape: B, T, C, address of lengths or 0
-DensityShape density_shape(const py::tuple& t, const Kernels& table) {
-    const DensityShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
-                             pointer<const int64_t>(t[3].cast<uintptr_t>())};
-    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels % table.lanes) {
-        throw std::invalid_argument("shape: expected sizes, and channels that fill vectors");
-    }
-    return shape;
-}
-
-void density_attention_at(const py::tuple& shape, const py::tuple& parameters, uintptr_t x,
-                          uintptr_t out, int n_threads, const std::string& instruction_set) {
-    const Kernels& table = kernels(instruction_set.c_str());
-    const DensityShape sizes = density_shape(shape, table);
-    const auto* offsets = pointer<const float>(parameters[0].cast<uintptr_t>());
-    const auto* widths = pointer<const float>(parameters[1].cast<uintptr_t>());
-    const py::gil_scoped_release release;
-    density_attention(sizes, offsets, widths, pointer<const float>(x), pointer<float>(out), table,
-                      n_threads);
-}
-
-void density_attention_backward_at(const py::tuple& shape, const py::tuple& parameters,
-                                   uintptr_t x, uintptr_t grad, const py::tuple& out,
-                                   int n_threads, const std::string& instruction_set) {
-    const Kernels& table = kernels(instruction_set.c_str());
-    const DensityShape sizes = density_shape(shape, table);
-    const auto* offsets = pointer<const float>(parameters[0].cast<uintptr_t>());
-    const auto* widths = pointer<const float>(parameters[1].cast<uintptr_t>());
-    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
-    float *grad_x = at(0), *grad_offsets = at(1), *grad_widths = at(2);
-    const py::gil_scoped_release release;
-    density_attention_backward(sizes, offsets, widths, pointer<const float>(x),
-                               pointer<const float>(grad), grad_x, grad_offsets, grad_widths,
-                               table, n_threads);
-}
-
-// (address, strides of row, head and frame)
-HeadRows head_rows(const py::handle& t) {
-    const auto values = t.cast<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>();
-    return {pointer<const float>(std::get<0>(values)), std::get<1>(values), std::get<2>(values),
-            std::get<3>(values)};
-}
-
-// B, H, T, d, address of key lengths or 0
-AttentionShape attention_shape(const py::tuple& t) {
-    const AttentionShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-                               t[3].cast<int>(), pointer<const int64_t>(t[4].cast<uintptr_t>())};
-    if (shape.n_rows < 0 || shape.n_heads < 1 || shape.n_frames < 1 || shape.n_dims < 1) {
-        throw std::invalid_argument("shape: expected B, H, T, d");
-    }
-    for (int64_t row = 0; shape.key_lengths && row < shape.n_rows; ++row) {
-        if (shape.key_lengths[row] < 1 || shape.key_lengths[row] > shape.n_frames) {
-            throw std::invalid_argument("key_lengths: expected 1 to T each");
-        }
-    }
-    return shape;
-}
-
-// q, k, v as head_rows has them; addresses of table and gate
-AttentionInputs attention_inputs(const py::tuple& t) {
-    return {head_rows(t[0]), head_rows(t[1]), head_rows(t[2]),
-            pointer<const float>(t[3].cast<uintptr_t>()),
-            pointer<const float>(t[4].cast<uintptr_t>())};
-}
-
-// seed and probability; none with probability 0
-Dropout dropout_of(const py::tuple& t) {
-    const double p = t[1].cast<double>();
-    const double threshold = std::min(std::round(p * 4294967296.0), 4294967295.0);
-    return {t[0].cast<uint64_t>(), static_cast<int32_t>(threshold - 2147483648.0),
-            static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
-}
-
-void dropout_at(uintptr_t x, int64_t n, const py::tuple& dropout, uintptr_t out, int n_threads,
-                const std::string& instruction_set) {
-    const Dropout dropping = dropout_of(dropout);
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    constexpr int64_t kRow = 4096;
-    const int64_t rows = (n + kRow - 1) / kRow;
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + rows / 16));
-    parallel(n_threads, [&](int thread) {
-        const Share share(rows, thread, n_threads);
-        for (int64_t row = share.first; row < share.last; ++row) {
-            const int64_t at = row * kRow;
-            table.dropout(pointer<const float>(x) + at, int(std::min(kRow, n - at)), dropping,
-                          uint64_t(row), pointer<float>(out) + at);
-        }
-    });
-}
-
-void attention_at(const py::tuple& shape, const py::tuple& inputs, const py::tuple& dropout,
-                  uintptr_t out, uintptr_t log_sum, int n_threads,
-                  const std::string& instruction_set) {
-    const AttentionShape sizes = attention_shape(shape);
-    const AttentionInputs operands = attention_inputs(inputs);
-    const Dropout dropping = dropout_of(dropout);
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    attention(sizes, operands, dropping, pointer<float>(out), pointer<float>(log_sum), table,
-              n_threads);
-}
-
-void attention_backward_at(const py::tuple& shape, const py::tuple& inputs,
-                           const py::tuple& dropout, const py::tuple& grad, const py::tuple& out,
-                           uintptr_t log_sum, const py::tuple& gradients, int n_threads,
-                           const std::string& instruction_set) {
-    const AttentionShape sizes = attention_shape(shape);
-    const AttentionInputs operands = attention_inputs(inputs);
-    const Dropout dropping = dropout_of(dropout);
-    const HeadRows of_out = head_rows(grad), forward_out = head_rows(out);
-    const auto at = [&](int i) { return pointer<float>(gradients[i].cast<uintptr_t>()); };
-    const AttentionGradients to{at(0), at(1), at(2), at(3), at(4)};
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    attention_backward(sizes, operands, dropping, of_out, forward_out,
-                       pointer<const float>(log_sum), to, table, n_threads);
-}
-
 }  // namespace
 }  // namespace gmm_jepa
 
@@ -358,26 +190,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("log_mel", &log_mel_at, py::arg("waveform"), py::arg("is_int16"),
                py::arg("lengths"), py::arg("settings"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
-    module.def("residual_forward", &residual_forward_at, py::arg("shape"), py::arg("weights"),
-               py::arg("x"), py::arg("hidden"), py::arg("out"), py::arg("n_threads"),
-               py::arg("instruction_set") = "");
-    module.def("residual_backward", &residual_backward_at, py::arg("shape"), py::arg("weights"),
-               py::arg("x"), py::arg("hidden"), py::arg("grad"), py::arg("out"),
-               py::arg("n_threads"), py::arg("instruction_set") = "");
-    module.def("density_attention", &density_attention_at, py::arg("shape"),
-               py::arg("parameters"), py::arg("x"), py::arg("out"), py::arg("n_threads"),
-               py::arg("instruction_set") = "");
-    module.def("density_attention_backward", &density_attention_backward_at, py::arg("shape"),
-               py::arg("parameters"), py::arg("x"), py::arg("grad"), py::arg("out"),
-               py::arg("n_threads"), py::arg("instruction_set") = "");
-    module.def("dropout", &dropout_at, py::arg("x"), py::arg("n"), py::arg("dropout"),
-               py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
-    module.def("attention", &attention_at, py::arg("shape"), py::arg("inputs"),
-               py::arg("dropout"), py::arg("out"), py::arg("log_sum"), py::arg("n_threads"),
-               py::arg("instruction_set") = "");
-    module.def("attention_backward", &attention_backward_at, py::arg("shape"), py::arg("inputs"),
-               py::arg("dropout"), py::arg("grad"), py::arg("out"), py::arg("log_sum"),
-               py::arg("gradients"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
+    define_encoder(module);
     cuda::define(module);
 }

@@ -24,7 +24,9 @@ def main(folder: Path) -> None:
     """Objects side by side, then the program ``main``."""
     folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "g++")
-    sources = [path for path in CSRC.glob("*.cpp") if path.stem != "module"]
+    sources = [
+        path for path in CSRC.glob("*.cpp") if path.stem not in ("module", "encoder_bindings")
+    ]
     sources = [path for path in sources if IS_X86 or path.stem not in FLAGS_OF]
     sources.append(CSRC / "cuda" / "emulate.cpp")
     sources.append(CSRC / "sanitize" / "main.cpp")

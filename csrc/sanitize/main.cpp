@@ -10,11 +10,15 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "cuda/em.h"
 #include "cuda/tile.h"
+#include "density.h"
+#include "dropout.h"
 #include "em.h"
 #include "log_mel.h"
 #include "posterior.h"
+#include "residual.h"
 
 using namespace gmm_jepa;
 
@@ -114,6 +118,89 @@ void log_mel_round(const Kernels& kernels) {
     }
 }
 
+std::vector<float> drawn(int64_t n) {
+    std::vector<float> values(n);
+    for (float& v : values) v = static_cast<float>(normal());
+    return values;
+}
+
+void demand_finite(const std::vector<float>& values, const char* what, const Kernels& kernels) {
+    for (float value : values) {
+        if (std::isfinite(value)) continue;
+        std::printf("%s of %s is not finite\n", what, kernels.name);
+        std::exit(1);
+    }
+}
+
+std::vector<int64_t> drawn_lengths(int64_t n, int64_t least, int64_t most) {
+    std::vector<int64_t> lengths(n);
+    for (int64_t& length : lengths) length = any(least, most);
+    return lengths;
+}
+
+void residual_round(const Kernels& kernels) {
+    const int64_t B = any(0, 3), T = any(1, 300), C = any(1, 70), n = B * T * C;
+    const std::vector<int64_t> lengths = drawn_lengths(B, 0, T);
+    const std::vector<float> x = drawn(n), grad = drawn(n), weight1 = drawn(3 * C * C),
+                             weight2 = drawn(3 * C * C), bias1 = drawn(C), bias2 = drawn(C);
+    std::vector<float> hidden(n), out(n), grad_x(n), grad_weight1(3 * C * C), grad_bias1(C),
+        grad_weight2(3 * C * C), grad_bias2(C);
+    const ResidualShape shape{B, T, int(C), any(1, 140), any(0, 1) ? lengths.data() : nullptr};
+    const ResidualWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
+    const int threads = static_cast<int>(any(1, 4));
+    residual_forward(shape, weights, x.data(), any(0, 1) ? hidden.data() : nullptr, out.data(),
+                     kernels, threads);
+    residual_forward(shape, weights, x.data(), hidden.data(), out.data(), kernels, threads);
+    residual_backward(shape, weights, x.data(), hidden.data(), grad.data(),
+                      {grad_x.data(), grad_weight1.data(), grad_bias1.data(), grad_weight2.data(),
+                       grad_bias2.data()},
+                      kernels, threads);
+    demand_finite(out, "residual unit", kernels);
+    demand_finite(grad_x, "gradient of a residual unit", kernels);
+    demand_finite(grad_weight1, "gradient of its weights", kernels);
+}
+
+void density_round(const Kernels& kernels) {
+    const int64_t B = any(0, 3), T = any(1, 300), C = 16 * any(1, 4), n = B * T * C;
+    const std::vector<int64_t> lengths = drawn_lengths(B, 0, T);
+    const std::vector<float> x = drawn(n), grad = drawn(n), offsets = drawn(16);
+    const std::vector<float> widths(16, 0.7f);
+    std::vector<float> out(n), grad_x(n), grad_offsets(16), grad_widths(16);
+    const DensityShape shape{B, T, int(C), any(0, 1) ? lengths.data() : nullptr};
+    const int threads = static_cast<int>(any(1, 4));
+    density_attention(shape, offsets.data(), widths.data(), x.data(), out.data(), kernels, threads);
+    density_attention_backward(shape, offsets.data(), widths.data(), x.data(), grad.data(),
+                               grad_x.data(), grad_offsets.data(), grad_widths.data(), kernels,
+                               threads);
+    demand_finite(out, "density attention", kernels);
+    demand_finite(grad_x, "gradient of density attention", kernels);
+}
+
+void attention_round(const Kernels& kernels) {
+    const int64_t B = any(0, 2), H = any(1, 3), T = any(1, 200), d = any(1, 40), n = B * H * T * d;
+    const std::vector<int64_t> lengths = drawn_lengths(B, 1, T);
+    const std::vector<float> q = drawn(n), k = drawn(n), v = drawn(n), grad = drawn(n),
+                             table = drawn(H * (2 * T - 1)), gate = drawn(B * H * T);
+    std::vector<float> out(n), log_sum(B * H * T), grad_q(n), grad_k(n), grad_v(n),
+        grad_table(H * (2 * T - 1)), grad_gate(B * H * T);
+    const auto rows = [&](const std::vector<float>& of) {
+        return HeadRows{of.data(), H * T * d, T * d, d};
+    };
+    const AttentionShape shape{B, H, T, int(d), any(0, 1) ? lengths.data() : nullptr};
+    const AttentionInputs inputs{rows(q), rows(k), rows(v), table.data(), gate.data()};
+    const Dropout dropping{uint64_t(any(0, 1 << 30)), -1000000000, 1.4f, any(0, 1) == 1};
+    const HeadRows out_rows{out.data(), T * H * d, d, H * d};  // memory of (B, T, H, d)
+    const int threads = static_cast<int>(any(1, 4));
+    attention(shape, inputs, dropping, out.data(), log_sum.data(), kernels, threads);
+    attention_backward(shape, inputs, dropping, rows(grad), out_rows, log_sum.data(),
+                       {grad_q.data(), grad_k.data(), grad_v.data(), grad_table.data(),
+                        grad_gate.data()},
+                       kernels, threads);
+    demand_finite(out, "attention", kernels);
+    demand_finite(grad_k, "gradient of attention", kernels);
+    dropout(q.data(), n, dropping, out.data(), kernels, threads);
+}
+
 }  // namespace
 
 int main() {
@@ -129,6 +216,9 @@ int main() {
             mixture_round<double>(kernels(name.c_str()));
             log_mel_round<float>(kernels(name.c_str()));
             log_mel_round<int16_t>(kernels(name.c_str()));
+            residual_round(kernels(name.c_str()));
+            density_round(kernels(name.c_str()));
+            attention_round(kernels(name.c_str()));
         }
         std::printf("%s: clean\n", name.c_str());
     }

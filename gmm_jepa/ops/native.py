@@ -15,20 +15,6 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.ops import cuda_em
-from gmm_jepa.ops.attention import (
-    _attention,
-    _attention_backward,
-    _empty,
-    attention_backward_reference,
-    attention_reference,
-)
-from gmm_jepa.ops.density import (
-    _density_attention,
-    _density_attention_backward,
-    density_attention_backward_reference,
-    density_attention_reference,
-)
-from gmm_jepa.ops.dropout import _dropout, dropout_reference
 from gmm_jepa.ops.em import (
     _em_statistics,
     _kmeans_assign,
@@ -43,12 +29,6 @@ from gmm_jepa.ops.posterior import (
     log_likelihood_reference,
     posterior_reference,
     topk_reference,
-)
-from gmm_jepa.ops.residual import (
-    _unit,
-    _unit_backward,
-    residual_unit_backward_reference,
-    residual_unit_reference,
 )
 
 try:
@@ -105,6 +85,11 @@ def cuda_status() -> str:
     return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
 
 
+def call(name: str, *arguments: object) -> None:
+    """A function of the module, on torch's number of threads and the chosen instruction set."""
+    getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
+
+
 def em_statistics(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,13 +99,12 @@ def em_statistics(
         return em_statistics_reference(frames, log_weights, means, variances)
     x, parameters = _frames(frames), _parameters(log_weights, means, variances)
     out = _statistics(K, D, x.device)
-    _native.em_statistics(
+    call(
+        "em_statistics",
         _matrix(x),
         x.dtype == torch.float64,
         _addresses(parameters),
         tuple(o.data_ptr() for o in out),
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return out
 
@@ -198,15 +182,14 @@ def posterior(
     x, parameters = _frames(frames), _parameters(*mixture)
     dtype = out_dtype if out_dtype in _WIDE else torch.float32
     out = torch.empty((x.shape[0], K), dtype=dtype)
-    _native.posterior(
+    call(
+        "posterior",
         _matrix(x),
         x.dtype == torch.float64,
         _addresses(parameters),
         temperature,
         out.data_ptr(),
         dtype == torch.float64,
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return out.to(out_dtype)
 
@@ -220,13 +203,12 @@ def log_likelihood(
         return log_likelihood_reference(frames, *mixture, precision)
     x, parameters = _frames(frames), _parameters(*mixture)
     out = torch.empty(x.shape[0], dtype=torch.float64)
-    _native.log_likelihood(
+    call(
+        "log_likelihood",
         _matrix(x),
         x.dtype == torch.float64,
         _addresses(parameters),
         out.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return out.to(x.dtype)
 
@@ -246,7 +228,8 @@ def topk(
     x, parameters = _frames(frames), _parameters(*mixture)
     posteriors = torch.empty((x.shape[0], k), dtype=torch.float32)
     indices = torch.empty((x.shape[0], k), dtype=torch.int64)
-    _native.topk(
+    call(
+        "topk",
         _matrix(x),
         x.dtype == torch.float64,
         _addresses(parameters),
@@ -254,8 +237,6 @@ def topk(
         temperature,
         posteriors.data_ptr(),
         indices.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return posteriors, indices
 
@@ -273,14 +254,13 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     x, log_weights = _frames(frames), means.new_zeros(K)
     labels = torch.empty(x.shape[0], dtype=torch.int64)
     distances = torch.empty(x.shape[0], dtype=torch.float32)
-    _native.nearest(
+    call(
+        "nearest",
         _matrix(x),
         x.dtype == torch.float64,
         _addresses([log_weights, means, variances]),
         labels.data_ptr(),
         distances.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return labels, distances
 
@@ -305,257 +285,15 @@ def log_mel(
     window, filters = window.float().contiguous(), filters.float().contiguous()
     lengths = lengths_samples.contiguous()
     out = torch.empty((B, S // hop + 1, n_mels), dtype=torch.float32)
-    _native.log_mel(
+    call(
+        "log_mel",
         _matrix(x),
         x.dtype == torch.int16,
         lengths.data_ptr(),
         (window.data_ptr(), filters.data_ptr(), n_fft, n_mels, hop, floor),
         out.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
     )
     return out.to(out_dtype)
-
-
-def residual_unit(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    lengths_frames: Tensor | None,
-    dilation: int,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """x + conv(lrelu(conv(lrelu(x)))) in float32, and what the first convolution made."""
-    tensors = (x, weight1, bias1, weight2, bias2)
-    if not _is_residual(*tensors):
-        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden)
-    x, *parameters = (t.contiguous() for t in tensors)
-    out = torch.empty_like(x)
-    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
-    _native.residual_forward(
-        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
-        tuple(p.data_ptr() for p in parameters),
-        x.data_ptr(),
-        hidden.data_ptr() if keep_hidden else 0,
-        out.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out, hidden
-
-
-def residual_unit_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    lengths_frames: Tensor | None,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and the parameters of `residual_unit`."""
-    tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
-    if not _is_residual(*tensors):
-        return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
-    grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
-    out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
-    _native.residual_backward(
-        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
-        tuple(p.data_ptr() for p in parameters),
-        x.data_ptr(),
-        hidden.data_ptr(),
-        grad.data_ptr(),
-        tuple(o.data_ptr() for o in out),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out
-
-
-def _is_residual(*tensors: Tensor) -> bool:
-    """What the native unit is made for: float32, and at least one value."""
-    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
-
-
-def gated_bias_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    key_lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in float32."""
-    if not _is_attention(q, k, v, table, gate):
-        return attention_reference(q, k, v, table, gate, key_lengths, seed, dropout_p)
-    inputs = _AttentionInputs(q, k, v, table, gate, key_lengths)
-    out, log_sum = _empty(inputs.qkv[0]), torch.empty(gate.shape)
-    _native.attention(
-        *inputs.arguments(),
-        _seed_and_probability(seed, dropout_p),
-        out.data_ptr(),
-        log_sum.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out.to(q.dtype), log_sum
-
-
-def gated_bias_attention_backward(
-    grad: Tensor,
-    out: Tensor,
-    log_sum: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    key_lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, table and gate."""
-    tensors = (q, k, v, table, gate)
-    if not _is_attention(*tensors):
-        return attention_backward_reference(
-            grad, out, log_sum, *tensors, key_lengths, seed, dropout_p
-        )
-    inputs = _AttentionInputs(*tensors, key_lengths)
-    grad, out, log_sum = _dense_rows(grad), _dense_rows(out), log_sum.contiguous()
-    gradients = (*map(_empty, inputs.qkv), torch.empty(table.shape), torch.empty(gate.shape))
-    _native.attention_backward(
-        *inputs.arguments(),
-        _seed_and_probability(seed, dropout_p),
-        _head_rows(grad),
-        _head_rows(out),
-        log_sum.data_ptr(),
-        tuple(g.data_ptr() for g in gradients),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return tuple(g.to(t.dtype) for g, t in zip(gradients, tensors))
-
-
-class _AttentionInputs:
-    """The tensors of an attention as the module takes them, alive for the call."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor,
-        gate: Tensor,
-        key_lengths: Tensor | None,
-    ) -> None:
-        self.qkv = [_dense_rows(t) for t in (q, k, v)]
-        self.table, self.gate = table.float().contiguous(), gate.float().contiguous()
-        self.lengths = None if key_lengths is None else key_lengths.long().contiguous()
-
-    def arguments(self) -> tuple[tuple, tuple]:
-        """Shape and inputs."""
-        lengths = 0 if self.lengths is None else self.lengths.data_ptr()
-        return (*self.qkv[0].shape, lengths), (
-            *map(_head_rows, self.qkv),
-            self.table.data_ptr(),
-            self.gate.data_ptr(),
-        )
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x (B, H, T, d) in float32 with its last axis dense."""
-    x = x.float()
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _head_rows(x: Tensor) -> tuple[int, int, int, int]:
-    return (x.data_ptr(), *x.stride()[:3])
-
-
-def _seed_and_probability(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
-    return (0, 0.0) if seed is None else (int(seed), dropout_p)
-
-
-def _is_attention(*tensors: Tensor) -> bool:
-    """All but float64; the half types are computed in float32."""
-    return all(t.dtype != torch.float64 for t in tensors) and tensors[0].shape[3] > 0
-
-
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x dropped out in float32."""
-    if x.dtype != torch.float32:
-        return dropout_reference(x, seed, p)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _native.dropout(
-        x.data_ptr(),
-        x.numel(),
-        _seed_and_probability(seed, p),
-        out.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out
-
-
-def density_attention(
-    x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor | None
-) -> Tensor:
-    """x + x softmax(log-density) over time, in float32."""
-    if not _is_density(x):
-        return density_attention_reference(x, offsets, squared_widths, lengths_frames)
-    x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
-    out = torch.empty_like(x)
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
-    _native.density_attention(
-        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
-        tuple(p.data_ptr() for p in parameters),
-        x.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out
-
-
-def density_attention_backward(
-    grad: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    squared_widths: Tensor,
-    lengths_frames: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `density_attention`."""
-    if not _is_density(x):
-        return density_attention_backward_reference(
-            grad, x, offsets, squared_widths, lengths_frames
-        )
-    grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
-    out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
-    _native.density_attention_backward(
-        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
-        tuple(p.data_ptr() for p in parameters),
-        x.data_ptr(),
-        grad.data_ptr(),
-        tuple(o.data_ptr() for o in out),
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    return out
-
-
-def _is_density(x: Tensor) -> bool:
-    """Float32 with channels that fill the vectors of every instruction set."""
-    return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
 
 
 def _share_threads() -> None:
@@ -610,12 +348,5 @@ if _native is not None:
     _posterior.register_kernel("cpu")(posterior)
     _log_likelihood.register_kernel("cpu")(log_likelihood)
     _topk.register_kernel("cpu")(topk)
-    _attention.register_kernel("cpu")(gated_bias_attention)
-    _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
-    _dropout.register_kernel("cpu")(dropout)
-    _density_attention.register_kernel("cpu")(density_attention)
-    _density_attention_backward.register_kernel("cpu")(density_attention_backward)
-    _unit.register_kernel("cpu")(residual_unit)
-    _unit_backward.register_kernel("cpu")(residual_unit_backward)
     if cuda_architectures() and os.environ.get(_CUDA_SWITCH) == "1":
         _em_statistics.register_kernel("cuda")(em_statistics_cuda)

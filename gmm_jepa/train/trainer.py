@@ -30,6 +30,7 @@ from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
+from gmm_jepa.train.precision import bf16_over_fp32
 from gmm_jepa.train.profile import StepProfile
 from gmm_jepa.train.state import TrainState
 
@@ -75,6 +76,7 @@ def train(
             finite gradient.
     """
     config = recipe.train
+    _advise(config, peers)
 
     # Model
     state = TrainState(recipe, labels, peers, first_step=iteration.first_step)
@@ -181,6 +183,17 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
 
 def _to_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
     return MaskedBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def _advise(config: TrainConfig, peers: Processes) -> None:
+    """A line where bf16 was chosen and slows the training down."""
+    if config.precision == "bf16" and peers.device.type == "cpu" and peers.is_main:
+        rate = bf16_over_fp32()
+        if rate < 1.0:
+            print(
+                f"bf16: this CPU multiplies it {1 / rate:.0f} times slower than float32; "
+                "--train.precision fp32 is faster"
+            )
 
 
 def _precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:

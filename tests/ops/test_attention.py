@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import attention, native
+from gmm_jepa.ops import attention, native, native_encoder
 from tests.attention_cases import CASES, assert_near, by_definition, drawn, results_of
 
 from .test_memory import peak_bytes
@@ -17,7 +17,7 @@ from .test_memory import peak_bytes
 @pytest.fixture(params=[*native.instruction_sets(), "torch", "torch in small blocks"])
 def kernel(request, monkeypatch):
     if request.param.startswith("torch"):
-        monkeypatch.setattr(native, "_is_attention", lambda *tensors: False)
+        monkeypatch.setattr(native_encoder, "_is_attention", lambda *tensors: False)
         values = 400 if request.param.endswith("blocks") else 1 << 17
         monkeypatch.setattr(attention, "BLOCK_VALUES", values)
     else:

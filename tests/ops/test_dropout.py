@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmm_jepa import ops
-from gmm_jepa.ops import native
+from gmm_jepa.ops import native, native_encoder
 from gmm_jepa.ops.dropout import dropout_reference
 
 
@@ -17,7 +17,7 @@ def dropped(request):
         yield dropout_reference
         return
     native.use_instruction_set(request.param)
-    yield native.dropout
+    yield native_encoder.dropout
     native.use_instruction_set("")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa import ops
-from gmm_jepa.ops import native
+from gmm_jepa.ops import native, native_encoder
 from gmm_jepa.ops.density import density_attention_reference
 from gmm_jepa.ops.residual import residual_unit_reference
 
@@ -49,8 +49,8 @@ DENSITIES = {
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "_is_residual", lambda *tensors: False)
-        monkeypatch.setattr(native, "_is_density", lambda x: False)
+        monkeypatch.setattr(native_encoder, "_is_residual", lambda *tensors: False)
+        monkeypatch.setattr(native_encoder, "_is_density", lambda x: False)
     else:
         native.use_instruction_set(request.param)
     yield request.param
@@ -138,6 +138,18 @@ def test_float64_is_kept():
     leaves, options = density_case("prime sizes")
     doubles = [leaf.double() for leaf in leaves]
     assert ops.density_attention(*doubles, **options).dtype == torch.float64
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason=f"native module: {native.status()}")
+@pytest.mark.parametrize("length", [-1, 8])
+def test_lengths_beyond_the_frames_are_refused(length):
+    lengths = torch.tensor([length])
+    convolution = (torch.zeros(16, 16, 3), torch.zeros(16))
+    x, gaussians = torch.zeros(1, 7, 16), torch.ones(4, 4)
+    with pytest.raises(ValueError, match="lengths_frames"):
+        ops.residual_unit(x, *convolution, *convolution, lengths_frames=lengths)
+    with pytest.raises(ValueError, match="lengths_frames"):
+        ops.density_attention(x, gaussians, gaussians, lengths_frames=lengths)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

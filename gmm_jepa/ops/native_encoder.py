@@ -1,0 +1,272 @@
+"""The native module's kernels of the encoders' operators on CPUs; see `gmm_jepa.ops.native`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops.attention import (
+    _attention,
+    _attention_backward,
+    _empty,
+    attention_backward_reference,
+    attention_reference,
+)
+from gmm_jepa.ops.density import (
+    _density_attention,
+    _density_attention_backward,
+    density_attention_backward_reference,
+    density_attention_reference,
+)
+from gmm_jepa.ops.dropout import _dropout, dropout_reference
+from gmm_jepa.ops.native import call, instruction_sets
+from gmm_jepa.ops.residual import (
+    _unit,
+    _unit_backward,
+    residual_unit_backward_reference,
+    residual_unit_reference,
+)
+
+
+def gated_bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in float32."""
+    if not _is_attention(q, k, v, table, gate):
+        return attention_reference(q, k, v, table, gate, key_lengths, seed, dropout_p)
+    inputs = _AttentionInputs(q, k, v, table, gate, key_lengths)
+    out, log_sum = _empty(inputs.qkv[0]), torch.empty(gate.shape)
+    call(
+        "attention",
+        *inputs.arguments(),
+        _seed_and_probability(seed, dropout_p),
+        out.data_ptr(),
+        log_sum.data_ptr(),
+    )
+    return out.to(q.dtype), log_sum
+
+
+def gated_bias_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, table and gate."""
+    tensors = (q, k, v, table, gate)
+    if not _is_attention(*tensors):
+        return attention_backward_reference(
+            grad, out, log_sum, *tensors, key_lengths, seed, dropout_p
+        )
+    inputs = _AttentionInputs(*tensors, key_lengths)
+    grad, out, log_sum = _dense_rows(grad), _dense_rows(out), log_sum.contiguous()
+    gradients = (*map(_empty, inputs.qkv), torch.empty(table.shape), torch.empty(gate.shape))
+    call(
+        "attention_backward",
+        *inputs.arguments(),
+        _seed_and_probability(seed, dropout_p),
+        _head_rows(grad),
+        _head_rows(out),
+        log_sum.data_ptr(),
+        tuple(g.data_ptr() for g in gradients),
+    )
+    return tuple(g.to(t.dtype) for g, t in zip(gradients, tensors))
+
+
+class _AttentionInputs:
+    """The tensors of an attention as the module takes them, alive for the call."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor,
+        gate: Tensor,
+        key_lengths: Tensor | None,
+    ) -> None:
+        self.qkv = [_dense_rows(t) for t in (q, k, v)]
+        self.table, self.gate = table.float().contiguous(), gate.float().contiguous()
+        self.lengths = None if key_lengths is None else key_lengths.long().contiguous()
+
+    def arguments(self) -> tuple[tuple, tuple]:
+        """Shape and inputs."""
+        lengths = 0 if self.lengths is None else self.lengths.data_ptr()
+        return (*self.qkv[0].shape, lengths), (
+            *map(_head_rows, self.qkv),
+            self.table.data_ptr(),
+            self.gate.data_ptr(),
+        )
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x (B, H, T, d) in float32 with its last axis dense."""
+    x = x.float()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _head_rows(x: Tensor) -> tuple[int, int, int, int]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _seed_and_probability(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
+    return (0, 0.0) if seed is None else (int(seed), dropout_p)
+
+
+def _is_attention(*tensors: Tensor) -> bool:
+    """All but float64; the half types are computed in float32."""
+    return all(t.dtype != torch.float64 for t in tensors) and tensors[0].shape[3] > 0
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x dropped out in float32."""
+    if x.dtype != torch.float32:
+        return dropout_reference(x, seed, p)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call(
+        "dropout",
+        x.data_ptr(),
+        x.numel(),
+        _seed_and_probability(seed, p),
+        out.data_ptr(),
+    )
+    return out
+
+
+def density_attention(
+    x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor | None
+) -> Tensor:
+    """x + x softmax(log-density) over time, in float32."""
+    if not _is_density(x):
+        return density_attention_reference(x, offsets, squared_widths, lengths_frames)
+    x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
+    out = torch.empty_like(x)
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    call(
+        "density_attention",
+        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def density_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    squared_widths: Tensor,
+    lengths_frames: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `density_attention`."""
+    if not _is_density(x):
+        return density_attention_backward_reference(
+            grad, x, offsets, squared_widths, lengths_frames
+        )
+    grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    call(
+        "density_attention_backward",
+        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_density(x: Tensor) -> bool:
+    """Float32 with channels that fill the vectors of every instruction set."""
+    return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
+def residual_unit(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """x + conv(lrelu(conv(lrelu(x)))) in float32, and what the first convolution made."""
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden)
+    x, *parameters = (t.contiguous() for t in tensors)
+    out = torch.empty_like(x)
+    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    call(
+        "residual_forward",
+        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr() if keep_hidden else 0,
+        out.data_ptr(),
+    )
+    return out, hidden
+
+
+def residual_unit_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the parameters of `residual_unit`."""
+    tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
+    grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    call(
+        "residual_backward",
+        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_residual(*tensors: Tensor) -> bool:
+    """What the native unit is made for: float32, and at least one value."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
+
+
+if instruction_sets():
+    _attention.register_kernel("cpu")(gated_bias_attention)
+    _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
+    _density_attention.register_kernel("cpu")(density_attention)
+    _density_attention_backward.register_kernel("cpu")(density_attention_backward)
+    _dropout.register_kernel("cpu")(dropout)
+    _unit.register_kernel("cpu")(residual_unit)
+    _unit_backward.register_kernel("cpu")(residual_unit_backward)
