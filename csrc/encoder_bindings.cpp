@@ -140,9 +140,9 @@ Dropout dropout_of(const py::tuple& t) {
             static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
 }
 
-void dropout_at(uintptr_t x, int64_t n, const py::tuple& dropout, uintptr_t out, int n_threads,
+void dropout_at(uintptr_t x, int64_t n, const py::tuple& drawn_by, uintptr_t out, int n_threads,
                 const std::string& instruction_set) {
-    const Dropout dropping = dropout_of(dropout);
+    const Dropout dropping = dropout_of(drawn_by);
     const Kernels& table = kernels(instruction_set.c_str());
     const py::gil_scoped_release release;
     dropout(pointer<const float>(x), n, dropping, pointer<float>(out), table, n_threads);
@@ -191,7 +191,7 @@ void define_encoder(py::module_& module) {
     module.def("density_attention_backward", &density_attention_backward_at, py::arg("shape"),
                py::arg("parameters"), py::arg("x"), py::arg("grad"), py::arg("out"),
                py::arg("n_threads"), py::arg("instruction_set") = "");
-    module.def("dropout", &dropout_at, py::arg("x"), py::arg("n"), py::arg("dropout"),
+    module.def("dropout", &dropout_at, py::arg("x"), py::arg("n"), py::arg("drawn_by"),
                py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("attention", &attention_at, py::arg("shape"), py::arg("inputs"),
                py::arg("dropout"), py::arg("out"), py::arg("log_sum"), py::arg("n_threads"),
