@@ -15,6 +15,13 @@ from bench.cases import (
     gmm_posterior,
     log_mel,
 )
+from bench.encoder_cases import (
+    attention_with_dropout,
+    density_attention,
+    dropout,
+    gated_bias_attention,
+    residual_unit,
+)
 from bench.loss_cases import (
     masked_cross_entropy,
     masked_kl,
@@ -32,13 +39,19 @@ IN_BOTH_TYPES = (
     masked_kl_targets,
     masked_cross_entropy,
     masked_mse,
+    gated_bias_attention,
+    attention_with_dropout,
 )
 EVERYWHERE = (*IN_BOTH_TYPES, gmm_log_likelihood, gmm_argmax, em_statistics, ema_update)
+ON_CPUS = (residual_unit, density_attention, dropout)
+"""Elsewhere plain torch does these."""
 
 
 def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
     """Functions that make each case of a shape."""
     made = [lambda make=make: make(shape, device) for make in EVERYWHERE]
+    if device == "cpu":
+        made += [lambda make=make: make(shape, device) for make in ON_CPUS]
     if device == "cuda":
         half = torch.bfloat16
         made += [lambda make=make: make(shape, device, half) for make in IN_BOTH_TYPES]

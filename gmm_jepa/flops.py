@@ -136,6 +136,34 @@ def masked_mse(
     return Work(4.0 * n_channels, tensors * n_channels * in_bytes).scaled(n_rows)
 
 
+def residual_unit(n_frames: int, n_channels: int) -> Work:
+    """Two convolutions of three taps, forward and gradient: three products each.
+
+    Bytes: x, the result and the hidden values of the forward pass; on the way back these, the
+    gradient and that of x, float32.
+    """
+    products = 3 * 2 * 2.0 * 3 * n_frames * n_channels**2
+    return Work(flops=products, bytes=4.0 * n_frames * n_channels * (3 + 4))
+
+
+def density_attention(n_frames: int, n_channels: int) -> Work:
+    """Forward and gradient of four Gaussians, about 6 and 18 operations each a value, and bytes:
+    x and the result, then x, the gradient and that of x, float32.
+    """
+    n_values = float(n_frames * n_channels)
+    return Work(flops=4 * (6 + 18) * n_values, bytes=4.0 * 5 * n_values)
+
+
+def attention(n_rows: int, n_heads: int, n_frames: int, dim: int, *, value_bytes: int = 4) -> Work:
+    """Forward and gradient with the scores computed twice: seven products over pairs of frames.
+
+    Bytes: q, k, v and the result; then these, the gradient and three more.
+    """
+    pairs = float(n_rows * n_heads) * n_frames**2
+    values = n_rows * n_heads * n_frames * dim
+    return Work(flops=7 * 2.0 * dim * pairs, bytes=float(values) * value_bytes * (4 + 8))
+
+
 def front_end_flops(config: EncoderConfig, n_samples: int) -> float:
     """Waveform of one row to frames: the strided convolutions and the projection, forward.
 
