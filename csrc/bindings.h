@@ -12,7 +12,7 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// The operators of encoders: residual units, attention, dropout.
+// The operators of encoders and of their losses.
 void define_encoder(pybind11::module_& module);
 
 }  // namespace gmm_jepa

@@ -11,6 +11,7 @@
 #include "density.h"
 #include "dropout.h"
 #include "kernels.h"
+#include "losses.h"
 #include "residual.h"
 
 namespace gmm_jepa {
@@ -176,9 +177,62 @@ void attention_backward_at(const py::tuple& shape, const py::tuple& inputs,
                        pointer<const float>(log_sum), to, table, n_threads);
 }
 
+// addresses of values, weights and gradient (or 0), with n, stride and K
+WeightedRows weighted_rows(const py::tuple& t) {
+    const WeightedRows rows{pointer<const float>(t[0].cast<uintptr_t>()), t[3].cast<int64_t>(),
+                            t[4].cast<int64_t>(), t[5].cast<int>(),
+                            pointer<const float>(t[1].cast<uintptr_t>()),
+                            pointer<float>(t[2].cast<uintptr_t>())};
+    if (rows.n_rows < 0 || rows.n_columns < 1) {
+        throw std::invalid_argument("rows: expected sizes");
+    }
+    return rows;
+}
+
+void masked_kl_at(const py::tuple& logits, uintptr_t targets, uintptr_t of_row, uintptr_t losses,
+                  int n_threads, const std::string& instruction_set) {
+    const WeightedRows rows = weighted_rows(logits);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    masked_kl(rows, pointer<const float>(targets), pointer<const int64_t>(of_row),
+              pointer<RowLoss>(losses), table, n_threads);
+}
+
+void masked_cross_entropy_at(const py::tuple& logits, uintptr_t labels, uintptr_t losses,
+                             int n_threads, const std::string& instruction_set) {
+    const WeightedRows rows = weighted_rows(logits);
+    const Kernels& table = kernels(instruction_set.c_str());
+    bool possible;
+    {
+        const py::gil_scoped_release release;
+        possible = masked_cross_entropy(rows, pointer<const int64_t>(labels),
+                                        pointer<RowLoss>(losses), table, n_threads);
+    }
+    if (!possible) throw py::index_error("labels: expected 0 to K - 1 where the weight is not 0");
+}
+
+void masked_squared_error_at(const py::tuple& predictions, uintptr_t targets, int64_t stride,
+                             uintptr_t losses, int n_threads,
+                             const std::string& instruction_set) {
+    const WeightedRows rows = weighted_rows(predictions);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    masked_squared_error(rows, pointer<const float>(targets), stride, pointer<RowLoss>(losses),
+                         table, n_threads);
+}
+
 }  // namespace
 
 void define_encoder(py::module_& module) {
+    module.def("masked_kl", &masked_kl_at, py::arg("logits"), py::arg("targets"),
+               py::arg("of_row"), py::arg("losses"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("masked_cross_entropy", &masked_cross_entropy_at, py::arg("logits"),
+               py::arg("labels"), py::arg("losses"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("masked_squared_error", &masked_squared_error_at, py::arg("predictions"),
+               py::arg("targets"), py::arg("stride"), py::arg("losses"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
     module.def("residual_forward", &residual_forward_at, py::arg("shape"), py::arg("weights"),
                py::arg("x"), py::arg("hidden"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

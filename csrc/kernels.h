@@ -52,6 +52,11 @@ struct Dropout {
     bool active;
 };
 
+// What a masked loss says of one row.
+struct RowLoss {
+    float loss, entropy, agreement;
+};
+
 // One query's row on the way back through an attention's softmax.
 struct SoftmaxGradient {
     float* scores;            // (n,), become probabilities, as dropout left them
@@ -130,6 +135,16 @@ struct Kernels {
 
     // out[i] = x[i] scale or 0, for n values of row `row`.
     void (*dropout)(const float* x, int n, const Dropout& dropping, uint64_t row, float* out);
+
+    // KL of softmax(logits) to targets, and cross-entropy to a label, of rows of n; `scratch` holds n
+    // floats. `gradient` (n,) is that of weight x loss; may be null.
+    void (*kl_row)(const float* logits, const float* targets, int n, float weight, float* scratch,
+                   RowLoss* out, float* gradient);
+    void (*cross_entropy_row)(const float* logits, int64_t label, int n, float weight,
+                              float* scratch, RowLoss* out, float* gradient);
+    // Returns the mean over the row.
+    float (*squared_error_row)(const float* prediction, const float* target, int n, float weight,
+                               float* gradient);
 };
 
 // Rows of parameters and of frames are padded with zeros to a multiple of this many values.

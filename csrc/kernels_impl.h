@@ -245,13 +245,14 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 #include "density_kernel.h"
 #include "dropout_kernel.h"
 #include "attention_kernel.h"
+#include "loss_kernel.h"
 
 const gmm_jepa::Kernels kTable = {
     GMM_JEPA_NAME,  GMM_JEPA_BF16 != 0, kPanel, kTile,    kLanes,    pack<float>,
     pack<double>,   screen,             find,   at_least, distances, moments<float>,
     moments<double>, log_mel,           GMM_JEPA_PRODUCT_ROWS, kProductLanes, products,
     density_forward, density_backward,  softmax_row, softmax_row_backward,
-    dropout,
+    dropout,        kl_row,             cross_entropy_row, squared_error_row,
 };
 
 }  // namespace

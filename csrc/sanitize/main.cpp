@@ -17,6 +17,7 @@
 #include "dropout.h"
 #include "em.h"
 #include "log_mel.h"
+#include "losses.h"
 #include "posterior.h"
 #include "residual.h"
 
@@ -201,6 +202,28 @@ void attention_round(const Kernels& kernels) {
     dropout(q.data(), n, dropping, out.data(), kernels, threads);
 }
 
+void loss_round(const Kernels& kernels) {
+    const int64_t n = any(0, 60), K = any(1, 200), stride = K + any(0, 3);
+    const std::vector<float> values = drawn(n * stride);
+    std::vector<float> targets(n * K), weights(n), gradient(n * K);
+    std::vector<int64_t> of_row(n), labels(n);
+    std::vector<RowLoss> losses(n);
+    for (float& p : targets) p = any(0, 3) ? 0.0f : 1.0f / static_cast<float>(K);
+    for (int64_t i = 0; i < n; ++i) {
+        weights[i] = any(0, 1) ? 0.25f : 0.0f;
+        of_row[i] = any(0, n - 1);
+        labels[i] = weights[i] != 0.0f ? any(0, K - 1) : -1;
+    }
+    const WeightedRows rows{values.data(), n, stride, int(K), weights.data(),
+                            any(0, 1) ? gradient.data() : nullptr};
+    const int threads = static_cast<int>(any(1, 4));
+    masked_kl(rows, targets.data(), of_row.data(), losses.data(), kernels, threads);
+    demand_finite(gradient, "gradient of a KL", kernels);
+    if (!masked_cross_entropy(rows, labels.data(), losses.data(), kernels, threads)) std::exit(1);
+    masked_squared_error(rows, values.data(), stride, losses.data(), kernels, threads);
+    demand_finite(gradient, "gradient of a loss", kernels);
+}
+
 }  // namespace
 
 int main() {
@@ -219,6 +242,7 @@ int main() {
             residual_round(kernels(name.c_str()));
             density_round(kernels(name.c_str()));
             attention_round(kernels(name.c_str()));
+            loss_round(kernels(name.c_str()));
         }
         std::printf("%s: clean\n", name.c_str());
     }

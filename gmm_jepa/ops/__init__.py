@@ -9,7 +9,14 @@ empty inputs.
 
 import torch
 
-from gmm_jepa.ops import native, native_encoder, triton_attention, triton_gmm, triton_log_mel
+from gmm_jepa.ops import (
+    native,
+    native_encoder,
+    native_losses,
+    triton_attention,
+    triton_gmm,
+    triton_log_mel,
+)
 from gmm_jepa.ops.attention import gated_bias_attention
 from gmm_jepa.ops.density import density_attention
 from gmm_jepa.ops.dropout import dropout
@@ -70,6 +77,7 @@ __all__ = [
     "masked_mse",
     "native",
     "native_encoder",
+    "native_losses",
     "residual_unit",
     "takes_residual_unit",
     "triton_attention",

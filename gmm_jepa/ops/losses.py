@@ -31,6 +31,11 @@ from gmm_jepa.ops.mixture import (
 )
 from gmm_jepa.ops.posterior import check_temperature
 
+TargetsOf = Callable[[Tensor], Tensor]
+"""Frames (n, D) -> targets (n, K) float32."""
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weighted sums of loss, entropy and agreement, and the gradient."""
+
 
 class MaskedLoss(NamedTuple):
     """Scalars float32; only the loss carries a gradient."""
@@ -196,13 +201,13 @@ def _add_kl(sums: MaskedSums, rows: Rows, logits: Tensor, p: Tensor) -> None:
         rows.place(q.mul_(mass[:, None]).sub_(p), sums.gradient)
 
 
-def _kl_of_frames(
+def kl_of_frames(
     logits: Tensor,
     frames: Tensor,
     row_weights: Tensor,
-    targets_of: Callable[[Tensor], Tensor],
+    targets_of: TargetsOf,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """KL to `targets_of` the frames (n, D) -> (n, K), which are made a large chunk at a time."""
     sums = MaskedSums(logits, row_weights, with_gradient)
     for part in row_chunks(*logits.shape, values=TARGET_VALUES):
@@ -212,6 +217,27 @@ def _kl_of_frames(
             _add_kl(sums, rows, rows.of(logits), targets[done : done + n])
             done += n
     return sums.outputs()
+
+
+def posteriors_of(
+    log_weights: Tensor, means: Tensor, variances: Tensor, temperature: float
+) -> TargetsOf:
+    """Of one mixture."""
+    mixture = (log_weights, means, variances)
+    options = (temperature, False, "fast", torch.float32)
+    return lambda frames: torch.ops.gmm_jepa.gmm_posterior(frames, *mixture, *options)
+
+
+def mean_posteriors_of(
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    temperature: float,
+) -> TargetsOf:
+    """Of an ensemble."""
+    mixtures = (log_weights, means, variances, shares)
+    return lambda frames: mean_of_chunk(frames, *mixtures, temperature, False, "fast").float()
 
 
 def masked_kl_reference(
@@ -225,14 +251,8 @@ def masked_kl_reference(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `masked_kl`, and the gradient, in plain torch."""
-    mixture = (log_weights, means, variances)
-
-    def targets_of(some: Tensor) -> Tensor:
-        return torch.ops.gmm_jepa.gmm_posterior(
-            some, *mixture, temperature, False, "fast", torch.float32
-        )
-
-    return _kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
+    targets_of = posteriors_of(log_weights, means, variances, temperature)
+    return kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
 
 
 _masked_kl = torch.library.custom_op("gmm_jepa::masked_kl", masked_kl_reference, mutates_args=())
@@ -251,12 +271,8 @@ def _masked_kl_ensemble(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `masked_kl` of an ensemble, and the gradient."""
-    mixtures = (log_weights, means, variances, shares)
-
-    def targets_of(some: Tensor) -> Tensor:
-        return mean_of_chunk(some, *mixtures, temperature, False, "fast").float()
-
-    return _kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
+    targets_of = mean_posteriors_of(log_weights, means, variances, shares, temperature)
+    return kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
 
 
 def masked_kl_targets_reference(

@@ -9,9 +9,20 @@ import torch
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops import native, native_losses
 from gmm_jepa.ops.masked_rows import Rows, first_largest
 
 CASES = ("plain", "one_row", "empty", "all_masked_out", "one_class", "primes", "large_logits")
+
+
+@pytest.fixture(params=[*native.instruction_sets(), "torch"], autouse=True)
+def kernel(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native_losses, "_is_covered", lambda rows: False)
+    else:
+        native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set("")
 
 
 @pytest.fixture(params=CASES)

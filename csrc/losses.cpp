@@ -1,0 +1,66 @@
+#include "losses.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+namespace gmm_jepa {
+namespace {
+
+constexpr int64_t kValuesOfThread = 1 << 15;  // at least, or threads cost more than they bring
+
+// work(i, gradient row or null, scratch row) for rows with a weight; zeros for the others.
+template <typename Work>
+void over_rows(const WeightedRows& rows, RowLoss* losses, int n_threads, const Work& work) {
+    const int64_t values = rows.n_rows * rows.n_columns;
+    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + values / kValuesOfThread));
+    parallel(n_threads, [&](int thread) {
+        std::vector<float> scratch(rows.n_columns);
+        const Share share(rows.n_rows, thread, n_threads);
+        for (int64_t i = share.first; i < share.last; ++i) {
+            float* gradient = rows.gradient ? rows.gradient + i * rows.n_columns : nullptr;
+            if (rows.weights[i] != 0.0f) {
+                work(i, gradient, scratch.data());
+                continue;
+            }
+            losses[i] = {0.0f, 0.0f, 0.0f};
+            if (gradient) std::fill_n(gradient, rows.n_columns, 0.0f);
+        }
+    });
+}
+
+}  // namespace
+
+void masked_kl(const WeightedRows& logits, const float* targets, const int64_t* of_row,
+               RowLoss* losses, const Kernels& kernels, int n_threads) {
+    over_rows(logits, losses, n_threads, [&](int64_t i, float* gradient, float* scratch) {
+        kernels.kl_row(logits.values + i * logits.stride, targets + of_row[i] * logits.n_columns,
+                       logits.n_columns, logits.weights[i], scratch, &losses[i], gradient);
+    });
+}
+
+bool masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
+                          const Kernels& kernels, int n_threads) {
+    for (int64_t i = 0; i < logits.n_rows; ++i) {
+        if (logits.weights[i] == 0.0f) continue;
+        if (labels[i] < 0 || labels[i] >= logits.n_columns) return false;
+    }
+    over_rows(logits, losses, n_threads, [&](int64_t i, float* gradient, float* scratch) {
+        kernels.cross_entropy_row(logits.values + i * logits.stride, labels[i], logits.n_columns,
+                                  logits.weights[i], scratch, &losses[i], gradient);
+    });
+    return true;
+}
+
+void masked_squared_error(const WeightedRows& predictions, const float* targets, int64_t stride,
+                          RowLoss* losses, const Kernels& kernels, int n_threads) {
+    over_rows(predictions, losses, n_threads, [&](int64_t i, float* gradient, float*) {
+        losses[i] = {kernels.squared_error_row(predictions.values + i * predictions.stride,
+                                               targets + i * stride, predictions.n_columns,
+                                               predictions.weights[i], gradient),
+                     0.0f, 0.0f};
+    });
+}
+
+}  // namespace gmm_jepa
