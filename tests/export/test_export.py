@@ -104,6 +104,18 @@ def test_the_contract_of_s3prl(model_file: Path, encoder: SpeechEncoder):
         assert abs(theirs.shape[1] - round(9000 / 320)) < 5
 
 
+def test_s3prl_itself_takes_the_upstream(model_file: Path):
+    interfaces = pytest.importorskip("s3prl.upstream.interfaces", reason="s3prl is not installed")
+    upstream = UpstreamExpert(model_file)
+    featurizer = interfaces.Featurizer(upstream, "hidden_states", "cpu")
+    wavs = [torch.randn(9000), torch.randn(6400)]
+    features = featurizer(wavs, upstream(wavs))
+    assert featurizer.downsample_rate == 320
+    assert [tuple(f.shape) for f in features] == [
+        (round(len(wav) / 320), featurizer.output_dim) for wav in wavs
+    ]
+
+
 def test_refusals(model_file: Path, tmp_path: Path, capsys):
     assert main(["export", "--source", str(model_file)]) == 2
     assert "expected --hf, --onnx or --torch-export" in capsys.readouterr().err
