@@ -1,4 +1,4 @@
-// Density-adaptive attention over time (DAAM) and its gradients; gmm_jepa/models/daam.py has the
+// Density-adaptive attention over time (DAAM) and its gradients; gmm_jepa/ops/density.py has the
 // formulas.
 #pragma once
 

@@ -1,5 +1,5 @@
 // Density-adaptive attention over one chunk of frames, kLanes channels at a time; included by
-// kernels_impl.h. The formulas are gmm_jepa/models/daam.py's.
+// kernels_impl.h. The formulas are gmm_jepa/ops/density.py's.
 
 typedef int32_t Ints __attribute__((vector_size(GMM_JEPA_BYTES), aligned(4), may_alias));
 
@@ -29,7 +29,7 @@ inline Floats exponential(Floats x) {
     return zero_where_not(~small, p * (Floats)scale);
 }
 
-// Sums by parts, so that their rounding stays that of 32 terms.
+// Sums by parts: rounding grows with 32 and n / 32 terms, not with n.
 template <typename Term>
 Floats sum_over(int n, const Term& term) {
     Floats total{};
@@ -105,6 +105,20 @@ inline double sum_of_lanes(Floats v) {
     return total;
 }
 
+// What the way back adds up over the frames.
+struct DensitySums {
+    Floats of_distance, of_std, by_offset[kGaussians], by_width[kGaussians];
+
+    void add(const DensitySums& other) {
+        of_distance += other.of_distance;
+        of_std += other.of_std;
+        for (int j = 0; j < kGaussians; ++j) {
+            by_offset[j] += other.by_offset[j];
+            by_width[j] += other.by_width[j];
+        }
+    }
+};
+
 void density_backward(const gmm_jepa::DensityParameters& parameters, const float* x,
                       const float* grad, ptrdiff_t stride, int n, float* scratch, float* grad_x,
                       double* grad_parameters) {
@@ -112,32 +126,36 @@ void density_backward(const gmm_jepa::DensityParameters& parameters, const float
     const auto g_out = [&](int t) { return load_floats(grad + t * stride); };
     const Floats inner =
         sum_over(n, [&](int t) { return chunk.weight(t) * g_out(t) * chunk.at(t); });
-    Floats of_distance{}, of_std{}, by_offset[kGaussians] = {}, by_width[kGaussians] = {};
-    for (int t = 0; t < n; ++t) {
-        const Floats w = chunk.weight(t), g = g_out(t), value = chunk.at(t);
-        const Floats of_density = w * (g * value - inner);
-        Floats of_x{};
-        for (int j = 0; j < kGaussians; ++j) {
-            const float inverse = 1.0f / parameters.squared_widths[j];
-            const Floats u = chunk.distance(t, j), y = clamped(u);
-            const Floats of_u = zero_where_not(y == u, of_density * y * -inverse);
-            of_x += of_u;
-            of_std += of_u * u;
-            by_offset[j] += of_u;
-            by_width[j] += of_density * y * y * (0.5f * inverse * inverse);
+    DensitySums total{};
+    for (int start = 0; start < n; start += 32) {
+        DensitySums part{};
+        for (int t = start; t < n && t < start + 32; ++t) {
+            const Floats w = chunk.weight(t), g = g_out(t), value = chunk.at(t);
+            const Floats of_density = w * (g * value - inner);
+            Floats of_x{};
+            for (int j = 0; j < kGaussians; ++j) {
+                const float inverse = 1.0f / parameters.squared_widths[j];
+                const Floats u = chunk.distance(t, j), y = clamped(u);
+                const Floats of_u = zero_where_not(y == u, of_density * y * -inverse);
+                of_x += of_u;
+                part.of_std += of_u * u;
+                part.by_offset[j] += of_u;
+                part.by_width[j] += of_density * y * y * (0.5f * inverse * inverse);
+            }
+            part.of_distance += of_x;
+            store_floats(grad_x + t * stride, g + g * w + of_x / chunk.std);
         }
-        of_distance += of_x;
-        store_floats(grad_x + t * stride, g + g * w + of_x / chunk.std);
+        total.add(part);
     }
-    const Floats of_mean = of_distance / chunk.std * (-1.0f / float(n));
-    const Floats of_variance = of_std / (chunk.std * chunk.std) * -0.5f;
+    const Floats of_mean = total.of_distance / chunk.std * (-1.0f / float(n));
+    const Floats of_variance = total.of_std / (chunk.std * chunk.std) * -0.5f;
     const Floats slope = of_variance * (2.0f / float(n - 1));
     for (int t = 0; t < n; ++t) {
         float* to = grad_x + t * stride;
         store_floats(to, load_floats(to) + of_mean + slope * (chunk.at(t) - chunk.mean));
     }
     for (int j = 0; j < kGaussians; ++j) {
-        grad_parameters[j] += sum_of_lanes(-by_offset[j] / chunk.std);
-        grad_parameters[kGaussians + j] += sum_of_lanes(by_width[j]);
+        grad_parameters[j] += sum_of_lanes(-total.by_offset[j] / chunk.std);
+        grad_parameters[kGaussians + j] += sum_of_lanes(total.by_width[j]);
     }
 }

@@ -136,6 +136,7 @@ AttentionInputs attention_inputs(const py::tuple& t) {
 // seed and probability; none with probability 0
 Dropout dropout_of(const py::tuple& t) {
     const double p = t[1].cast<double>();
+    if (!(p >= 0.0 && p < 1.0)) throw std::invalid_argument("p: expected 0 <= p < 1");
     const double threshold = std::min(std::round(p * 4294967296.0), 4294967295.0);
     return {t[0].cast<uint64_t>(), static_cast<int32_t>(threshold - 2147483648.0),
             static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
@@ -143,6 +144,7 @@ Dropout dropout_of(const py::tuple& t) {
 
 void dropout_at(uintptr_t x, int64_t n, const py::tuple& drawn_by, uintptr_t out, int n_threads,
                 const std::string& instruction_set) {
+    if (n < 0) throw std::invalid_argument("n: expected at least 0");
     const Dropout dropping = dropout_of(drawn_by);
     const Kernels& table = kernels(instruction_set.c_str());
     const py::gil_scoped_release release;
@@ -183,7 +185,7 @@ WeightedRows weighted_rows(const py::tuple& t) {
                             t[4].cast<int64_t>(), t[5].cast<int>(),
                             pointer<const float>(t[1].cast<uintptr_t>()),
                             pointer<float>(t[2].cast<uintptr_t>())};
-    if (rows.n_rows < 0 || rows.n_columns < 1) {
+    if (rows.n_rows < 0 || rows.n_columns < 1 || rows.stride < rows.n_columns || !rows.values) {
         throw std::invalid_argument("rows: expected sizes");
     }
     return rows;

@@ -111,9 +111,9 @@ class Residual {
         template <bool kActivate, typename Source>
         void fill(int64_t start, int n, int64_t stop, const Source& source) {
             stride_ = std::min<int64_t>(dilation_, n);
-            n_rows_ = static_cast<int>(n + 2 * stride_);
             if (stride_ == dilation_) {
-                return copy<kActivate>(start - dilation_, n_rows_, stop, source, rows_.data());
+                return copy<kActivate>(start - dilation_, n + 2 * dilation_, stop, source,
+                                       rows_.data());
             }
             for (int tap = 0; tap < kTaps; ++tap) {
                 copy<kActivate>(start + (tap - 1) * dilation_, n, stop, source,
@@ -122,7 +122,6 @@ class Residual {
         }
 
         const float* rows() const { return rows_.data(); }
-        int n_rows() const { return n_rows_; }
         int64_t stride() const { return stride_; }
 
       private:
@@ -141,7 +140,7 @@ class Residual {
         }
 
         int64_t dilation_, stride_ = 0;
-        int n_channels_, n_rows_ = 0;
+        int n_channels_;
         std::vector<float> rows_;
     };
 
@@ -212,7 +211,8 @@ class WeightSums {
           stride_rows_(n_channels + kMostRows),
           weight_(size_t(kTaps) * stride_rows_ * width),
           bias_(width),
-          grads_(size_t(most_frames) * width) {}
+          grads_(size_t(most_frames) * width),
+          zeros_(width) {}
 
     // inputs: rows of a window whose taps lie `stride` rows apart; grads (n, C).
     void add(const Kernels& kernels, const Panels& panels, const float* inputs, int64_t stride,
@@ -223,7 +223,7 @@ class WeightSums {
             panels.put_row(grads, t, n, grads_.data());
         }
         for (int tap = 0; tap < kTaps; ++tap) {
-            kernels.products({inputs + tap * stride * C, 1, C, 0, grads_.data(), nullptr,
+            kernels.products({inputs + tap * stride * C, 1, C, 0, grads_.data(), zeros_.data(),
                               &weight_[size_t(tap) * stride_rows_ * width_], width_, C,
                               panels.n_panels(), 1, n, true});
         }
@@ -248,7 +248,8 @@ class WeightSums {
   private:
     int n_channels_, width_, stride_rows_;
     std::vector<float> weight_, bias_;     // (3, stride_rows, width), (width,)
-    std::vector<float> grads_;             // panels of (frames, columns)
+    std::vector<float> grads_;         // panels of (frames, columns)
+    std::vector<float> zeros_;
 };
 
 class Backward : Residual {
@@ -265,24 +266,26 @@ class Backward : Residual {
         std::vector<float> grad_hidden(size_t(shape_.n_rows) * shape_.n_frames * C);
         std::vector<WeightSums> sums1, sums2;
         for (int thread = 0; thread < n_threads; ++thread) {
-            const int64_t most = block_ + 2 + 2 * std::min<int64_t>(block_ + 2, shape_.dilation);
-            sums1.emplace_back(C, panels_.width(), most);
-            sums2.emplace_back(C, panels_.width(), block_ + 4);
+            sums1.emplace_back(C, panels_.width(), block_);
+            sums2.emplace_back(C, panels_.width(), block_);
         }
-        Barrier barrier(n_threads);
+        // Gradients of the hidden values are needed a dilation away: a pass of their own.
         parallel(n_threads, [&](int thread) {
             Window grads(*this, 1), inputs(*this, 1);
-            Window far_grads(*this, shape_.dilation), far_inputs(*this, shape_.dilation);
             std::vector<float> made((block_ + kMostRows) * panels_.width());
             const Share share(n_blocks(), thread, n_threads);
             for (int64_t i = share.first; i < share.last; ++i) {
                 outer(block(i), hidden, grad, grad_hidden.data(), grads, inputs, sums2[thread],
                       made.data());
             }
-            barrier.wait();
+        });
+        parallel(n_threads, [&](int thread) {
+            Window grads(*this, shape_.dilation), inputs(*this, shape_.dilation);
+            std::vector<float> made((block_ + kMostRows) * panels_.width());
+            const Share share(n_blocks(), thread, n_threads);
             for (int64_t i = share.first; i < share.last; ++i) {
-                inner(block(i), x, grad, grad_hidden.data(), out.x, far_grads, far_inputs,
-                      sums1[thread], made.data());
+                inner(block(i), x, grad, grad_hidden.data(), out.x, grads, inputs, sums1[thread],
+                      made.data());
             }
         });
         const size_t n_weights = size_t(C) * C * kTaps;

@@ -22,6 +22,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
 from gmm_jepa.models import JepaModel
 from gmm_jepa.objectives.build import initial_model
+from gmm_jepa.ops.fused import composed
 
 PADDING = 0.04
 """Share of the batches that is padding: buckets are chosen to bring it under this."""
@@ -338,7 +339,7 @@ def _activation_bytes(model: JepaModel, recipe: Recipe, rows: int, n_samples: in
 
 
 def _kept_bytes(model: JepaModel, recipe: Recipe, rows: int, n_samples: int) -> float:
-    """What autograd keeps of a forward pass, parameters left out; half of the frames masked."""
+    """What autograd keeps of a forward pass on a GPU, parameters left out; half of it masked."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -352,7 +353,7 @@ def _kept_bytes(model: JepaModel, recipe: Recipe, rows: int, n_samples: int) -> 
     fake = next(model.parameters()).fake_mode
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
-    with fake, hooks, autocast:
+    with fake, hooks, autocast, composed():
         lengths = torch.full((rows,), n_samples)
         encoded = model.encode(torch.zeros(rows, n_samples), lengths)
         frames = encoded.output

@@ -17,6 +17,7 @@ from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import composed
 from gmm_jepa.plan import DEVICES, Assumptions, make_plan, memory_of
 from gmm_jepa.presets import SYSTEMS, preset
 from gmm_jepa.train import timing
@@ -136,7 +137,8 @@ def test_activations_are_those_of_a_real_forward_pass():
             kept[pointer] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, composed():  # as on a GPU
         encoded = model.encode(torch.randn(4, 16_000), torch.full((4,), 16_000))
         keep_all = torch.ones(encoded.output.shape[:2], dtype=torch.bool)
         keep(model.predict(encoded.output, keep_all, encoded.lengths_frames))

@@ -144,8 +144,9 @@ void residual_round(const Kernels& kernels) {
     const std::vector<int64_t> lengths = drawn_lengths(B, 0, T);
     const std::vector<float> x = drawn(n), grad = drawn(n), weight1 = drawn(3 * C * C),
                              weight2 = drawn(3 * C * C), bias1 = drawn(C), bias2 = drawn(C);
-    std::vector<float> hidden(n), out(n), grad_x(n), grad_weight1(3 * C * C), grad_bias1(C),
-        grad_weight2(3 * C * C), grad_bias2(C);
+    const float nan = NAN;
+    std::vector<float> hidden(n, nan), out(n, nan), grad_x(n, nan), grad_weight1(3 * C * C, nan),
+        grad_bias1(C, nan), grad_weight2(3 * C * C, nan), grad_bias2(C, nan);
     const ResidualShape shape{B, T, int(C), any(1, 140), any(0, 1) ? lengths.data() : nullptr};
     const ResidualWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
     const int threads = static_cast<int>(any(1, 4));
@@ -158,7 +159,9 @@ void residual_round(const Kernels& kernels) {
                       kernels, threads);
     demand_finite(out, "residual unit", kernels);
     demand_finite(grad_x, "gradient of a residual unit", kernels);
-    demand_finite(grad_weight1, "gradient of its weights", kernels);
+    for (const auto* gradient : {&grad_weight1, &grad_bias1, &grad_weight2, &grad_bias2}) {
+        demand_finite(*gradient, "gradient of its weights", kernels);
+    }
 }
 
 void density_round(const Kernels& kernels) {
@@ -166,7 +169,8 @@ void density_round(const Kernels& kernels) {
     const std::vector<int64_t> lengths = drawn_lengths(B, 0, T);
     const std::vector<float> x = drawn(n), grad = drawn(n), offsets = drawn(16);
     const std::vector<float> widths(16, 0.7f);
-    std::vector<float> out(n), grad_x(n), grad_offsets(16), grad_widths(16);
+    const float nan = NAN;
+    std::vector<float> out(n, nan), grad_x(n, nan), grad_offsets(16, nan), grad_widths(16, nan);
     const DensityShape shape{B, T, int(C), any(0, 1) ? lengths.data() : nullptr};
     const int threads = static_cast<int>(any(1, 4));
     density_attention(shape, offsets.data(), widths.data(), x.data(), out.data(), kernels, threads);
@@ -182,8 +186,9 @@ void attention_round(const Kernels& kernels) {
     const std::vector<int64_t> lengths = drawn_lengths(B, 1, T);
     const std::vector<float> q = drawn(n), k = drawn(n), v = drawn(n), grad = drawn(n),
                              table = drawn(H * (2 * T - 1)), gate = drawn(B * H * T);
-    std::vector<float> out(n), log_sum(B * H * T), grad_q(n), grad_k(n), grad_v(n),
-        grad_table(H * (2 * T - 1)), grad_gate(B * H * T);
+    const float nan = NAN;
+    std::vector<float> out(n, nan), log_sum(B * H * T, nan), grad_q(n, nan), grad_k(n, nan),
+        grad_v(n, nan), grad_table(H * (2 * T - 1), nan), grad_gate(B * H * T, nan);
     const auto rows = [&](const std::vector<float>& of) {
         return HeadRows{of.data(), H * T * d, T * d, d};
     };
@@ -198,14 +203,16 @@ void attention_round(const Kernels& kernels) {
                         grad_gate.data()},
                        kernels, threads);
     demand_finite(out, "attention", kernels);
-    demand_finite(grad_k, "gradient of attention", kernels);
+    for (const auto* gradient : {&grad_q, &grad_k, &grad_v, &grad_table, &grad_gate}) {
+        demand_finite(*gradient, "gradient of attention", kernels);
+    }
     dropout(q.data(), n, dropping, out.data(), kernels, threads);
 }
 
 void loss_round(const Kernels& kernels) {
     const int64_t n = any(0, 60), K = any(1, 200), stride = K + any(0, 3);
     const std::vector<float> values = drawn(n * stride);
-    std::vector<float> targets(n * K), weights(n), gradient(n * K);
+    std::vector<float> targets(n * K), weights(n), gradient(n * K, NAN);
     std::vector<int64_t> of_row(n), labels(n);
     std::vector<RowLoss> losses(n);
     for (float& p : targets) p = any(0, 3) ? 0.0f : 1.0f / static_cast<float>(K);
@@ -215,7 +222,7 @@ void loss_round(const Kernels& kernels) {
         labels[i] = weights[i] != 0.0f ? any(0, K - 1) : -1;
     }
     const WeightedRows rows{values.data(), n, stride, int(K), weights.data(),
-                            any(0, 1) ? gradient.data() : nullptr};
+                            gradient.data()};
     const int threads = static_cast<int>(any(1, 4));
     masked_kl(rows, targets.data(), of_row.data(), losses.data(), kernels, threads);
     demand_finite(gradient, "gradient of a KL", kernels);

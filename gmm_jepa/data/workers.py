@@ -104,8 +104,12 @@ def map_in_order(
     finally:
         shut_down = getattr(results, "_shutdown_workers", None)
         if shut_down is not None:
-            with suppress(RuntimeError):  # a worker that dies now is not missed
-                shut_down()
+            try:
+                with suppress(RuntimeError):  # a worker that dies now is not missed
+                    shut_down()
+            finally:  # a second Ctrl-C may end that early, and SIGTERM does not reach them
+                for worker in results._workers:
+                    worker.kill()
 
 
 def _raise(failure: _Failure) -> None:

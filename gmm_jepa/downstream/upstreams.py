@@ -24,6 +24,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.encoder import SpeechEncoder, load_encoder
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.features import LogMelSpec, log_mel
+from gmm_jepa.files import read_json
 from gmm_jepa.models.build import build_encoder
 
 Kind = Literal["trained", "untrained", "log-mel"]
@@ -254,6 +255,8 @@ def open_upstream(source: str, name: str | None = None, *, teacher: bool = False
     name = name or path.name or source
     config = path / "config.json"
     if path.is_dir() and config.exists() and '"model_type"' in config.read_text(errors="replace"):
+        if read_json(config).get("model_type") == "gmm_jepa":
+            return _open_exported(path, name)
         return _open_huggingface(source, name)
     if path.exists() or path.suffix in (".pt", ".safetensors"):
         if not path.exists():
@@ -263,6 +266,19 @@ def open_upstream(source: str, name: str | None = None, *, teacher: bool = False
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise InputError(f"upstream: no such file or folder: {source}")
     return _open_huggingface(source, name)
+
+
+def _open_exported(path: Path, name: str) -> OurEncoder:
+    """What ``gmm-jepa export --hf`` wrote, by this package's own class."""
+    require("transformers", extra="probe")
+    from gmm_jepa.export.modeling_gmm_jepa import GmmJepaModel
+
+    try:
+        model = GmmJepaModel.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"upstream: {path} cannot be loaded: {reason}") from None
+    return OurEncoder(name, "trained", SpeechEncoder(model.encoder))
 
 
 def _open_huggingface(source: str, name: str) -> HuggingFaceEncoder:

@@ -1,22 +1,4 @@
-"""Density-adaptive attention over time (DAAM).
-
-The real frames of a channel are cut into 4 consecutive chunks of T // 4 (the last takes the
-rest). In a chunk, with offsets o_g and widths c_g of its own for g = 1..4:
-
-    m, v  = mean and unbiased variance over the chunk's time, std = sqrt(v + 1e-8)
-    y_g   = clamp((x - (m + o_g)) / std, -10, 10)
-    c     = clamp(c_g, 0.01, 10),  c2 = c^2 + 1e-8
-    L     = sum_g -y_g^2 / (2 c2)
-    out   = x + x * softmax_time(L)
-
-The published L carries each Gaussian's normaliser as well, and its softmax is exp(L - logsumexp L).
-The normalisers are constant over time and cancel; in silent channels, where L reaches -1e5, the
-subtraction loses 5 of 16 digits (so measured in float64, in the gradients) and softmax none.
-
-Below 8 frames the unbiased variance of a chunk is undefined (a chunk of one frame) or the chunk
-is empty: there DAAM is the identity. y_g is rounded in the published order, which shows in single
-gradients of silent channels (std about 2e-3).
-"""
+"""Density-adaptive attention over time (DAAM) as a layer, see `gmm_jepa.ops.density`."""
 
 from __future__ import annotations
 

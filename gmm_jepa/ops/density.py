@@ -1,9 +1,31 @@
-"""Density-adaptive attention over time (DAAM), see `gmm_jepa.models.daam` for the formulas."""
+"""Density-adaptive attention over time (DAAM).
+
+The real frames of a channel are cut into 4 consecutive chunks of T // 4 (the last takes the
+rest). In a chunk, with offsets o_g and widths c_g of its own for g = 1..4:
+
+    m, v  = mean and unbiased variance over the chunk's time, std = sqrt(v + 1e-8)
+    y_g   = clamp((x - (m + o_g)) / std, -10, 10)
+    c     = clamp(c_g, 0.01, 10),  c2 = c^2 + 1e-8
+    L     = sum_g -y_g^2 / (2 c2)
+    out   = x + x * softmax_time(L)
+
+The published L carries each Gaussian's normaliser as well, and its softmax is exp(L - logsumexp L).
+The normalisers are constant over time and cancel; in silent channels, where L reaches -1e5, the
+subtraction loses 5 of 16 digits (so measured in float64, in the gradients) and softmax none.
+
+Below 8 frames the unbiased variance of a chunk is undefined (a chunk of one frame) or the chunk
+is empty: there DAAM is the identity. y_g is rounded in the published order, which shows in single
+gradients of silent channels (std about 2e-3).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import takes_one_op
+from gmm_jepa.ops.residual import check_lengths
 
 CHUNKS = 4
 """Into which the real frames of a row are cut."""
@@ -29,10 +51,18 @@ def density_attention(
 
     Returns:
         (B, T, C); rows of fewer than 8 frames are as they were.
+
+    Raises:
+        InputError: shapes or devices make no sense.
     """
-    # Elsewhere a compiler fuses the plain form; an exported graph holds no ops of this package.
-    one_op = x.device.type == "cpu" and not torch.compiler.is_exporting()
-    form = _density_attention if one_op else density_attention_reference
+    if x.ndim != 3 or not x.is_floating_point():
+        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
+    for name, tensor in (("offsets", offsets), ("squared_widths", squared_widths)):
+        if tensor.shape != (CHUNKS, GAUSSIANS) or tensor.device != x.device:
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise InputError(f"{name}: expected {(CHUNKS, GAUSSIANS)} on {x.device}, got {found}")
+    check_lengths(lengths_frames, x.shape[0])
+    form = _density_attention if takes_one_op(x) else density_attention_reference
     return form(x, offsets, squared_widths, lengths_frames)
 
 
@@ -41,10 +71,10 @@ def density_attention_reference(
 ) -> Tensor:
     """`density_attention` in plain torch."""
     if x.shape[1] < MIN_FRAMES or not x.numel():
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     if lengths_frames is None:
-        return _whole(x, offsets, squared_widths)
-    return _ragged(x, offsets, squared_widths, lengths_frames)
+        return _whole(x, offsets, squared_widths).contiguous()
+    return _ragged(x, offsets, squared_widths, lengths_frames).contiguous()
 
 
 def _whole(x: Tensor, offsets: Tensor, squared_widths: Tensor) -> Tensor:
@@ -124,7 +154,8 @@ def density_attention_backward_reference(
     lengths_frames: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, offsets and squared widths, in plain torch, chunk by chunk."""
-    d_x, d_offsets, d_widths = grad.clone(), torch.zeros_like(offsets), torch.zeros_like(offsets)
+    d_x = grad.clone(memory_format=torch.contiguous_format)
+    d_offsets, d_widths = torch.zeros_like(offsets), torch.zeros_like(offsets)
     lengths = [x.shape[1]] * len(x) if lengths_frames is None else lengths_frames.tolist()
     for row, n_frames in enumerate(lengths):
         size = n_frames // CHUNKS
@@ -158,12 +189,12 @@ _density_attention_backward = torch.library.custom_op(
 
 @_density_attention.register_fake
 def _(x, offsets, squared_widths, lengths_frames):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @_density_attention_backward.register_fake
 def _(grad, x, offsets, squared_widths, lengths_frames):
-    return tuple(torch.empty_like(t) for t in (x, offsets, squared_widths))
+    return tuple(t.new_empty(t.shape) for t in (x, offsets, squared_widths))
 
 
 def _setup(ctx, inputs, output):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import takes_one_op
+
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """x with values zero with probability p and the others times 1 / (1 - p).
@@ -14,8 +17,13 @@ def dropout(x: Tensor, p: float) -> Tensor:
     Args:
         x: any shape, float.
         p: at least 0 and below 1.
+
+    Raises:
+        InputError: p is out of its range.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not 0.0 <= p < 1.0:
+        raise InputError(f"p: expected at least 0 and below 1, got {p}")
+    if x.dtype != torch.float32 or not takes_one_op(x):
         return torch.nn.functional.dropout(x, p)
     return _dropout(x, torch.randint(1 << 62, (1,)), p) if p else x
 
@@ -24,7 +32,7 @@ def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """`dropout` with the mask of a seed (1,), in plain torch; a gradient takes the same way."""
     generator = torch.Generator(x.device).manual_seed(int(seed))
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * keep / (1.0 - p)
+    return (x * keep / (1.0 - p)).contiguous()
 
 
 _dropout = torch.library.custom_op("gmm_jepa::dropout", dropout_reference, mutates_args=())

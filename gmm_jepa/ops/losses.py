@@ -333,7 +333,7 @@ _masked_mse = torch.library.custom_op("gmm_jepa::masked_mse", masked_mse_referen
 
 def _fake_outputs(rows: Tensor, n_scalars: int, with_gradient: bool) -> tuple[Tensor, ...]:
     scalars = [rows.new_empty((), dtype=torch.float32) for _ in range(n_scalars)]
-    return (*scalars, torch.empty_like(rows) if with_gradient else rows.new_empty(0))
+    return (*scalars, rows.new_empty(rows.shape) if with_gradient else rows.new_empty(0))
 
 
 @_masked_kl.register_fake

@@ -77,7 +77,7 @@ class MaskedSums:
     def __init__(self, rows: Tensor, row_weights: Tensor, with_gradient: bool) -> None:
         self.row_weights = row_weights
         self.with_gradient = with_gradient
-        self.gradient = torch.empty_like(rows) if with_gradient else rows.new_empty(0)
+        self.gradient = rows.new_empty(rows.shape) if with_gradient else rows.new_empty(0)
         self._shape = rows.shape
         self._parts: list[tuple[Tensor, ...]] = []
 

@@ -298,17 +298,21 @@ def log_mel(
 
 def _share_threads() -> None:
     """Let the module run on the threads of torch's own OpenMP runtime, where it is GNU's."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return
     folder = Path(torch.__file__).parent / "lib"
     for path in sorted(folder.glob("libgomp*")):
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         try:
-            library = ctypes.CDLL(str(path))  # the one that is loaded already
+            # the one that torch runs on, or none
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
             functions = [getattr(library, name) for name in names]
         except (OSError, AttributeError):
             continue
         _native.use_openmp(
             tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
         )
+        return
 
 
 def _cuda_covers(K: int, D: int) -> bool:

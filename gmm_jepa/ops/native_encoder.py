@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gmm_jepa.ops import fused
 from gmm_jepa.ops.attention import (
     _attention,
     _attention_backward,
@@ -42,7 +43,7 @@ def gated_bias_attention(
     if not _is_attention(q, k, v, table, gate):
         return attention_reference(q, k, v, table, gate, key_lengths, seed, dropout_p)
     inputs = _AttentionInputs(q, k, v, table, gate, key_lengths)
-    out, log_sum = _empty(inputs.qkv[0]), torch.empty(gate.shape)
+    out, log_sum = _empty(inputs.qkv[0]), inputs.gate.new_empty(gate.shape)
     call(
         "attention",
         *inputs.arguments(),
@@ -74,7 +75,11 @@ def gated_bias_attention_backward(
         )
     inputs = _AttentionInputs(*tensors, key_lengths)
     grad, out, log_sum = _dense_rows(grad), _dense_rows(out), log_sum.contiguous()
-    gradients = (*map(_empty, inputs.qkv), torch.empty(table.shape), torch.empty(gate.shape))
+    gradients = (
+        *map(_empty, inputs.qkv),
+        inputs.table.new_empty(table.shape),
+        inputs.gate.new_empty(gate.shape),
+    )
     call(
         "attention_backward",
         *inputs.arguments(),
@@ -124,7 +129,7 @@ def _head_rows(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _seed_and_probability(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
-    return (0, 0.0) if seed is None else (int(seed), dropout_p)
+    return (0, 0.0) if seed is None else (int(seed) & (2**64 - 1), dropout_p)
 
 
 def _is_attention(*tensors: Tensor) -> bool:
@@ -156,7 +161,7 @@ def density_attention(
         return density_attention_reference(x, offsets, squared_widths, lengths_frames)
     x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
     out = torch.empty_like(x)
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
     call(
         "density_attention",
         (*x.shape, 0 if lengths is None else lengths.data_ptr()),
@@ -181,7 +186,7 @@ def density_attention_backward(
         )
     grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
     call(
         "density_attention_backward",
         (*x.shape, 0 if lengths is None else lengths.data_ptr()),
@@ -215,7 +220,7 @@ def residual_unit(
     x, *parameters = (t.contiguous() for t in tensors)
     out = torch.empty_like(x)
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
     call(
         "residual_forward",
         (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
@@ -244,7 +249,7 @@ def residual_unit_backward(
         return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.contiguous()
+    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
     call(
         "residual_backward",
         (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
@@ -263,6 +268,7 @@ def _is_residual(*tensors: Tensor) -> bool:
 
 
 if instruction_sets():
+    fused.has_native = True
     _attention.register_kernel("cpu")(gated_bias_attention)
     _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
     _density_attention.register_kernel("cpu")(density_attention)

@@ -20,8 +20,8 @@ class _Rows:
     def __init__(self, rows: Tensor, row_weights: Tensor, with_gradient: bool) -> None:
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
         self.weights = row_weights.float().contiguous()
-        self.gradient = torch.empty(rows.shape if with_gradient else (0,))
-        self.losses = torch.empty(len(rows), 3)
+        self.gradient = rows.new_empty(rows.shape if with_gradient else (0,))
+        self.losses = torch.empty(len(rows), 3, dtype=torch.float32)
 
     def arguments(self, part: slice) -> tuple[int, ...]:
         """Of some of the rows: addresses of values, weights and gradient, n, stride, K."""
@@ -101,7 +101,7 @@ def masked_kl_targets(
     if not _is_covered(logits):
         return losses.masked_kl_targets_reference(logits, targets, row_weights, with_gradient)
     rows, every = _Rows(logits, row_weights, with_gradient), slice(None)
-    targets, of_row = targets.float().contiguous(), torch.arange(len(logits))
+    targets, of_row = targets.float().contiguous(), torch.arange(len(logits), dtype=torch.int64)
     losses_at = rows.losses.data_ptr()
     call("masked_kl", rows.arguments(every), targets.data_ptr(), of_row.data_ptr(), losses_at)
     return rows.outputs()

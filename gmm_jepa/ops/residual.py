@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import takes_one_op
+
 SLOPE = 0.1
 """Of the leaky ReLU."""
 
 
 def takes_residual_unit(x: Tensor) -> bool:
-    """Whether `residual_unit` is the way to go for x: float32 on a CPU, not under autocast.
-
-    Elsewhere, and in an exported graph, which holds no ops of this package, a model composes the
-    unit of its parts.
-    """
-    plain = x.device.type != "cpu" or x.dtype != torch.float32
-    return not (plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+    """Whether `residual_unit` is the way to go for x: float32 on a CPU, not under autocast."""
+    narrow = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    return takes_one_op(x) and not narrow
 
 
 def residual_unit(
@@ -48,9 +47,40 @@ def residual_unit(
 
     Returns:
         (B, T, C).
+
+    Raises:
+        InputError: shapes, devices or dilation make no sense.
     """
-    keep_hidden = torch.is_grad_enabled()
+    parameters = (weight1, bias1, weight2, bias2)
+    _check(x, parameters, dilation, lengths_frames)
+    wanted = any(tensor.requires_grad for tensor in (x, *parameters))
+    keep_hidden = torch.is_grad_enabled() and wanted
     return _unit(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden)[0]
+
+
+def _check(
+    x: Tensor, parameters: tuple[Tensor, ...], dilation: int, lengths_frames: Tensor | None
+) -> None:
+    if x.ndim != 3 or not x.is_floating_point():
+        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
+    B, _, C = x.shape
+    names = ("weight1", "bias1", "weight2", "bias2")
+    for name, tensor, shape in zip(names, parameters, ((C, C, 3), (C,)) * 2):
+        if tensor.shape != shape or tensor.device != x.device:
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise InputError(f"{name}: expected {shape} on {x.device}, got {found}")
+    if dilation < 1:
+        raise InputError(f"dilation: expected at least 1, got {dilation}")
+    check_lengths(lengths_frames, B)
+
+
+def check_lengths(lengths_frames: Tensor | None, n_rows: int) -> None:
+    """Raise InputError unless there is one integer a row."""
+    if lengths_frames is None:
+        return
+    if lengths_frames.shape != (n_rows,) or lengths_frames.is_floating_point():
+        found = f"{lengths_frames.dtype} {tuple(lengths_frames.shape)}"
+        raise InputError(f"lengths_frames: expected integers ({n_rows},), got {found}")
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -77,6 +107,8 @@ def residual_unit_reference(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """`residual_unit` in plain torch, and what the first convolution made, or (0,) without."""
+    if not x.numel():
+        return x.clone(), x.new_empty(x.shape if keep_hidden else (0,))
     real = _real(lengths_frames, x)
     hidden = _convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation)
     y = _convolution(F.leaky_relu(hidden * real, SLOPE), weight2, bias2, 1)
@@ -115,6 +147,8 @@ def residual_unit_backward_reference(
         )
         return d_a.transpose(1, 2), d_weight, d_bias
 
+    if not x.numel():
+        return tuple(t.new_zeros(t.shape) for t in (x, weight1, bias1, weight2, bias2))
     real = _real(lengths_frames, x)
     inner = hidden * real
     d_a2, d_weight2, d_bias2 = through(inner, weight2, grad * real, 1)
@@ -145,9 +179,12 @@ def _setup(ctx, inputs, output):
     x, *parameters, lengths_frames, dilation, _ = inputs
     ctx.save_for_backward(x, output[1], *parameters, lengths_frames)
     ctx.dilation = dilation
+    ctx.set_materialize_grads(False)  # zeros as large as the hidden values
 
 
 def _vjp(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
     return *_unit_backward(grad, *ctx.saved_tensors, ctx.dilation), None, None, None
 
 

@@ -95,6 +95,16 @@ def test_our_layers_are_the_encoders(encoder_file):
         torch.testing.assert_close(rows[:n, i], layer[0, :n])
 
 
+def test_an_exported_folder_is_the_same_encoder(encoder_file, tmp_path):
+    from gmm_jepa.export.huggingface import save_huggingface
+
+    save_huggingface(load_encoder(encoder_file), tmp_path / "hf")
+    waveforms = [torch.randn(9000), torch.randn(6400)]
+    exported, own = open_upstream(str(tmp_path / "hf")), open_upstream(str(encoder_file))
+    for a, b in zip(exported(waveforms), own(waveforms), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_hugging_face_states_are_transformers_own(hubert, norm):
     upstream = open_upstream(str(hubert[norm]))

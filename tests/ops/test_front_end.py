@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa import ops
+from gmm_jepa.errors import InputError
 from gmm_jepa.ops import native, native_encoder
 from gmm_jepa.ops.density import density_attention_reference
 from gmm_jepa.ops.residual import residual_unit_reference
@@ -27,6 +28,7 @@ UNITS = {
     "length one": (2, 20, 32, 1, (1, 20)),
     "block edge": (1, 257, 64, 1, (256,)),
     "no rows": (0, 9, 8, 1, None),
+    "no frames": (2, 0, 8, 3, None),
     "large values": (2, 50, 16, 3, (50, 11)),
 }
 # B, T, C, lengths, scale, offset
@@ -42,6 +44,8 @@ DENSITIES = {
     "beyond the clamp": (1, 4000, 16, None, 1.0, 0.0),
     "prime sizes": (3, 101, 48, (101, 97, 13), 1.0, 0.0),
     "no rows": (0, 9, 16, None, 1.0, 0.0),
+    "no frames": (2, 0, 16, None, 1.0, 0.0),
+    "minutes": (1, 120_001, 16, None, 1.0, 0.0),
     "one channel group": (4, 64, 16, (64, 64, 9, 8), 1.0, 0.0),
 }
 
@@ -150,6 +154,49 @@ def test_lengths_beyond_the_frames_are_refused(length):
         ops.residual_unit(x, *convolution, *convolution, lengths_frames=lengths)
     with pytest.raises(ValueError, match="lengths_frames"):
         ops.density_attention(x, gaussians, gaussians, lengths_frames=lengths)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 7, 16, 1)}, "x: expected"),
+        ({"weight1": torch.zeros(16, 16, 5)}, "weight1: expected"),
+        ({"bias2": torch.zeros(8)}, "bias2: expected"),
+        ({"dilation": 0}, "dilation: expected"),
+        ({"lengths_frames": torch.tensor([7, 7])}, "lengths_frames: expected"),
+        ({"lengths_frames": torch.tensor([7.0])}, "lengths_frames: expected"),
+    ],
+)
+def test_refusals_of_a_unit(change, message):
+    arguments = {"x": torch.zeros(1, 7, 16), "dilation": 1}
+    for i in "12":
+        arguments |= {f"weight{i}": torch.zeros(16, 16, 3), f"bias{i}": torch.zeros(16)}
+    with pytest.raises(InputError, match=message):
+        ops.residual_unit(**{**arguments, **change})
+
+
+def test_refusals_of_density_attention():
+    x, gaussians = torch.zeros(1, 9, 16), torch.ones(4, 4)
+    with pytest.raises(InputError, match="offsets: expected"):
+        ops.density_attention(x, torch.ones(4, 3), gaussians)
+    with pytest.raises(InputError, match="lengths_frames: expected"):
+        ops.density_attention(x, gaussians, gaussians, lengths_frames=torch.tensor([9, 9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type_changes_nothing(dtype):
+    unit, density = unit_case("prime sizes"), density_case("prime sizes")
+
+    def outputs() -> list[Tensor]:
+        return [*results_of(ops.residual_unit, *unit), *results_of(ops.density_attention, *density)]
+
+    expected, before = outputs(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        got = [ops.residual_unit(*unit[0], **unit[1])]
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got[0], expected[0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
