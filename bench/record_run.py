@@ -41,7 +41,7 @@ def record(root: Path, command: str, seconds: float | None) -> dict:
         "sample": found["sample"],
         "clusters": found["clusters"],
         "embedding": found["embedding"],
-        "mixture_log_likelihood": found["mixture"]["log_likelihood"],
+        "mixture_log_likelihood": found.get("mixture", {}).get("log_likelihood"),
         "probes": found["probes"],
     }
 
