@@ -185,7 +185,7 @@ WeightedRows weighted_rows(const py::tuple& t) {
                             t[4].cast<int64_t>(), t[5].cast<int>(),
                             pointer<const float>(t[1].cast<uintptr_t>()),
                             pointer<float>(t[2].cast<uintptr_t>())};
-    if (rows.n_rows < 0 || rows.n_columns < 1 || rows.stride < rows.n_columns || !rows.values) {
+    if (rows.n_rows < 0 || rows.n_columns < 1 || rows.stride < 0 || !rows.values) {
         throw std::invalid_argument("rows: expected sizes");
     }
     return rows;

@@ -128,6 +128,16 @@ def test_kl_with_a_component_taken_out(drawn, oracle):
     )
 
 
+def test_rows_that_share_memory():
+    logits = torch.randn(7).expand(5, 7)
+    labels, weights = torch.arange(5), torch.rand(5)
+    shared = ops.masked_cross_entropy(logits, labels, weights)
+    apart = ops.masked_cross_entropy(logits.clone(), labels, weights)
+    assert torch.equal(shared.loss, apart.loss)
+    shared, apart = (ops.masked_mse(x, torch.ones(5, 7), weights) for x in (logits, logits.clone()))
+    assert torch.equal(shared, apart)
+
+
 def test_kl_of_equal_distributions_is_zero():
     logits = 5.0 * torch.randn(50, 300)
     got = ops.masked_kl_targets(logits, torch.softmax(logits, 1), torch.full((50,), 0.02))
