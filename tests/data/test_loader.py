@@ -217,6 +217,7 @@ from gmm_jepa.data.loader import make_loader
 from gmm_jepa.data.rejects import RejectLog
 
 stop = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 corpus = open_corpus(sys.argv[1], rejects=RejectLog())
 plan = BatchPlan(corpus.durations_samples, batch_samples=80_000, max_samples=20_000)
@@ -238,11 +239,7 @@ def test_a_signal_to_the_whole_group_is_the_main_process_alone(speech_like, sent
     try:
         assert run.stdout.readline() == "running\n"
         os.killpg(run.pid, sent)
-        try:
-            out, err = run.communicate(timeout=20)
-        except subprocess.TimeoutExpired:  # Python drops a KeyboardInterrupt inside a destructor
-            os.killpg(run.pid, sent)
-            out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=60)
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
