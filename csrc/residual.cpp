@@ -3,7 +3,6 @@
 #include "residual.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -247,8 +246,8 @@ class WeightSums {
 
   private:
     int n_channels_, width_, stride_rows_;
-    std::vector<float> weight_, bias_;     // (3, stride_rows, width), (width,)
-    std::vector<float> grads_;         // panels of (frames, columns)
+    std::vector<float> weight_, bias_;  // (3, stride_rows, width), (width,)
+    std::vector<float> grads_;          // panels of (frames, columns)
     std::vector<float> zeros_;
 };
 

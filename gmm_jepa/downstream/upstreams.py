@@ -276,8 +276,7 @@ def _open_exported(path: Path, name: str) -> OurEncoder:
     try:
         model = GmmJepaModel.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"upstream: {path} cannot be loaded: {reason}") from None
+        raise _not_loaded(path, error) from None
     return OurEncoder(name, "trained", SpeechEncoder(model.encoder))
 
 
@@ -294,9 +293,14 @@ def _open_huggingface(source: str, name: str) -> HuggingFaceEncoder:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"upstream: {source} cannot be loaded: {reason}") from None
+        raise _not_loaded(source, error) from None
     return HuggingFaceEncoder(name, "trained", model, normalise=_normalises(source, config))
+
+
+def _not_loaded(source: str | Path, error: Exception) -> InputError:
+    """The first line of what the library says."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"upstream: {source} cannot be loaded: {reason}")
 
 
 def _normalises(source: str, config: Any) -> bool:

@@ -106,16 +106,24 @@ class _AttentionInputs:
     ) -> None:
         self.qkv = [_dense_rows(t) for t in (q, k, v)]
         self.table, self.gate = table.float().contiguous(), gate.float().contiguous()
-        self.lengths = None if key_lengths is None else key_lengths.long().contiguous()
+        self.lengths = _lengths(key_lengths)
 
     def arguments(self) -> tuple[tuple, tuple]:
         """Shape and inputs."""
-        lengths = 0 if self.lengths is None else self.lengths.data_ptr()
-        return (*self.qkv[0].shape, lengths), (
+        return (*self.qkv[0].shape, _address(self.lengths)), (
             *map(_head_rows, self.qkv),
             self.table.data_ptr(),
             self.gate.data_ptr(),
         )
+
+
+def _lengths(lengths: Tensor | None) -> Tensor | None:
+    """As the module takes them: int64, dense."""
+    return None if lengths is None else lengths.long().contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -161,10 +169,10 @@ def density_attention(
         return density_attention_reference(x, offsets, squared_widths, lengths_frames)
     x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
     out = torch.empty_like(x)
-    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
+    lengths = _lengths(lengths_frames)
     call(
         "density_attention",
-        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        (*x.shape, _address(lengths)),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         out.data_ptr(),
@@ -186,10 +194,10 @@ def density_attention_backward(
         )
     grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
+    lengths = _lengths(lengths_frames)
     call(
         "density_attention_backward",
-        (*x.shape, 0 if lengths is None else lengths.data_ptr()),
+        (*x.shape, _address(lengths)),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         grad.data_ptr(),
@@ -220,10 +228,10 @@ def residual_unit(
     x, *parameters = (t.contiguous() for t in tensors)
     out = torch.empty_like(x)
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
-    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
+    lengths = _lengths(lengths_frames)
     call(
         "residual_forward",
-        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        (*x.shape, dilation, _address(lengths)),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
@@ -249,10 +257,10 @@ def residual_unit_backward(
         return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = None if lengths_frames is None else lengths_frames.long().contiguous()
+    lengths = _lengths(lengths_frames)
     call(
         "residual_backward",
-        (*x.shape, dilation, 0 if lengths is None else lengths.data_ptr()),
+        (*x.shape, dilation, _address(lengths)),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         hidden.data_ptr(),
