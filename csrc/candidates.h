@@ -20,8 +20,8 @@ class Candidates {
     Candidates(const ScreenedMixture& mixture, double margin)
         : mixture_(mixture),
           margin_(margin),
-          words_(size_t(kGroup) * mixture.n_words),
-          stride_(mixture.n_panels * mixture.kernels.panel),
+          words_(size_t(kGroup) * mixture.screen.n_words),
+          stride_(static_cast<int>(mixture.screen.bias.size())),
           scores_(size_t(kGroup) * stride_),
           frame_(mixture.n_dims_padded),
           found_(stride_ + mixture.n_components),
@@ -30,16 +30,16 @@ class Candidates {
     // Screens `n` <= kGroup frames; `find` then refers to them.
     template <typename T>
     void screen(const T* frames, int n) {
-        const Kernels& kernels = mixture_.kernels;
+        const ScreenParameters& p = mixture_.screen;
         for (int i = 0; i < n; ++i) {
             const T* x = frames + size_t(i) * mixture_.n_dims_padded;
-            usable_[i] = pack(kernels, x, &words_[size_t(i) * mixture_.n_words]);
+            usable_[i] = pack(x, &words_[size_t(i) * p.n_words]);
         }
-        const int padded = static_cast<int>(round_up(n, kernels.tile));
-        std::fill(words_.begin() + size_t(n) * mixture_.n_words,
-                  words_.begin() + size_t(padded) * mixture_.n_words, 0u);
-        kernels.screen(words_.data(), padded, mixture_.n_words, mixture_.weights.data(),
-                       mixture_.bias.data(), mixture_.n_panels, scores_.data(), best_);
+        const int padded = static_cast<int>(round_up(n, p.screen->tile));
+        std::fill(words_.begin() + size_t(n) * p.n_words,
+                  words_.begin() + size_t(padded) * p.n_words, 0u);
+        p.screen->run({words_.data(), padded, p.n_words, p.weights.data(), p.bias.data(),
+                       p.steps.data(), p.n_panels, p.depth, scores_.data(), best_});
     }
 
     // Finds the components of frame i of the group; returns how many, at least one. NaN and
@@ -55,12 +55,13 @@ class Candidates {
         if (usable_[i] && best_[i] > threshold) {
             found_[0] = kernels.find(scores, stride_, best_[i]);
             compute(0, 1);
-            threshold = mixture_.threshold(log_joint_[0], margin_);
+            threshold = mixture_.screen.threshold(log_joint_[0], margin_);
         }
         if (threshold > -std::numeric_limits<float>::infinity()) {
             n = kernels.at_least(scores, stride_, threshold, found_.data());
-            std::copy(mixture_.unscreened.begin(), mixture_.unscreened.end(), &found_[n]);
-            n += static_cast<int>(mixture_.unscreened.size());
+            const std::vector<int32_t>& always = mixture_.screen.unscreened;
+            std::copy(always.begin(), always.end(), &found_[n]);
+            n += static_cast<int>(always.size());
             compute(0, n);
         } else {
             n = find_all(frames, i);
@@ -84,14 +85,16 @@ class Candidates {
     double largest() const { return largest_; }
 
   private:
-    bool pack(const Kernels& kernels, const float* x, uint32_t* words) const {
-        return kernels.pack_float(x, mixture_.shift.data(), mixture_.inverse_scale.data(),
-                                  mixture_.n_dims, words);
+    bool pack(const float* x, uint32_t* words) const {
+        const ScreenParameters& p = mixture_.screen;
+        return p.screen->pack_float(x, p.shift.data(), p.inverse_scale.data(), mixture_.n_dims,
+                                    words);
     }
 
-    bool pack(const Kernels& kernels, const double* x, uint32_t* words) const {
-        return kernels.pack_double(x, mixture_.shift.data(), mixture_.inverse_scale.data(),
-                                   mixture_.n_dims, words);
+    bool pack(const double* x, uint32_t* words) const {
+        const ScreenParameters& p = mixture_.screen;
+        return p.screen->pack_double(x, p.shift.data(), p.inverse_scale.data(), mixture_.n_dims,
+                                     words);
     }
 
     void compute(int start, int stop) {

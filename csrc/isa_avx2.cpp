@@ -5,7 +5,7 @@
 #define GMM_JEPA_BYTES 32
 #define GMM_JEPA_TILE 6
 #define GMM_JEPA_VECTORS 2
-#define GMM_JEPA_BF16 0
+#define GMM_JEPA_NARROW Int16
 #define GMM_JEPA_PRODUCT_ROWS 6
 #define GMM_JEPA_PRODUCT_VECTORS 2
 #include "kernels_impl.h"

@@ -68,25 +68,47 @@ struct SoftmaxGradient {
     float* grad_table;  // (n,), added to
 };
 
-// A screen's operands are 32-bit words: one pair of bfloat16 (z, z^2), or z and z^2 as two floats.
-struct Kernels {
-    const char* name;
-    bool bfloat16;  // operands of the screen; products and sums are float32 in any case
-    int panel;      // components of a weight panel
-    int tile;       // frames of a register tile
-    int lanes;      // floats of a vector register
+// What a screen multiplies; its sums become float32 in any case.
+enum class Operands { kFloat32, kBfloat16, kInt16 };
 
-    // z = (x - centre) * inverse_scale, then operands [z, z^2] of n_dims features.
-    // False where a value is not finite or too large for the screen.
+// scores (n_frames, n_panels * panel) = bias + features (n_frames, n_words) @ weights, and the
+// largest score of each frame.
+struct ScreenProducts {
+    const uint32_t* features;
+    int n_frames;  // a multiple of `tile`
+    int n_words;   // of a frame
+    const uint32_t* weights;
+    const float* bias;
+    const float* steps;  // of each component, the unit of its products; read for int16
+    int n_panels;
+    int depth;  // words whose products may be summed before they become float32
+    float* scores;
+    float* best;
+};
+
+// Operands are 32-bit words: z and z^2 as two floats, or as one pair of bfloat16 or int16.
+struct Screen {
+    Operands operands;
+    int panel;  // components of a weight panel
+    int tile;   // frames of a register tile
+
+    // z = (x - centre) * inverse_scale of n_dims features, then operands. False where a value is
+    // not finite or, for floats, too large for the screen. Integers: z is rounded and held within
+    // +-kRange, and of its square, in units of kSquareUnit, kSquareOffset is subtracted.
     bool (*pack_float)(const float* x, const float* centre, const float* inverse_scale, int n_dims,
                        uint32_t* words);
     bool (*pack_double)(const double* x, const float* centre, const float* inverse_scale,
                         int n_dims, uint32_t* words);
+    void (*run)(const ScreenProducts& products);
+};
+constexpr int kRange = 32767, kSquareBits = 14, kSquareUnit = 1 << kSquareBits;
+constexpr int kSquareOffset = 32768;
 
-    // scores (n_frames, n_panels * panel) = features (n_frames, n_words) @ weights + bias, and the
-    // largest score of each frame; n_frames is a multiple of `tile`.
-    void (*screen)(const uint32_t* features, int n_frames, int n_words, const uint32_t* weights,
-                   const float* bias, int n_panels, float* scores, float* best);
+struct Kernels {
+    const char* name;
+    int lanes;      // floats of a vector register
+    Screen narrow;  // the fastest; may be coarse
+    Screen wide;    // float32
 
     // First index at which `scores` has `value`, or -1.
     int (*find)(const float* scores, int n, float value);

@@ -20,6 +20,7 @@
 #include "losses.h"
 #include "posterior.h"
 #include "residual.h"
+#include "screened_mixture.h"
 
 using namespace gmm_jepa;
 
@@ -30,6 +31,8 @@ std::mt19937 generator(0);
 int64_t any(int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(generator);
 }
+
+long screened_of[3];  // components that bound_round saw screened, by kind of operands
 
 double normal() { return std::normal_distribution<double>()(generator); }
 
@@ -61,6 +64,67 @@ void mixture_round(const Kernels& kernels) {
     log_likelihood(matrix, mixture, each.data(), kernels, threads);
     topk(matrix, mixture, k, 1.0, best.data(), indices.data(), kernels, threads);
     nearest(matrix, mixture, labels.data(), squares.data(), kernels, threads);
+}
+
+// Near `value`, where rounding to an integer leads away from a mean on the other side of -z.
+double misplaced(const ScreenParameters& p, int d, double value, double z) {
+    const double scale = p.inverse_scale[d], off = (value - p.shift[d]) * scale;
+    return p.shift[d] + (std::round(off) - std::copysign(0.49, z)) / scale;
+}
+
+// The screen's promise, for every pair of a frame and a component and with nothing to spare: a score
+// reaches the threshold that belongs to the component's own log-density.
+template <typename T>
+void bound_round(const Kernels& kernels) {
+    const int64_t K = any(1, 100), D = any(0, 1) ? any(1, 3) : any(1, 300);
+    const int N = static_cast<int>(round_up(24, kernels.narrow.tile));
+    const double apart = std::pow(10.0, any(-1, 3)), uneven = any(0, 2);
+    std::vector<double> log_weights(K), means(K * D), variances(K * D);
+    for (double& w : log_weights) w = normal();
+    for (double& m : means) m = apart * (5.0 + normal());
+    for (double& v : variances) v = 0.1 * std::exp(uneven * normal());
+    const MixtureView view{log_weights.data(), means.data(), variances.data(), K, D};
+    const ScreenedMixture mixture(view, kernels);
+    const ScreenParameters& p = mixture.screen;
+    std::vector<T> x(D);
+    std::vector<double> frames(N * D);
+    std::vector<uint32_t> words(size_t(N) * p.n_words);
+    std::vector<float> scores(N * p.bias.size()), best(N);
+    for (int i = 0; i < N; ++i) {
+        const int64_t k = any(0, K - 1);
+        const double far = std::pow(10.0, any(0, 3) ? 0.1 * any(0, 10) : 3.0);
+        for (int64_t d = 0; d < D; ++d) {
+            const double z = far * normal();
+            double value = means[k * D + d] + std::sqrt(variances[k * D + d]) * z;
+            if (i % 2) value = misplaced(p, int(d), value, z);
+            frames[i * D + d] = x[d] = T(value);
+        }
+        if constexpr (sizeof(T) == 4) {
+            p.screen->pack_float(x.data(), p.shift.data(), p.inverse_scale.data(), int(D),
+                                 &words[size_t(i) * p.n_words]);
+        } else {
+            p.screen->pack_double(x.data(), p.shift.data(), p.inverse_scale.data(), int(D),
+                                  &words[size_t(i) * p.n_words]);
+        }
+    }
+    p.screen->run({words.data(), N, p.n_words, p.weights.data(), p.bias.data(), p.steps.data(),
+                   p.n_panels, p.depth, scores.data(), best.data()});
+    std::vector<bool> screened(K, true);
+    for (int32_t k : p.unscreened) screened[k] = false;
+    for (int64_t pair = 0; pair < N * K; ++pair) {
+        const int64_t i = pair / K, k = pair % K;
+        double square = 0.0;
+        for (int64_t d = 0; d < D; ++d) {
+            const double z = frames[i * D + d] - means[k * D + d];
+            square += z * z / variances[k * D + d];
+        }
+        const float score = scores[i * p.bias.size() + k];
+        if (!screened[k] || score >= p.threshold(mixture.constants[k] - 0.5 * square, 0.0)) continue;
+        std::printf("%s: a score of %g misses a log-density of %g (operands %d)\n", kernels.name,
+                    score, mixture.constants[k] - 0.5 * square, int(p.screen->operands));
+        std::exit(1);
+    }
+    screened_of[int(p.screen->operands)] += long(K - p.unscreened.size());
 }
 
 // Any operands will do, tight or not: whatever the screen leaves is shared out in full.
@@ -244,6 +308,8 @@ int main() {
         for (int round = 0; round < 60; ++round) {
             mixture_round<float>(kernels(name.c_str()));
             mixture_round<double>(kernels(name.c_str()));
+            bound_round<float>(kernels(name.c_str()));
+            bound_round<double>(kernels(name.c_str()));
             log_mel_round<float>(kernels(name.c_str()));
             log_mel_round<int16_t>(kernels(name.c_str()));
             residual_round(kernels(name.c_str()));
@@ -251,6 +317,7 @@ int main() {
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));
         }
+        if (!screened_of[int(kernels(name.c_str()).narrow.operands)]) std::exit(1);
         std::printf("%s: clean\n", name.c_str());
     }
 }
