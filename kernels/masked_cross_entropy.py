@@ -91,9 +91,9 @@ def config(K: int) -> dict[str, int]:
 def masked_cross_entropy(
     logits: Tensor, labels: Tensor, row_weights: Tensor, *, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, 0 and agreement (scalars float32), gradient like `logits` or empty."""
+    """Loss, 0 and agreement (scalars float32), gradient (N, K), dense, or empty."""
     N, K = logits.shape
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    gradient = logits.new_empty(logits.shape if with_gradient else 0)
     zero = logits.new_zeros((), dtype=torch.float32)
     if N == 0:
         return zero, zero.clone(), zero.clone(), gradient

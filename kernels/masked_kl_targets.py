@@ -106,9 +106,9 @@ def config(K: int) -> dict[str, int]:
 def masked_kl_targets(
     logits: Tensor, targets: Tensor, row_weights: Tensor, *, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, target entropy and agreement (scalars float32), gradient like `logits` or empty."""
+    """Loss, entropy and agreement (scalars float32), gradient (N, K), dense, or empty."""
     N, K = logits.shape
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    gradient = logits.new_empty(logits.shape if with_gradient else 0)
     if N == 0:
         zeros = (logits.new_zeros((), dtype=torch.float32) for _ in range(3))
         return (*zeros, gradient)

@@ -69,9 +69,9 @@ def config(C: int) -> dict[str, int]:
 def masked_mse(
     prediction: Tensor, target: Tensor, row_weights: Tensor, *, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Loss (scalar float32), gradient like `prediction` or empty."""
+    """Loss (scalar float32), gradient (N, C), dense, or empty."""
     N, C = prediction.shape
-    gradient = torch.empty_like(prediction) if with_gradient else prediction.new_empty(0)
+    gradient = prediction.new_empty(prediction.shape if with_gradient else 0)
     if N == 0 or C == 0:
         return prediction.new_zeros((), dtype=torch.float32), gradient
     tile = config(C)

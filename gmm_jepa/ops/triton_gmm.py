@@ -144,7 +144,7 @@ def masked_kl_ensemble(
     if not _all_covered(logits, frames, row_weights):
         plain = losses._masked_kl_ensemble._init_fn
         return plain(logits, frames, row_weights, *mixtures, temperature, with_gradient)
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    gradient = logits.new_empty(logits.shape if with_gradient else 0)
     totals = logits.new_zeros(3, dtype=torch.float64)
     for rows in row_chunks(*logits.shape, values=TARGET_VALUES):
         targets = mean_of_chunk(frames[rows], *mixtures, temperature, False, "fast")

@@ -10,10 +10,28 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gmm_jepa.ops import losses, posterior, triton_gmm
 
 N, K, D = 40, 9, 5
+
+
+def check(op: torch._ops.OpOverload, arguments: tuple) -> None:
+    """`opcheck`, which lets strides pass, and the strides that the op's description promises."""
+    torch.library.opcheck(op, arguments)
+    mode = FakeTensorMode()
+
+    def described(value: object) -> object:
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    with torch.no_grad():
+        made = op(*arguments)
+        with mode:
+            promised = op(*tree_map(described, arguments))
+    for real, fake in zip(tree_leaves(made), tree_leaves(promised), strict=True):
+        assert real.stride() == fake.stride(), (op, real.stride(), fake.stride())
 
 
 def main(device: str) -> None:
@@ -45,7 +63,7 @@ def main(device: str) -> None:
     targets = torch.softmax(torch.randn(N, K, device=device), 1)
     weights = torch.rand(N, device=device)
     labels = torch.randint(K, (N,), device=device)
-    both = ([p, p + 0.1] for p in mixture)
+    lists = [[p, p + 0.1] for p in mixture]
     ops = torch.ops.gmm_jepa
     float32 = torch.float32
     for op, arguments in (
@@ -57,13 +75,26 @@ def main(device: str) -> None:
         (ops.masked_kl, (logits, frames.detach(), weights, *mixture, 1.0, True)),
         (
             ops.masked_kl_ensemble,
-            (logits, frames.detach(), weights, *both, [0.25, 0.75], 1.0, True),
+            (logits, frames.detach(), weights, *lists, [0.25, 0.75], 1.0, True),
         ),
         (ops.masked_kl_targets, (logits, targets, weights, True)),
         (ops.masked_cross_entropy, (logits, labels, weights, True)),
         (ops.masked_mse, (logits, targets, weights, True)),
     ):
-        torch.library.opcheck(op.default, arguments)
+        check(op.default, arguments)
+    # logits as a matrix product may leave them: transposed, and every other column of wider ones
+    for logits in (
+        torch.randn(K, N, device=device).T.requires_grad_(),
+        torch.randn(N, 2 * K, device=device)[:, ::2].requires_grad_(),
+    ):
+        for op, arguments in (
+            (ops.masked_kl, (frames.detach(), weights, *mixture, 1.0, True)),
+            (ops.masked_kl_ensemble, (frames.detach(), weights, *lists, [0.25, 0.75], 1.0, True)),
+            (ops.masked_kl_targets, (targets, weights, True)),
+            (ops.masked_cross_entropy, (labels, weights, True)),
+            (ops.masked_mse, (targets, weights, True)),
+        ):
+            check(op.default, (logits, *arguments))
 
 
 if __name__ == "__main__":

@@ -185,6 +185,33 @@ def test_strided_rows_are_read_in_place_and_left_alone(draw, oracle):
     torch.testing.assert_close(wide, before, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["kl", "kl_ensemble", "kl_targets", "cross_entropy", "mse"])
+@pytest.mark.parametrize("layout", ["transposed", "every_other_column", "expanded"])
+def test_gradients_are_dense_whatever_the_logits(draw, loss, layout):
+    """Compilers plan with the strides that the op's description promises."""
+    frames, mixture, logits, weights = draw(45, 21, 13)
+    strided = {
+        "transposed": lambda: logits.T.contiguous().T,
+        "every_other_column": lambda: logits.repeat_interleave(2, 1)[:, ::2],
+        "expanded": lambda: logits[:1].expand_as(logits),
+    }[layout]()
+    labels, targets = torch.arange(45, device=logits.device) % 21, torch.softmax(logits, 1)
+    lists, options = [[p, p] for p in mixture], ([0.25, 0.75], 1.0, True)
+    launch = {
+        "kl": lambda a: triton_gmm.masked_kl(a, frames, weights, *mixture, 1.0, True),
+        "kl_ensemble": lambda a: triton_gmm.masked_kl_ensemble(
+            a, frames, weights, *lists, *options
+        ),
+        "kl_targets": lambda a: triton_gmm.masked_kl_targets(a, targets, weights, True),
+        "cross_entropy": lambda a: triton_gmm.masked_cross_entropy(a, labels, weights, True),
+        "mse": lambda a: triton_gmm.masked_mse(a, targets, weights, True),
+    }[loss]
+    got, expected = launch(strided), launch(strided.contiguous())
+    assert got[-1].stride() == (21, 1)
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+
+
 def test_same_input_same_bits(draw):
     frames, mixture, logits, weights = draw(300, 21, 13)
     first = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
