@@ -6,8 +6,10 @@
 # prints the environment, builds the native module into a temporary folder, runs the GPU tests (a
 # failure stops the script and shows the numbers that differ), lets compute-sanitizer look at a
 # tiny case where it is installed, prints the table of ops with floors and peers and one of EM by
-# the native CUDA kernels, and measures a training step. JSON lines go to ${OUT:-bench/results}.
-# TUNE=1 sweeps the mixture kernels' tiles after that, which takes longer than the rest.
+# the native CUDA kernels, measures a training step, eager and compiled, and trains for a minute
+# with a profile. JSON lines and the profile go to ${OUT:-bench/results}.
+# CORPUS=folder takes a packed corpus for that training instead of synthetic audio. TUNE=1 sweeps
+# the mixture kernels' tiles after all that, which takes longer than the rest.
 #
 # It has not been run on a GPU yet.
 #
@@ -33,7 +35,7 @@ export TRITON_CACHE_DIR="$site/triton"
 unset TRITON_INTERPRET
 cd "$site"
 
-# Each part has its own limit: 60 + 220 + 30 + 80 + 30 + 60 s at most.
+# Each part has its own limit: 45 + 180 + 30 + 60 + 20 + 60 + 80 s at most.
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
     shift
@@ -63,7 +65,7 @@ PYTHON
 
 echo "== native module"
 # The same setup.py as an installation's; nvcc, where found, adds the CUDA part.
-if (cd "$repository" && timeout 60 "$python" setup.py --quiet build_ext \
+if (cd "$repository" && timeout 45 "$python" setup.py --quiet build_ext \
     --build-lib "$site/native" --build-temp "$site/objects" > "$site/native.log" 2>&1); then
     ln -sf "$site"/native/gmm_jepa/_native*.so "$site/gmm_jepa/" 2> /dev/null || true
 else
@@ -78,7 +80,7 @@ export OMP_NUM_THREADS=1
 run_tests() { # name, then what pytest is to run
     local log="$site/$1.log" code=0
     shift
-    timeout 220 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+    timeout 180 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
         -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
         -p no:cacheprovider -m gpu -x --tb=short --durations=2 "$@" > "$log" 2>&1 || code=$?
     # 5: no test selected
@@ -104,7 +106,7 @@ start log_posterior "$kernels/test_gmm_posterior.py" -k "test_log_posterior"
 start likelihood "$kernels/test_gmm_posterior.py" -k "test_log_likelihood"
 start mixture "$kernels/test_gmm_posterior.py" \
     -k "not test_posterior and not test_log_posterior and not test_log_likelihood"
-for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native}/test_*.py; do
+for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native,train}/test_*.py; do
     case "$file" in
         */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
         */native/test_cuda_em.py) ;; # below
@@ -128,23 +130,28 @@ fi
 
 echo "== ops, floors and peers"
 # shellcheck disable=SC2086  # several shapes are several words
-limited 80 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.5 --out "$out"
+limited 60 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
 
 echo "== EM: the native CUDA kernels (off by default) beside torch and Triton"
 # Nothing else uses them yet, so their failure fails the script at its end and does not stop it.
 if run_tests cuda_em "$repository/tests/native/test_cuda_em.py"; then
-    limited 30 "$python" -m bench.cuda_em --out "$out" || failed=1
+    limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
 else
     failed=1
 fi
 
-echo "== a training step"
-# Hook: whatever bench.train measures on a CUDA device; absent in a tree without it.
-if [ -f "$repository/bench/train.py" ]; then
-    limited 60 "$python" -m bench.train --device cuda --preset paper --precision bf16 --repeats 3
-else
-    echo "no bench/train.py"
-fi
+# What follows measures the parts together: a failure is kept for the end, the rest goes on.
+echo "== a training step, eager and compiled, beside the plain one"
+step() { limited "$1" "$python" -m bench.train --device cuda --preset paper --precision bf16 \
+    --repeats 3 --out "$out" "${@:2}" || failed=1; }
+step 25
+step 35 --compile
+
+echo "== a minute of real training, with a profile"
+# shellcheck disable=SC2086  # no corpus is no argument
+limited 80 "$python" -m bench.short_run --seconds 40 --precision bf16 --out "$out" \
+    ${CORPUS:+--corpus "$CORPUS"} || failed=1
+head -20 "$out/profile/ops.txt" 2> /dev/null || true
 
 if [ "${TUNE:-0}" = 1 ]; then
     echo "== tiles of the mixture kernels"

@@ -4,11 +4,13 @@
     python -m bench.train --preset paper --rows 4 --seconds 4
 
 First the proof: from equal weights, with dropout and augmentation off, both sides must give the
-same loss at every one of a few steps in float32. Then, with both on, the sides take turns: median
-audio seconds per second, peak memory (on CUDA the allocator's; on a CPU the growth of a process of
-its own) and the share of the device's peak by the operations of `gmm_jepa.flops`. Our side
-includes the loader (reading, masks, noise) in the same process; the plain side is handed its audio
-and masks. JSON lines go to ``bench/results/train.jsonl``.
+same loss at every one of a few steps in float32 (of at most four rows). Then, with both on, the
+sides take turns: median audio seconds per second, peak memory (on CUDA the allocator's; on a CPU
+the growth of a process of its own), the share of the device's peak by the operations of
+`gmm_jepa.flops`, and the operations that take longest. Our side includes the loader (reading,
+masks, noise) in the same process; the plain side is handed its audio and masks. Where the plain
+side runs out of the GPU's memory, ours is measured alone and the line says so. JSON lines go to
+``train.jsonl``.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from bench.peaks import peaks_of
 from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
-from bench.records import append, peak_bytes, surroundings, take_turns
+from bench.records import RESULTS, append, peak_bytes, surroundings, take_turns
 from gmm_jepa import flops
 from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
 from gmm_jepa.config import Recipe
@@ -35,11 +38,17 @@ from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.precision import bf16_over_fp32
+from gmm_jepa.train.profile import op_lines
 from gmm_jepa.train.state import TrainState
+from gmm_jepa.train.timing import matrix_rate, wait_for
 from gmm_jepa.train.trainer import batch_plan, training_step
 
 PROOF_STEPS = 3
+PROOF_ROWS = 4
+"""In float32 the plain step keeps 73 GB for 32 rows of 15 s of the default conformer."""
 PROOF_TOLERANCE = 1e-4
+PROFILED_STEPS = 2
+SHOWN_OPS = 8
 
 
 def sized(recipe: Recipe, rows: int | None, seconds: float | None, precision: str) -> Recipe:
@@ -179,16 +188,39 @@ def cuda_peak(step) -> float:
     return float(torch.cuda.max_memory_allocated())
 
 
+def breakdown(step: Callable[[], object], device: torch.device, precision: str) -> list[dict]:
+    """The operations that take longest, each with its milliseconds and share of a step."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    with torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as run:
+        for _ in range(PROFILED_STEPS):
+            step()
+        wait_for(device)
+    events = run.key_averages(group_by_input_shape=True)
+    rate = matrix_rate(device, precision)
+    lines = op_lines(events, PROFILED_STEPS, rate, on_gpu=on_gpu)[:SHOWN_OPS]
+    return [
+        {"op": line.name, "ms": round(line.ms, 3), "share": round(line.share, 3)} for line in lines
+    ]
+
+
 def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, repeats: int) -> dict:
-    """Both sides in turn."""
+    """Both sides in turn; ours alone where the GPU's memory does not hold the plain one."""
     corpus = SyntheticCorpus(4 * rows, seconds)
     ours = Ours(recipe, corpus, device)
     plain = Plain(recipe, ours, [next(ours.batches) for _ in range(4)], augment=True)
-    times = take_turns({"ours": ours, "plain": plain}, repeats, device=device.type)
+    sides: dict[str, Callable[[], object]] = {"ours": ours, "plain": plain}
+    try:
+        plain()
+    except torch.OutOfMemoryError:
+        del sides["plain"], plain
+        torch.cuda.empty_cache()
+    times = take_turns(sides, repeats, device=device.type)
     if device.type == "cuda":
-        memory = {name: cuda_peak(step) for name, step in (("ours", ours), ("plain", plain))}
+        memory = {name: cuda_peak(step) for name, step in sides.items()}
     else:
-        memory = {side: memory_growth(side, recipe, rows, seconds) for side in ("ours", "plain")}
+        memory = {side: memory_growth(side, recipe, rows, seconds) for side in sides}
     audio_s = rows * seconds
     work = flops.training_step_flops(
         recipe.encoder,
@@ -201,14 +233,35 @@ def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, rep
     share = None
     if peaks is not None:
         share = work / times["ours"]["median"] / peaks.flops_per_s[unit]
+    faster = None
+    if "plain" in times:
+        faster = times["plain"]["median"] / times["ours"]["median"]
     return {
         "audio_s_per_s": {side: audio_s / t["median"] for side, t in times.items()},
         "step_s": times,
-        "times_as_fast_as_plain": times["plain"]["median"] / times["ours"]["median"],
+        "times_as_fast_as_plain": faster,
         "peak_memory_mb": {side: round(value / 1e6) for side, value in memory.items()},
         "tflop_per_s": work / times["ours"]["median"] / 1e12,
         "share_of_peak": share,
+        "longest_ops": {
+            side: breakdown(step, device, recipe.train.precision) for side, step in sides.items()
+        },
     }
+
+
+def show(title: str, found: dict) -> None:
+    """A few lines for a reader."""
+    rate, faster = found["audio_s_per_s"], found["times_as_fast_as_plain"]
+    share = "" if found["share_of_peak"] is None else f", {found['share_of_peak']:.0%} of the peak"
+    beside = "plain out of memory"
+    if faster is not None:
+        beside = f"plain {rate['plain']:.1f}, {faster:.2f} times as fast"
+    print(
+        f"{title}: ours {rate['ours']:.1f} audio s/s{share}, {beside}, peak memory "
+        f"{found['peak_memory_mb']} MB"
+    )
+    for side, ops in found["longest_ops"].items():
+        print(f"  {side}: " + ", ".join(f"{op['op']} {op['share']:.0%}" for op in ops))
 
 
 def main() -> None:
@@ -220,6 +273,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="compile our networks")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
     for precision in options.precision:
@@ -227,19 +282,19 @@ def main() -> None:
             print("bf16 left out: this CPU does not multiply bfloat16")
             continue
         recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
+        train = dataclasses.replace(recipe.train, compile=options.compile)
+        recipe = dataclasses.replace(recipe, train=train)
         seconds = recipe.data.max_segment_s
         rows = round(recipe.data.batch_s / seconds)
-        pairs = prove(recipe, SyntheticCorpus(4 * rows, seconds), device)
+        corpus = SyntheticCorpus(4 * rows, seconds)
+        small = sized(PRESETS[options.preset](), min(rows, PROOF_ROWS), seconds, precision)
+        pairs = prove(small, corpus, device)
         found = measure(recipe, rows, seconds, device, options.repeats)
-        rate = found["audio_s_per_s"]
-        print(
-            f"{options.preset}, {rows} x {seconds:g} s, {precision}: ours {rate['ours']:.1f} audio "
-            f"s/s, plain {rate['plain']:.1f}, {found['times_as_fast_as_plain']:.2f} times as fast, "
-            f"peak memory {found['peak_memory_mb']} MB"
-        )
+        show(f"{options.preset}, {rows} x {seconds:g} s, {precision}", found)
         line = {"name": "train_step", "preset": options.preset, "precision": precision}
-        line |= {"shape": {"rows": rows, "seconds": seconds}, "losses_ours_plain": pairs}
-        append("train", {**line, **found, **surroundings(options.device)})
+        line |= {"shape": {"rows": rows, "seconds": seconds}, "compile": options.compile}
+        line |= {"losses_ours_plain": pairs}
+        append("train", {**line, **found, **surroundings(options.device)}, options.out)
 
 
 if __name__ == "__main__":
