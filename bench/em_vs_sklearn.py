@@ -1,6 +1,6 @@
 """One EM iteration and `predict_proba`, side by side with scikit-learn on log-mel frames.
 
-    python bench/em_vs_sklearn.py --components 256 --frames 20000 --threads 2
+    python -m bench.em_vs_sklearn --components 256 --frames 20000 --threads 2
 
 Correctness first: both fit from the same start, and the parameters must agree within 1e-3.
 An iteration's time is the difference between fits of six and of one iteration, over five, so
@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
 from sklearn.mixture import GaussianMixture as Peer
 
+from bench.records import REPOSITORY, append, surroundings
 from gmm_jepa import GaussianMixture, log_mel
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FLOOR = 1e-9  # below every variance here, so that it never acts; scikit-learn's reg_covar is 0
 ITERATIONS = 5
 
@@ -158,25 +155,19 @@ def main() -> None:
     with threadpool_limits(arguments.threads):
         differences = check(frames, arguments.components)
         measured = measure(frames, arguments.components, arguments.repeats)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    where = surroundings()
+    where["versions"] |= {"sklearn": sklearn.__version__}
     line = {
         "name": "em_vs_sklearn",
-        "commit": commit.stdout.strip() or None,
         "shape": {"frames": len(frames), "components": arguments.components, "features": 80},
         "source": source,
         "dtype": "float32 in, float64 inside",
-        "threads": arguments.threads,
-        "device": platform.processor() or platform.machine(),
-        "versions": {"torch": torch.__version__, "sklearn": sklearn.__version__},
         "difference_from_sklearn_float64": differences,
         **measured,
+        **where,
     }
     print(json.dumps(line))
-    (REPOSITORY / "bench" / "results").mkdir(exist_ok=True)
-    with open(REPOSITORY / "bench" / "results" / "em_vs_sklearn.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    append("em_vs_sklearn", line)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ lines and appends them to ``bench/results/native.jsonl``.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 
@@ -27,8 +24,9 @@ import torchaudio
 from sklearn.mixture import GaussianMixture as Peer
 from threadpoolctl import threadpool_limits
 
-from bench.em_vs_sklearn import REPOSITORY, rates, seconds, speech_frames
+from bench.em_vs_sklearn import rates, seconds, speech_frames
 from bench.peers.chunked_torch import ChunkedMixture
+from bench.records import append, surroundings
 from gmm_jepa import ops
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import maximisation
@@ -158,14 +156,10 @@ def main() -> None:
     frames, source = speech_frames(options.frames)
     frames = torch.from_numpy(frames)
     mixture = fitted(frames, options.components)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
     D = frames.shape[1]
-    with (
-        threadpool_limits(options.threads),
-        open(REPOSITORY / "bench" / "results" / "native.jsonl", "a") as file,
-    ):
+    where = surroundings()
+    where["versions"] |= {"torchaudio": torchaudio.__version__, "sklearn": sklearn.__version__}
+    with threadpool_limits(options.threads):
         peak = sgemm_flops(options.repeats)
         dense = 4.0 * D * options.components  # [x, x^2] @ (2 D, K), for E and once more for M
         n_mel = options.frames // 16 * 16
@@ -178,23 +172,27 @@ def main() -> None:
             share = flops and flops * measured["frames_per_s"]["native"]["median"] / peak
             line = {
                 "name": name,
-                "commit": commit.stdout.strip() or None,
                 "shape": {"frames": n, "components": options.components, "features": D},
                 "source": source,
-                "threads": options.threads,
                 "instruction_set": options.instruction_set or native.instruction_sets()[0],
-                "device": platform.processor() or platform.machine(),
-                "versions": {
-                    "torch": torch.__version__,
-                    "torchaudio": torchaudio.__version__,
-                    "sklearn": sklearn.__version__,
-                },
                 "sgemm_gflops": round(peak / 1e9),
                 "sgemm_share": share and round(share, 2),
                 **measured,
+                **where,
             }
-            print(json.dumps(line))
-            file.write(json.dumps(line) + "\n")
+            show(line)
+            append("native", line)
+
+
+def show(line: dict) -> None:
+    """One op as a few lines of text."""
+    share = "" if line["sgemm_share"] is None else f", {line['sgemm_share']:.2f} of dense sgemm"
+    print(f"{line['name']} ({line['instruction_set']}, {line['threads']} threads{share})")
+    for side, rate in line["frames_per_s"].items():
+        ratio = line["times_as_fast_as"].get(side)
+        beside = "" if ratio is None else f"   native is {ratio:.1f} times as fast"
+        spread = f"{rate['p20'] / 1e3:.0f} to {rate['p80'] / 1e3:.0f}"
+        print(f"  {side:16} {rate['median'] / 1e3:8.0f} k frames/s ({spread}){beside}")
 
 
 if __name__ == "__main__":
