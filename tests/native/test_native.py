@@ -76,6 +76,15 @@ def far_away():
     return frames * 1e4, mixture
 
 
+def far_apart():
+    """Too far for 16-bit integers: screened in float32."""
+    frames, mixture = drawn(300, 90, 40)
+    k = torch.cdist(frames.double(), mixture.means).argmin(1)
+    off = frames - mixture.means[k]
+    mixture = mixture._replace(means=3e3 * mixture.means)
+    return (mixture.means[k] + off).float(), mixture
+
+
 def transposed():
     frames, mixture = drawn(120, 30, 17)
     return frames.T.contiguous().T, mixture
@@ -100,6 +109,7 @@ CASES = {
     "one_frame": lambda: drawn(1, 5, 7),
     "one_component": lambda: drawn(50, 1, 80),
     "one_feature": lambda: drawn(333, 65, 1),
+    "many_features": lambda: drawn(90, 70, 300),
     "more_components_than_rows": lambda: drawn(7, 130, 19),
     "offset": lambda: drawn(400, 64, 20, offset=1000.0),
     "float64": lambda: drawn(100, 64, 20, dtype=torch.float64),
@@ -110,6 +120,7 @@ CASES = {
     "mixed_variances": mixed_variances,
     "overlapping": overlapping,
     "far_away": far_away,
+    "far_apart": far_apart,
     "transposed": transposed,
     "every_other": every_other,
     "one_out": one_out,
