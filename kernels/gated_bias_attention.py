@@ -5,9 +5,10 @@
 
 q, k, v, y (B, H, T, d) float32, bf16 or float16, any strides, d up to 128 (padded on chip to a
 power of two); table (H, 2 T - 1), gate (B, H, T). Keys from key_lengths[b] on are hidden; tiles
-that hold none other are not visited. Scores and softmax are float32, products take the inputs'
-dtype (float32: three tf32 products). keep is 0 or 1 / (1 - dropout_p), drawn by Philox from the
-seed, the head and (i, j), so the backward pass draws the same.
+that hold none other are not visited. A row of no keys gives zeros, and plus infinity for log_sum.
+Scores and softmax are float32, products take the inputs' dtype (float32: three tf32 products).
+keep is 0 or 1 / (1 - dropout_p), drawn by Philox from the seed, the head and (i, j), so the
+backward pass draws the same.
 
 Backward, with dp = keep (g v'), delta_i = g_i . y_i and ds = p (dp - delta):
 
@@ -35,6 +36,16 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _row_and_block(T, BLOCK: tl.constexpr):
+    """(batch, head) pair and first frame of this program; blocks of one pair are neighbours.
+
+    On one axis of the grid: the others end at 65,535 pairs.
+    """
+    n_blocks = tl.cdiv(T, BLOCK)
+    return tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks * BLOCK
 
 
 @triton.jit
@@ -80,8 +91,7 @@ def _gated_bias_attention_fwd_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
-    i0 = tl.program_id(0) * BLOCK
+    row, i0 = _row_and_block(T, BLOCK)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, D_PAD)
     mask_i = i0 + offs < T
@@ -121,12 +131,16 @@ def _gated_bias_attention_fwd_kernel(
         )  # fmt: skip
         y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)
         largest = new_largest
+    log_sum = (largest + tl.log2(total)) / LOG2_E
+    if n_keys == 0:  # as in FlashAttention: exp(s - log_sum) is 0
+        total += 1.0
+        log_sum = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
     _store_rows(
         _rows(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
         y / total[:, None], offs, offs_d, mask_i, stride_o_t, stride_o_d, D,
     )  # fmt: skip
     log_sum_ptr += row.to(tl.int64) * T + i0
-    tl.store(log_sum_ptr + offs, (largest + tl.log2(total)) / LOG2_E, mask=mask_i)
+    tl.store(log_sum_ptr + offs, log_sum, mask=mask_i)
 
 
 @triton.jit(do_not_specialize=["T", "width"])
@@ -144,8 +158,7 @@ def _gated_bias_attention_bwd_q_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
-    i0 = tl.program_id(0) * BLOCK
+    row, i0 = _row_and_block(T, BLOCK)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, D_PAD)
     mask_i = i0 + offs < T
@@ -171,7 +184,7 @@ def _gated_bias_attention_bwd_q_kernel(
     gate_ptr = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
     gate = tl.load(gate_ptr + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32)
     table_ptr += (row % H).to(tl.int64) * (2 * T - 1) + T - 1
-    partials_ptr += (row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * width
+    partials_ptr += tl.program_id(0).to(tl.int64) * width
     dq = tl.zeros((BLOCK, D_PAD), dtype=tl.float32)
     d_gate = tl.zeros((BLOCK,), dtype=tl.float32)
     waiting = tl.zeros((BLOCK,), dtype=tl.float32)  # the diagonals that the next tile begins with
@@ -227,8 +240,7 @@ def _gated_bias_attention_bwd_kv_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
-    j0 = tl.program_id(0) * BLOCK
+    row, j0 = _row_and_block(T, BLOCK)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, D_PAD)
     n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
@@ -350,7 +362,7 @@ def gated_bias_attention(
         return out, log_sum
     options = _options(q, dropout_p, key_lengths)
     with torch.cuda.device_of(q):
-        _gated_bias_attention_fwd_kernel[(triton.cdiv(T, options["BLOCK"]), B * H)](
+        _gated_bias_attention_fwd_kernel[(triton.cdiv(T, options["BLOCK"]) * B * H,)](
             q, k, v,
             table.float().contiguous(), gate,
             log_sum if key_lengths is None else key_lengths.contiguous(),
@@ -396,11 +408,11 @@ def gated_bias_attention_backward(
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     after = (*dq.stride(), *gate.stride(), D**-0.5, dropout_p)
     with torch.cuda.device_of(q):
-        _gated_bias_attention_bwd_q_kernel[(n_blocks, B * H)](
+        _gated_bias_attention_bwd_q_kernel[(n_blocks * B * H,)](
             *inputs, grad, out, log_sum, dq, d_gate, delta, partials, T, H, width,
             *strides, *after, **options,
         )  # fmt: skip
-        _gated_bias_attention_bwd_kv_kernel[(n_blocks, B * H)](
+        _gated_bias_attention_bwd_kv_kernel[(n_blocks * B * H,)](
             *inputs, grad, log_sum, delta, dk, dv, T, H, *strides, *after, **options
         )
         _gated_bias_attention_bwd_table_kernel[(triton.cdiv(2 * T - 1, BLOCK_R), H)](

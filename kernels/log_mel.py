@@ -78,7 +78,7 @@ def _dot_float16(a, b_ptrs, low_part, total):
     return tl.dot(high, b_high, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_frames", "T", "hop"])
 def _log_mel_fwd_kernel(
     x_ptr,
     lengths_ptr,

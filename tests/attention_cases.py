@@ -57,6 +57,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "more_than_a_tile": lambda: drawn(1, 1, 149, 16),
     "ragged": lambda: drawn(4, 2, 70, 24, (70, 17, 25, 64)),
     "a_row_of_one_key": lambda: drawn(2, 2, 33, 16, (1, 33)),
+    "a_row_of_no_keys": lambda: drawn(3, 2, 33, 16, (12, 0, 33)),
+    "no_keys_at_all": lambda: drawn(2, 2, 33, 16, (0, 0)),
     "all_rows_shorter": lambda: drawn(2, 2, 80, 16, (9, 13)),
     "one_row": lambda: drawn(1, 4, 20, 48),
     "d_64": lambda: drawn(1, 2, 40, 64),
@@ -78,6 +80,8 @@ def by_definition(case: Case, keep: Tensor | None = None) -> list[Tensor]:
         hidden = position >= case.lengths[:, None]
         scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
     p = scores.softmax(3)
+    if case.lengths is not None:
+        p = p.masked_fill((case.lengths == 0)[:, None, None, None], 0.0)
     output = (p if keep is None else p * keep) @ v
     gradients = torch.autograd.grad(output, (q, k, v, table, gate), case.cotangent.double())
     return [output.detach(), *gradients]

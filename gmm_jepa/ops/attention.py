@@ -51,7 +51,8 @@ def gated_bias_attention(
         q, k, v: (B, H, T, d), one dtype; scores and softmax are float32 for bf16 and float16.
         table: (H, 2 T - 1), one value a head and relative position j - i, at column j - i + T - 1.
         gate: (B, H, T), one value a query.
-        key_lengths: (B,) integers, keys that exist in each row, each 1 to T; None: all.
+        key_lengths: (B,) integers, keys that exist in each row, each 0 to T; None: all. A row of
+            none gives zeros and has no gradient.
         dropout_p: dropout on the probabilities, at least 0 and below 1.
         seed: (1,) int64, what dropout is drawn from; None: drawn from torch's own generator.
 
@@ -233,13 +234,19 @@ def attention_reference(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in plain torch."""
+    """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in plain torch.
+
+    That of a row of no keys is plus infinity.
+    """
     with torch.autocast(q.device.type, enabled=False):
         inputs = _Inputs.of(q, k, v, table, gate)
-        out, log_sum = torch.empty_like(inputs.q), torch.empty_like(inputs.gate)
+        out, log_sum = (t.new_empty(t.shape) for t in (inputs.q, inputs.gate))
         memory, dropout = _Scores(out), _Dropout(seed, dropout_p, out)
         for block in _blocks(q, key_lengths):
             here = block.heads, block.queries
+            if block.n_keys == 0:
+                out[here], log_sum[here] = 0.0, math.inf
+                continue
             scores = inputs.scores(block, inputs.piece(block)[2], memory)
             largest = scores.amax(2, keepdim=True)
             scores.sub_(largest).exp2_()
@@ -249,6 +256,10 @@ def attention_reference(
                 scores.mul_(dropout.keep(block))
             y = torch.bmm(scores, inputs.v[block.heads, : block.n_keys], out=out[here])
             y.mul_(dropout.scale / total)
+            if block.hidden is not None:
+                none = block.hidden.all(2)  # no key: zeros, and exp(s - log_sum) is 0
+                y.masked_fill_(none[..., None], 0.0)
+                log_sum[here] = log_sum[here].masked_fill(none, math.inf)
         return _frame_major(out, q), log_sum.view(gate.shape)
 
 
@@ -286,11 +297,13 @@ def attention_backward_reference(
         g = grad.to(dtype).reshape(rows)
         delta = torch.linalg.vecdot(g, out.to(dtype).reshape(rows))[..., None]
         log_sum = log_sum.to(dtype).view(inputs.gate.shape)[..., None] * _LOG2_E
-        dq, dk, dv = torch.empty_like(inputs.q), torch.zeros_like(g), torch.zeros_like(g)
-        d_table, d_gate = torch.zeros_like(inputs.table), torch.empty_like(inputs.gate)
+        dq, dk, dv = (g.new_zeros(rows) for _ in range(3))
+        d_table, d_gate = (t.new_zeros(t.shape) for t in (inputs.table, inputs.gate))
         memory, d_memory = _Scores(g), _Scores(g, blank=True)
         dropout, scale = _Dropout(seed, dropout_p, g), rows[2] ** -0.5
         for block in _blocks(q, key_lengths):
+            if block.n_keys == 0:
+                continue
             here, there = (block.heads, block.queries), (block.heads, slice(block.n_keys))
             heads, columns, piece = inputs.piece(block)
             p = inputs.scores(block, piece, memory).sub_(log_sum[here]).exp2_()

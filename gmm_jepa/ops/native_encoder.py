@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ def gated_bias_attention(
     """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in float32."""
     if not _is_attention(q, k, v, table, gate):
         return attention_reference(q, k, v, table, gate, key_lengths, seed, dropout_p)
+    if _some_have_no_keys(key_lengths):
+        out, log_sum = _empty(q).zero_(), gate.new_full(gate.shape, math.inf, dtype=torch.float32)
+        some = key_lengths.nonzero().squeeze(1)
+        if len(some):
+            inputs = (*(t[some] for t in (q, k, v)), table, gate[some], key_lengths[some])
+            out[some], log_sum[some] = gated_bias_attention(*inputs, seed, dropout_p)
+        return out, log_sum
     inputs = _AttentionInputs(q, k, v, table, gate, key_lengths)
     out, log_sum = _empty(inputs.qkv[0]), inputs.gate.new_empty(gate.shape)
     call(
@@ -73,6 +82,20 @@ def gated_bias_attention_backward(
         return attention_backward_reference(
             grad, out, log_sum, *tensors, key_lengths, seed, dropout_p
         )
+    if _some_have_no_keys(key_lengths):
+        gradients = (
+            *(_empty(t).zero_() for t in (q, k, v)),
+            *(t.new_zeros(t.shape) for t in (table, gate)),
+        )
+        some = key_lengths.nonzero().squeeze(1)
+        if len(some):
+            rows = (t[some] for t in (grad, out, log_sum, q, k, v))
+            inputs = (*rows, table, gate[some], key_lengths[some], seed, dropout_p)
+            *of_rows, of_table, of_gate = gated_bias_attention_backward(*inputs)
+            gradients[3].copy_(of_table)
+            for all_rows, part in zip((*gradients[:3], gradients[4]), (*of_rows, of_gate)):
+                all_rows[some] = part
+        return gradients
     inputs = _AttentionInputs(*tensors, key_lengths)
     grad, out, log_sum = _dense_rows(grad), _dense_rows(out), log_sum.contiguous()
     gradients = (
@@ -90,6 +113,11 @@ def gated_bias_attention_backward(
         tuple(g.data_ptr() for g in gradients),
     )
     return tuple(g.to(t.dtype) for g, t in zip(gradients, tensors))
+
+
+def _some_have_no_keys(key_lengths: Tensor | None) -> bool:
+    """Rows that the module does not take; their outputs and gradients are zero."""
+    return key_lengths is not None and bool((key_lengths == 0).any())
 
 
 class _AttentionInputs:

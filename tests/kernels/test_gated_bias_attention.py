@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from gmm_jepa.kernels import gated_bias_attention as kernel
 from torch import Tensor
 
 from gmm_jepa.ops import triton_attention
@@ -36,7 +37,7 @@ def test_against_the_definition(name, dtype, device):
 
 
 def test_log_of_the_sum(device):
-    case = drawn(2, 2, 70, 16, (70, 9)).to(device, torch.float32)
+    case = drawn(3, 2, 70, 16, (70, 9, 0)).to(device, torch.float32)
     arguments = (*case.leaves, case.lengths, None, 0.0)
     _, ours = triton_attention.gated_bias_attention(*arguments)
     _, plain = triton_attention.attention.attention_reference(*arguments)
@@ -94,6 +95,52 @@ def test_no_rows(device):
     assert (gradients[3] == 0).all()
 
 
+def test_hidden_keys_may_hold_anything(device):
+    case = drawn(3, 2, 33, 16, (12, 0, 33)).to(device, torch.float32)
+    hidden = (torch.arange(33, device=device) >= case.lengths[:, None])[:, None, :, None]
+    k, v = (t.masked_fill(hidden, torch.nan) for t in (case.k, case.v))
+    expected = results(case)
+    for ours, true in zip(results(case._replace(k=k, v=v)), expected):
+        assert torch.equal(ours, true)
+    out, dq, dk, dv, _, d_gate = expected
+    for t in (out, dq, dk, dv, d_gate):
+        assert (t[1] == 0).all()
+
+
+class Grids:
+    """Stands for a kernel and takes down the grids that it is asked for."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def __getitem__(self, grid):
+        self.seen.append(grid)
+        return lambda *arguments, **options: None
+
+
+def test_any_number_of_heads_and_rows_fits_the_grid(monkeypatch):
+    """CUDA's second and third axes end at 65,535."""
+    grids = Grids()
+    for name in ("fwd", "bwd_q", "bwd_kv", "bwd_table"):
+        monkeypatch.setattr(kernel, f"_gated_bias_attention_{name}_kernel", grids)
+    case = drawn(70_000, 1, 2, 16)
+    results(case)
+    assert len(grids.seen) == 4
+    assert all(axis <= 65_535 for grid in grids.seen for axis in grid[1:])
+    assert [grid[0] for grid in grids.seen[:3]] == [70_000] * 3
+
+
+@pytest.mark.gpu
+def test_more_heads_and_rows_than_an_axis_holds():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    case = drawn(70_000, 1, 2, 16).to("cuda", torch.float32)
+    last = Case(*(t[-3:] for t in case.leaves[:3]), case.table, case.gate[-3:], None, None)
+    out, _ = triton_attention.gated_bias_attention(*case.leaves, None, None, 0.0)
+    few, _ = triton_attention.gated_bias_attention(*last.leaves, None, None, 0.0)
+    assert torch.equal(out[-3:], few)
+
+
 @pytest.mark.parametrize("op", ["gated_bias_attention", "gated_bias_attention_backward"])
 def test_it_is_the_kernel_on_cuda(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gmm_jepa::{op}", "CUDA")
@@ -119,7 +166,12 @@ torch.library.opcheck(op, (q, k, v, table, gate, None, None, 0.0))
 """
 
 
-def test_opcheck_with_the_kernels_behind_the_op(device):
+def test_opcheck_with_the_kernels_behind_the_op(device, tmp_path):
     """A process of its own: on a CPU the kernels take the place of the plain ones."""
-    repository = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", OPCHECK, device], check=True, cwd=repository)
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    subprocess.run(
+        [sys.executable, "-c", OPCHECK, device],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+    )

@@ -40,6 +40,35 @@ def test_no_rows():
     assert (gradients[3] == 0).all()
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_row_of_no_keys_gives_zeros(kernel, dropout_p):
+    """And the others what they give without it, whatever hidden keys hold."""
+    case = drawn(4, 2, 33, 16, (0, 12, 0, 33))
+    hidden = (torch.arange(33) >= case.lengths[:, None])[:, None, :, None]
+    case = case._replace(k=case.k.masked_fill(hidden, 7.0), v=case.v.masked_fill(hidden, -7.0))
+
+    def dropped(*leaves: Tensor, key_lengths: Tensor | None) -> Tensor:
+        options = {"key_lengths": key_lengths, "dropout_p": dropout_p, "seed": torch.tensor([5])}
+        return ops.gated_bias_attention(*leaves, **options)
+
+    out, dq, dk, dv, d_table, d_gate = results_of(dropped, case)
+    assert all(t.isfinite().all() for t in (out, dq, dk, dv, d_table, d_gate))
+    for t in (out, dq, dk, dv, d_gate):
+        assert (t[::2] == 0).all()
+        assert (t[1::2] != 0).any()
+    if dropout_p == 0.0:
+        for ours, true in zip((out, dq, dk, dv, d_table, d_gate), by_definition(case)):
+            torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=3e-5)
+
+
+def test_the_gate_and_table_may_be_transposed(kernel):
+    case = drawn(1, 3, 20, 16)
+    gate, table = case.gate.mT.contiguous().mT, case.table.T.contiguous().T
+    strided = case._replace(gate=gate, table=table)
+    for ours, true in zip(results_of(ops.gated_bias_attention, strided), by_definition(case)):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=3e-5)
+
+
 def test_memory_grows_with_frames_not_with_their_square(kernel):
     def peak(T: int) -> int:
         case = drawn(1, 2, T, 32, (T - T // 5,))
