@@ -96,14 +96,16 @@ def resources(ptx: str) -> dict[str, int]:
     return {name: int(re.search(pattern, log)[1]) for name, pattern in patterns.items()}
 
 
-def mixture_operand(*, exact: bool, components: int = K, features: int = D) -> gaussian.Operand:
+def mixture_operand(
+    *, exact: bool, components: int = K, features: int = D, dtype: torch.dtype = F32
+) -> gaussian.Operand:
     """A mixture of the right shape; values do not change what is compiled."""
     row = torch.ones(components)
     if exact:
-        grid = torch.ones(components, features)
+        grid = torch.ones(components, features, dtype=dtype)
         return gaussian.direct_operand(grid, grid, row.double())
-    affine = torch.ones(features)
-    return gaussian.split_operand(affine, affine, torch.ones(2 * features, components), row)
+    affine, weight = torch.ones(features), torch.ones(2 * features, components)
+    return gaussian.split_operand(affine, affine, weight, row, row.double())
 
 
 def mixture_cases() -> dict[str, Callable[[], object]]:
@@ -134,14 +136,20 @@ def mixture_cases() -> dict[str, Callable[[], object]]:
                 latents, latents, weights
             ),
         }
-    for exact in (False, True):
-        name = "exact" if exact else "fast"
+    for name, options in (
+        ("fast", {"exact": False}),
+        ("exact", {"exact": True}),
+        ("exact, float64 mixture", {"exact": True, "dtype": torch.float64}),
+    ):
         cases |= {
-            f"gmm_log_likelihood {name}": lambda exact=exact: gmm_log_likelihood.gmm_log_likelihood(
-                frames, mixture_operand(exact=exact)
+            f"gmm_log_posterior {name}": lambda options=options: gmm_posterior.gmm_posterior(
+                frames, mixture_operand(**options), K, log=True
             ),
-            f"gmm_argmax {name}": lambda exact=exact: gmm_log_likelihood.gmm_argmax(
-                frames, mixture_operand(exact=exact)
+            f"gmm_log_likelihood {name}": lambda options=options: (
+                gmm_log_likelihood.gmm_log_likelihood(frames, mixture_operand(**options))
+            ),
+            f"gmm_argmax {name}": lambda options=options: gmm_log_likelihood.gmm_argmax(
+                frames, mixture_operand(**options)
             ),
         }
     return cases | large_cases()

@@ -8,7 +8,9 @@ and split into two float16 of 11 bits each; three products of the parts give 22 
 tf32x3 at the rate of float16. The scales keep any finite mixture and frame within float16's range.
 
 Direct form (exact): ``bias - sum_d (x - m)^2 * h`` with h = 1 / (2 v): no cancellation, so float32
-serves for the terms and their sums over 16 features, and float64 for the sum of those sums.
+serves for the terms and their sums over 16 features, and float64 for the sum of those sums. Means
+of a float64 mixture are two float32, 48 bits, subtracted one after the other. Features are brought
+into float32's range by powers of two, which rounds nothing.
 
 Source: gmm_jepa.ops.mixture folds the mixture; the split is that of Ootomo and Yokota,
 "Recovering single precision accuracy from Tensor Cores", arXiv 2203.03341.
@@ -33,15 +35,20 @@ class Operand(NamedTuple):
     (direct form: D, of DIRECT_STEP), components to K', see `padded_components`."""
 
     affine: Tensor
-    """(2, F) float32: centre and inverse scale of each feature (split form)."""
+    """(2, F) float32: centre and inverse scale of each feature; direct form (F,): powers of two"""
     weight: Tensor
-    """(2, F, K') float16: high and low part; direct form float32: m and 1 / (2 v)."""
+    """(2, F, K') float16: high and low part; direct form float32: 1 / (2 v), then the parts of m,
+    (2 or 3, F, K')"""
     scale: Tensor
     """(K',) float32, powers of two that undo the weights' scaling (split form)"""
     bias: Tensor
     """(K',) float32, at least `LOWEST`, which stands for the padding; direct form float64"""
-    exact: bool
-    """Direct rather than split form."""
+    rows: Tensor
+    """(K, 2, D) float32, of standardised features: m and sqrt(1 / (2 v)) (split form)"""
+    constant: Tensor
+    """(K,) float32: log w - 1/2 sum log(2 pi v) (split form)"""
+    exact: int
+    """0: split form; 1 or 2: direct form, with means of so many parts"""
 
 
 def padded_components(n_components: int) -> int:
@@ -51,8 +58,13 @@ def padded_components(n_components: int) -> int:
     return max(16, triton.next_power_of_2(n_components))
 
 
-def split_operand(centre: Tensor, inverse_scale: Tensor, weight: Tensor, bias: Tensor) -> Operand:
-    """Pack the quadratic form: centre, inverse_scale (D,), weight (2 D, K), bias (K,), float32."""
+def split_operand(
+    centre: Tensor, inverse_scale: Tensor, weight: Tensor, bias: Tensor, constant: Tensor
+) -> Operand:
+    """Pack the quadratic form: centre, inverse_scale (D,), weight (2 D, K), bias (K,), float32.
+
+    `constant` (K,) float64 is log w - 1/2 sum log(2 pi v).
+    """
     n_features, K = weight.shape
     F, K_pad = triton.cdiv(n_features, BLOCK_F) * BLOCK_F, padded_components(K)
     affine = weight.new_zeros(2, F)
@@ -64,18 +76,43 @@ def split_operand(centre: Tensor, inverse_scale: Tensor, weight: Tensor, bias: T
     parts = torch.stack((high, (scaled - high.float()).half()))
     scale = weight.new_ones(K_pad)
     scale[:K] = torch.ldexp(weight.new_ones(K), exponent)
-    return Operand(affine, parts, scale, _padded_bias(bias, K_pad), exact=False)
+    linear, square = weight.T.double().split(n_features // 2, dim=1)  # m / v and -1 / (2 v)
+    half_precision = square.neg().clamp_min(1e-38)
+    rows = torch.stack((0.5 * linear / half_precision, half_precision.sqrt()), 1).float()
+    return Operand(
+        affine,
+        parts,
+        scale,
+        _padded_bias(bias, K_pad),
+        rows,
+        constant.clamp_min(LOWEST.value).float(),
+        exact=0,
+    )
 
 
-def direct_operand(means: Tensor, variances: Tensor, bias: Tensor) -> Operand:
-    """Pack means, variances (K, D) float32, bias (K,) float64 = log w - 1/2 sum log(2 pi v)."""
+def direct_operand(means: Tensor, variances: Tensor, constant: Tensor) -> Operand:
+    """Pack means, variances (K, D), constant (K,) float64 = log w - 1/2 sum log(2 pi v)."""
     K, D = means.shape
+    n_parts = 2 if means.dtype == torch.float64 else 1
     F = triton.cdiv(D, DIRECT_STEP.value) * DIRECT_STEP.value
-    weight = means.new_zeros(2, F, padded_components(K))
-    weight[0, :D, :K] = means.T
-    weight[1, :D, :K] = (0.5 / variances.double()).T
-    nothing = means.new_empty(1)
-    return Operand(nothing, weight, nothing, _padded_bias(bias, weight.shape[2]), exact=True)
+    exponent = torch.frexp(variances.double().amin(0)).exponent.div(2, rounding_mode="floor")
+    shrink = _power_of_two(-exponent.clamp(-120, 120))
+    affine = means.new_ones(F, dtype=torch.float32)
+    affine[:D] = shrink
+    weight = affine.new_zeros(1 + n_parts, F, padded_components(K))
+    weight[0, :D, :K] = (0.5 / (variances.double() * shrink.square())).T
+    rest = (means.double() * shrink).T
+    for part in weight[1:]:
+        part[:D, :K] = rest
+        rest = rest - part[:D, :K].double()
+    nothing = affine.new_empty(1)
+    bias = _padded_bias(constant, weight.shape[2])
+    return Operand(affine, weight, nothing, bias, nothing, nothing, exact=n_parts)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, float64, made of its bits: `torch.ldexp` makes it in float32."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
 def _padded_bias(bias: Tensor, n_padded: int) -> Tensor:
@@ -158,7 +195,7 @@ def log_joint(
 ):
     """log p(x, k) / temperature: (BLOCK_T, BLOCK_K) float32, or float64 if EXACT.
 
-    `scale_t` comes from `row_scale`.
+    `scale_t` comes from `row_scale`; EXACT is `Operand.exact`.
     """
     bias = tl.load(bias_ptr + offs_k) * inverse_temperature
     bias = tl.maximum(bias, LOWEST)[None, :]
@@ -169,9 +206,13 @@ def log_joint(
             for d in range(d0, d0 + DIRECT_STEP):
                 x_ptrs = x_ptr + rows * stride_x_t + d * stride_x_d
                 x = tl.load(x_ptrs, mask=mask_t & (d < D), other=0.0).to(tl.float32)
-                mean = tl.load(weight_ptr + d * K_PAD + offs_k)
-                half_precision = tl.load(weight_ptr + (F + d) * K_PAD + offs_k)
+                x *= tl.load(affine_ptr + d)
+                half_precision = tl.load(weight_ptr + d * K_PAD + offs_k)
+                mean = tl.load(weight_ptr + (F + d) * K_PAD + offs_k)
                 distance = x[:, None] - mean[None, :]
+                if EXACT == 2:
+                    rest = tl.load(weight_ptr + (2 * F + d) * K_PAD + offs_k)
+                    distance -= rest[None, :]
                 part += distance * distance * half_precision[None, :]
             total += part.to(tl.float64)
         result = bias - total * inverse_temperature
@@ -197,3 +238,32 @@ def log_joint(
         scale_k = tl.load(scale_ptr + offs_k) * inverse_temperature
         result = total * scale_t[:, None] * scale_k[None, :] + bias
     return result
+
+
+@triton.jit
+def log_joint_of(
+    x_ptr,
+    rows,
+    mask_t,
+    stride_x_t,
+    stride_x_d,
+    component,
+    affine_ptr,
+    rows_ptr,
+    constant_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """log p(x, k) of one component a frame, in the direct form: (BLOCK_T,) float32."""
+    total = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    for f0 in range(0, D, BLOCK_F):
+        offs_f = f0 + tl.arange(0, BLOCK_F)
+        z = _features(x_ptr, rows, mask_t, stride_x_t, stride_x_d, affine_ptr, offs_f, D, F)
+        mask = mask_t[:, None] & (offs_f < D)[None, :]
+        m_ptrs = rows_ptr + component[:, None] * (2 * D) + offs_f[None, :]
+        mean = tl.load(m_ptrs, mask=mask, other=0.0)
+        distance = (z - mean) * tl.load(m_ptrs + D, mask=mask, other=0.0)
+        total += tl.sum(distance * distance, 1)
+    return tl.load(constant_ptr + component) - total

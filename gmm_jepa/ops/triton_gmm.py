@@ -2,8 +2,9 @@
 
 The functions here have the signatures of the custom ops; the dispatcher calls them for CUDA
 tensors. Triton is imported when the first of them runs. Where it is absent, and for what the
-kernels do not cover (float64 anywhere; ``precision="exact"`` with a float64 mixture; backward
-passes through frames), the plain-torch implementation stays.
+kernels do not cover (float64 frames, logits or results; backward passes through frames), the
+plain-torch implementation stays. Mixtures may be float64: the exact kernels keep 48 bits of the
+means.
 """
 
 from __future__ import annotations
@@ -43,14 +44,13 @@ def gmm_posterior(
 ) -> Tensor:
     """As the op `gmm_jepa::gmm_posterior`."""
     mixture = Mixture(log_weights, means, variances)
-    exact = precision == "exact"
-    if not _covered(frames, mixture, exact) or out_dtype not in _COVERED:
+    if frames.dtype not in _COVERED or out_dtype not in _COVERED:
         return posterior.posterior_reference(
             frames, *mixture, temperature, log, precision, out_dtype
         )
     from gmm_jepa.kernels import gmm_posterior as kernel
 
-    operand = operand_of(mixture, exact=exact)
+    operand = operand_of(mixture, exact=precision == "exact")
     return kernel.gmm_posterior(
         frames, operand, means.shape[0], temperature=temperature, log=log, out_dtype=out_dtype
     )
@@ -61,12 +61,11 @@ def gmm_log_likelihood(
 ) -> Tensor:
     """As the op `gmm_jepa::gmm_log_likelihood`."""
     mixture = Mixture(log_weights, means, variances)
-    exact = precision == "exact"
-    if not _covered(frames, mixture, exact):
+    if frames.dtype not in _COVERED:
         return posterior.log_likelihood_reference(frames, *mixture, precision)
     from gmm_jepa.kernels import gmm_log_likelihood as kernel
 
-    return kernel.gmm_log_likelihood(frames, operand_of(mixture, exact=exact))
+    return kernel.gmm_log_likelihood(frames, operand_of(mixture, exact=precision == "exact"))
 
 
 def gmm_topk(
@@ -79,7 +78,7 @@ def gmm_topk(
 ) -> tuple[Tensor, Tensor]:
     """As the op `gmm_jepa::gmm_topk`; beyond the argmax, a sort of posteriors chunk by chunk."""
     mixture = Mixture(log_weights, means, variances)
-    if not _covered(frames, mixture, exact=True):
+    if frames.dtype not in _COVERED:
         return posterior.topk_reference(frames, *mixture, k, temperature)
     if k == 1:
         from gmm_jepa.kernels import gmm_log_likelihood as kernel
@@ -223,20 +222,15 @@ def _key(mixture: Mixture, exact: bool) -> tuple | None:
 
 
 def _pack(gaussian, mixture: Mixture, exact: bool):
-    if not exact:
-        return gaussian.split_operand(*quadratic(mixture, torch.float32))
     log_weights, means, variances = mixture
-    constant = (2.0 * math.pi * variances.double()).log().sum(1)
-    return gaussian.direct_operand(means, variances, log_weights.double() - 0.5 * constant)
+    constant = log_weights.double() - 0.5 * (2.0 * math.pi * variances.double()).log().sum(1)
+    if exact:
+        return gaussian.direct_operand(means, variances, constant)
+    return gaussian.split_operand(*quadratic(mixture, torch.float32), constant)
 
 
 def _all_covered(*tensors: Tensor) -> bool:
     return all(tensor.dtype in _COVERED for tensor in tensors)
-
-
-def _covered(frames: Tensor, mixture: Mixture, exact: bool) -> bool:
-    """Float32's direct form is exact for what was given in float32; float64 stays float64."""
-    return frames.dtype in _COVERED and (not exact or mixture.means.dtype == torch.float32)
 
 
 def register() -> None:
