@@ -144,6 +144,9 @@ class TrainConfig:
     """Keep only what enters each encoder block and compute its inside again for the gradient. Of
     the activations 0.41 are left for the largest transformer, 0.82 for the published conformer,
     whose front end holds most of them (15 s, fp32)."""
+    shard: bool = False
+    """Each process keeps a share of parameters, gradients, moments and teacher, and gathers a block
+    when it is needed: less memory, more traffic. One process shards nothing."""
     log_every: int = 20
     """Steps between lines of metrics; only then is the device waited for."""
     checkpoint_every: int = 500

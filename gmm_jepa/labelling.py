@@ -175,7 +175,7 @@ class Labeller:
                 with written_aside(folder) as aside:
                     aside.mkdir()
                     fitted.save(aside / name)
-                    checkpoint.save_weights(aside, encoder)
+                    checkpoint.save_weights(aside, encoder.state_dict())
             self.peers.wait()
         encoder = initial_model(self.recipe).online
         checkpoint.load_weights(folder, encoder)

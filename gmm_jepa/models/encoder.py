@@ -37,6 +37,7 @@ class Encoder(nn.Module, Generic[Config]):
     """
 
     front_end: nn.Module
+    blocks: nn.ModuleList
     recomputes_blocks = False
     """For the gradient, keep only what enters a block and compute its inside again."""
 

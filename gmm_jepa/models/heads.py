@@ -9,6 +9,7 @@ from gmm_jepa.models.attention import GatedRelativeBias
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.conformer import ConformerBlock
 from gmm_jepa.models.dropout import Dropout
+from gmm_jepa.models.layer_norm import LayerNorm
 from gmm_jepa.models.padding import FrameMask, zero_padding
 from gmm_jepa.models.transformer import TransformerConfig
 
@@ -18,7 +19,7 @@ class ClusterBlock(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.up = nn.Linear(dim, dim)
         self.down = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
@@ -35,9 +36,9 @@ class ClusterHead(nn.Module):
         super().__init__()
         width = 2 * code_dim
         self.in_proj = nn.Linear(code_dim, width)
-        self.in_norm = nn.LayerNorm(width)
+        self.in_norm = LayerNorm(width)
         self.blocks = nn.ModuleList(ClusterBlock(width, dropout) for _ in range(3))
-        self.out_norm = nn.LayerNorm(width)
+        self.out_norm = LayerNorm(width)
         self.out_proj = nn.Linear(width, n_clusters)
 
     def forward(self, z: Tensor) -> Tensor:

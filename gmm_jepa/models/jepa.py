@@ -97,4 +97,9 @@ class JepaModel(nn.Module):
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
         """teacher <- decay * teacher + (1 - decay) * online, in place."""
-        ops.ema_update(list(self.teacher.parameters()), list(self.online.parameters()), decay)
+        ops.ema_update(_held(self.teacher), _held(self.online), decay)
+
+
+def _held(network: nn.Module) -> list[Tensor]:
+    """The parameters; of sharded ones (distributed tensors) the parts that lie in this process."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in network.parameters()]

@@ -22,6 +22,7 @@ from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import to_unit_rms
+from gmm_jepa.models.layer_norm import LayerNorm
 from gmm_jepa.models.padding import (
     Count,
     FrameGroupNorm,
@@ -130,7 +131,7 @@ class ConvolutionStack(nn.Module):
         )
         self.norms = nn.ModuleList(FrameGroupNorm(config.conv_dim) for _ in KERNELS)
         self.projection = nn.Linear(config.conv_dim, config.code_dim)
-        self.norm = nn.LayerNorm(config.code_dim)
+        self.norm = LayerNorm(config.code_dim)
         self.dropout = Dropout(config.dropout)
 
     def forward(
@@ -194,10 +195,10 @@ class TransformerBlock(nn.Module):
         super().__init__()
         D = config.code_dim
         self.heads, self.attention_dropout = config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(D)
+        self.attention_norm = LayerNorm(D)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, D) for _ in range(3))
         self.out_proj = nn.Linear(D, D)
-        self.ffn_norm = nn.LayerNorm(D)
+        self.ffn_norm = LayerNorm(D)
         self.up, self.down = nn.Linear(D, config.ffn_dim), nn.Linear(config.ffn_dim, D)
         self.dropout = Dropout(config.dropout)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import written_aside
@@ -18,20 +19,22 @@ STATE = "state.pt"
 _ADVICE = "remove this step's folder to go on from the checkpoint before"
 
 
-def save(root: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    root: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> Path:
     """Write the checkpoint of `step` (steps done) and remove all but the newest `keep`.
 
     Args:
         root: the folder of all checkpoints.
         step: optimiser steps done.
-        model: its state dict becomes ``model.safetensors``.
+        weights: of the model, whole; they become ``model.safetensors``.
         state: what else resuming needs: nested dicts and lists of tensors and numbers.
         keep: number of checkpoints that stay, this one included.
     """
     folder = root / f"step_{step:08d}"
     with written_aside(folder) as aside:
         aside.mkdir()
-        save_weights(aside, model)
+        save_weights(aside, weights)
         torch.save(state, aside / STATE)
     for _, old in steps(root)[:-keep]:
         shutil.rmtree(old)
@@ -54,15 +57,22 @@ def newest(root: Path, *, after: int = 0) -> Path | None:
     return found[-1] if found else None
 
 
-def save_weights(folder: Path, model: nn.Module) -> None:
+def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``model.safetensors`` into a folder that is written aside."""
     safetensors = require("safetensors.torch", extra="train")
-    weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    safetensors.save_file(weights, str(folder / WEIGHTS))
+    held = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
+    safetensors.save_file(held, str(folder / WEIGHTS))
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(
+    folder: Path, model: nn.Module, *, split: Callable[..., dict[str, Tensor]] | None = None
+) -> None:
     """Load ``model.safetensors`` into `model`; every tensor must fit.
+
+    Args:
+        folder: of the checkpoint.
+        model: changed in place.
+        split: takes whole weights and a sharded `model`, gives the parts that belong here.
 
     Raises:
         InputError: the file is absent, damaged, or of another model.
@@ -76,7 +86,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     except Exception as error:  # safetensors raises its own, undocumented kinds
         raise InputError(f"{path}: damaged ({error}); {_ADVICE}") from None
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights if split is None else split(weights, model))
     except RuntimeError as error:
         first_line = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: weights of another model ({first_line})") from None

@@ -1,8 +1,9 @@
 """The networks through torch.compile, and without it where that fails.
 
-What is compiled are encoder, teacher and predictor: the loader's buckets fix their shapes, one
-graph a bucket (two where micro-batches leave a shorter one). The losses and the cluster head take
-as many rows as frames happen to be masked, another number at every step, and stay as they are.
+What is compiled are encoder, teacher and predictor, or of sharded encoders every part by itself:
+the loader's buckets fix their shapes, one graph a bucket (two where micro-batches leave a shorter
+one). The losses and the cluster head take as many rows as frames happen to be masked, another
+number at every step, and stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ GRAPHS_A_BUCKET = 6
 """Encoder, teacher and predictor, each for whole micro-batches and for a shorter last one."""
 
 
-def compile_networks(model: JepaModel, *, n_buckets: int, report: Callable[[str], None]) -> None:
+def compile_networks(
+    model: JepaModel, *, n_buckets: int, report: Callable[[str], None], by_block: bool = False
+) -> None:
     """Compile encoder, teacher and predictor when they first meet a shape; weights stay in place.
 
     Dropout draws other numbers than without compilation; without it the results are equal to
@@ -31,6 +34,8 @@ def compile_networks(model: JepaModel, *, n_buckets: int, report: Callable[[str]
         model: changed in place.
         n_buckets: padded lengths that will come at most; so many graphs are kept.
         report: gets one line if something cannot be compiled and all goes on without.
+        by_block: compile front ends and blocks, not encoders, since sharded ones are gathered
+            between them, which no graph can hold; equal blocks share one graph.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_A_BUCKET * n_buckets)
@@ -38,7 +43,10 @@ def compile_networks(model: JepaModel, *, n_buckets: int, report: Callable[[str]
         config.accumulated_recompile_limit, 4 * GRAPHS_A_BUCKET * n_buckets
     )
     shared = _Shared(report)
-    for network in (model.online, model.teacher, model.predictor):
+    networks = [network for network in (model.online, model.teacher) if network is not None]
+    if by_block:
+        networks = [part for whole in networks for part in (whole.front_end, *whole.blocks)]
+    for network in (*networks, model.predictor):
         if network is not None:
             network.forward = _CompiledOrNot(network, shared)
 

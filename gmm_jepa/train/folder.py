@@ -12,6 +12,7 @@ from gmm_jepa.files import read_json, write_json
 _FREE = (
     "recipe.data.workers",
     "recipe.data.max_bad_fraction",
+    "recipe.train.shard",
     "recipe.train.checkpoint_every",
     "recipe.train.keep_checkpoints",
     "recipe.train.tensorboard",

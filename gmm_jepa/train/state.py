@@ -16,6 +16,7 @@ from gmm_jepa.train import checkpoint
 from gmm_jepa.train.compile import compile_networks
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import Meters
+from gmm_jepa.train.sharding import Shards
 
 
 class TrainState:
@@ -34,16 +35,27 @@ class TrainState:
         config = recipe.train
         self.step = self._first_step = first_step
         self._peers = peers
-        self.model = initial_model(recipe).to(peers.device)
+        sharded = config.shard and peers.world_size > 1
+        self.model = initial_model(recipe)
+        if not sharded:
+            self.model.to(peers.device)
         self.model.online.recomputes_blocks = config.checkpoint_blocks
         if config.compile:
-            report = print if peers.is_main else lambda _line: None
-            compile_networks(self.model, n_buckets=recipe.data.n_buckets, report=report)
+            compile_networks(
+                self.model,
+                n_buckets=recipe.data.n_buckets,
+                report=print if peers.is_main else lambda _line: None,
+                by_block=sharded,
+            )
         self.objective = build_objective(recipe, self.model, labels)
         self.forward: nn.Module = self.objective
-        if peers.world_size > 1:
-            self.forward = _shared(self.objective, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._shards: Shards | None = None
+        if sharded:
+            self._shards = Shards(self.objective, config, peers)
+            self.parameters = self._shards.parameters
+        elif peers.world_size > 1:
+            self.forward = _shared(self.objective, config)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -58,23 +70,29 @@ class TrainState:
         latest = checkpoint.newest(root, after=self._first_step)
         if latest is None:
             return
-        checkpoint.load_weights(latest, self.model)
+        shards = self._shards
+        checkpoint.load_weights(latest, self.model, split=shards and shards.split_weights)
         state = checkpoint.load_state(latest)
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(shards.split_moments(optimizer) if shards else optimizer)
         self.objective.load_state(state["objective"])
         self.meters.load(state["meters"])
         self.step = state["step"]
 
     def save(self, root: Path, *, keep: int) -> None:
         """Write the checkpoint of the current step: called by all processes, done by one."""
+        weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if self._shards is not None:
+            weights = self._shards.gather_weights(weights)
+            optimizer = self._shards.gather_moments(optimizer)
         state = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "objective": self.objective.state(),
             "meters": self.meters.state(),
         }
         if self._peers.is_main:
-            checkpoint.save(root, self.step, self.model, state, keep=keep)
+            checkpoint.save(root, self.step, weights, state, keep=keep)
         self._peers.wait()
 
     def update(self, schedule: Schedule, clip_norm: float) -> tuple[Tensor, Tensor]:
@@ -82,13 +100,14 @@ class TrainState:
 
         A gradient that is not finite skips the step on the device.
 
-        Every process sees the same reduced gradients and so takes the same decision, and none
-        waits for it.
+        Every process sees the same norm of the reduced gradients and so takes the same decision,
+        and none waits for it.
 
         Returns:
             () gradient norm before clipping, and () 1.0 if the step was skipped, else 0.0.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip_norm, foreach=True)
+        norm = self._gradient_norm()
+        nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm, foreach=True)
         skipped = (~torch.isfinite(norm)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate
@@ -100,6 +119,14 @@ class TrainState:
         self.objective.after_step(schedule, self._peers)
         self.step += 1
         return norm, skipped
+
+    def _gradient_norm(self) -> Tensor:
+        """() norm of the gradient over all parameters, and processes where they are sharded."""
+        if self._shards is not None:
+            self._shards.take_gradients()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        return norm if self._shards is None else self._peers.add(norm.square()).sqrt()
 
 
 def _shared(objective: nn.Module, config: TrainConfig) -> DistributedDataParallel:

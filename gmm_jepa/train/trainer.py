@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gmm_jepa.config import Iteration, Recipe, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
@@ -32,6 +30,7 @@ from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
 from gmm_jepa.train.precision import bf16_over_fp32
 from gmm_jepa.train.profile import StepProfile
+from gmm_jepa.train.sharding import gradient_sync
 from gmm_jepa.train.state import TrainState
 
 
@@ -169,10 +168,10 @@ def _accumulate(
     weight = recipe.objective.unmasked_weight
     parts = list(micro_batches(batch, config.accumulate, unmasked_weight=weight))
     for part in parts:
-        with _gradient_sync(state.forward, wanted=part is parts[-1]):
+        with gradient_sync(state.forward, wanted=part is parts[-1]):
             with _precision(config, peers.device):
                 losses = state.forward(_to_device(part, peers.device), schedule)
-            # DDP averages over the processes, but the losses are parts of a sum.
+            # Gradients are averaged over the processes, but the losses are parts of a sum.
             (losses.total * peers.world_size).backward()
         state.meters.add_losses(losses)
 
@@ -186,7 +185,9 @@ def _to_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
 
 
 def _advise(config: TrainConfig, peers: Processes) -> None:
-    """A line where bf16 was chosen and slows the training down."""
+    """A line where a setting does nothing, or slows the training down."""
+    if config.shard and peers.world_size == 1:
+        print("train.shard: one process, so nothing is sharded; torchrun starts several")
     if config.precision == "bf16" and peers.device.type == "cpu" and peers.is_main:
         rate = bf16_over_fp32()
         if rate < 1.0:
@@ -198,13 +199,6 @@ def _advise(config: TrainConfig, peers: Processes) -> None:
 
 def _precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def _gradient_sync(forward: nn.Module, *, wanted: bool) -> contextlib.AbstractContextManager:
-    """Gradients are summed over the processes with the last micro-batch only."""
-    if wanted or not isinstance(forward, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return forward.no_sync()
 
 
 def _profile_of(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
+from gmm_jepa.config import Recipe
 from gmm_jepa.data.loader import make_loader
 from gmm_jepa.objectives.prepare import MaskAndDisturb
 from gmm_jepa.presets import preset
@@ -19,10 +20,8 @@ READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index
 SYSTEMS = ("gmm-anchored", "pure-jepa", "wavlm-style")
 
 
-def steps_of(system: str, device: torch.device, *, pinned: bool = False):
+def steps_of(recipe: Recipe, *, peers: Processes, pinned: bool = False):
     """A function that makes a step, and the meters."""
-    recipe = preset("smoke", system=system)
-    peers = Processes(rank=0, world_size=1, device=device)
     state = TrainState(recipe, synthetic_labels(recipe), peers)
     state.model.train()
     corpus = SyntheticCorpus(16, 1.0)
@@ -30,6 +29,8 @@ def steps_of(system: str, device: torch.device, *, pinned: bool = False):
         corpus,
         batch_plan(corpus, recipe),
         stop_step=20,
+        rank=peers.rank,
+        world_size=peers.world_size,
         pin_memory=pinned,
         prepare=MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=0),
     )
@@ -37,10 +38,12 @@ def steps_of(system: str, device: torch.device, *, pinned: bool = False):
     return (lambda i: training_step(state, made[i], recipe, peers)), state.meters
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_step_reads_nothing_back(system, monkeypatch):
-    step, meters = steps_of(system, torch.device("cpu"))
-    step(0)
+def alone(device: torch.device) -> Processes:
+    return Processes(rank=0, world_size=1, device=device)
+
+
+def floats_read(monkeypatch) -> list[str]:
+    """Where values of tensors are read back from now on."""
     reads = []
     for name in READS:
         original = getattr(torch.Tensor, name)
@@ -54,6 +57,14 @@ def test_a_step_reads_nothing_back(system, monkeypatch):
             return _original(self, *arguments)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
+    return reads
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_reads_nothing_back(system, monkeypatch):
+    step, meters = steps_of(preset("smoke", system=system), peers=alone(torch.device("cpu")))
+    step(0)
+    reads = floats_read(monkeypatch)
     step(1)
     step(2)
     assert not reads
@@ -66,7 +77,8 @@ def test_a_step_reads_nothing_back(system, monkeypatch):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_never_waits_for_the_gpu(system):
     """PyTorch itself refuses every call that would wait."""
-    step, _ = steps_of(system, torch.device("cuda", 0), pinned=True)
+    peers = alone(torch.device("cuda", 0))
+    step, _ = steps_of(preset("smoke", system=system), peers=peers, pinned=True)
     step(0)
     step(1)
     torch.cuda.synchronize()
