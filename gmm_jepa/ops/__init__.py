@@ -46,6 +46,7 @@ for _device in ("cpu", "cuda"):
         "gmm_posterior_ensemble",
         "gmm_posterior_ensemble_backward",
         "gmm_topk",
+        "gmm_topk_ensemble",
         "kmeans_assign",
         "log_mel",
         "masked_cross_entropy",

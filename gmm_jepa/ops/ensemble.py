@@ -1,4 +1,4 @@
-"""Posteriors averaged over several mixtures, and the KL to them: the ops behind `Ensemble`.
+"""Posteriors averaged over several mixtures, and their largest: the ops behind `Ensemble`.
 
     p_nk = sum_m share_m posterior_mnk
 
@@ -143,3 +143,29 @@ def _vjp(ctx, grad):
 
 
 gmm_posterior_ensemble.register_autograd(_vjp, setup_context=_setup)
+
+
+@torch.library.custom_op("gmm_jepa::gmm_topk_ensemble", mutates_args=())
+def gmm_topk_ensemble(
+    frames: Tensor,
+    log_weights: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """`gmm_topk` of an ensemble for frames (n, D)."""
+    posteriors = frames.new_empty((frames.shape[0], k), dtype=torch.float32)
+    indices = frames.new_empty((frames.shape[0], k), dtype=torch.int64)
+    mixtures = (log_weights, means, variances, shares)
+    for rows in row_chunks(frames.shape[0], means[0].shape[0], values=TARGET_VALUES):
+        mean = mean_of_chunk(frames[rows], *mixtures, temperature, False, "exact")
+        posteriors[rows], indices[rows] = mean.topk(k, dim=1)
+    return posteriors, indices
+
+
+@gmm_topk_ensemble.register_fake
+def _(frames, log_weights, means, variances, shares, k, temperature):
+    shape = (frames.shape[0], k)
+    return frames.new_empty(shape, dtype=torch.float32), frames.new_empty(shape, dtype=torch.int64)

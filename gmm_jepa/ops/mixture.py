@@ -32,7 +32,8 @@ class Ensemble(NamedTuple):
     """Several mixtures whose posteriors are averaged: p_k = sum_m share_m p_mk.
 
     Component k of every mixture must stand for the same cluster, as where all were fitted from one
-    start: the average is taken component by component.
+    start: the average is taken component by component. Its density is that of the mean,
+    p(x) = sum_m share_m p_m(x).
     """
 
     mixtures: tuple[Mixture, ...]

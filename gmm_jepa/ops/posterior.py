@@ -14,11 +14,13 @@ alone: the mixture is frozen.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.ensemble import gmm_posterior_ensemble, parameters_of
+from gmm_jepa.ops.ensemble import gmm_posterior_ensemble, gmm_topk_ensemble, parameters_of
 from gmm_jepa.ops.mixture import (
     Ensemble,
     Mixture,
@@ -77,12 +79,15 @@ def gmm_posterior(
     return out.reshape(*frames.shape[:-1], out.shape[-1])
 
 
-def gmm_log_likelihood(frames: Tensor, mixture: Mixture, *, precision: str = "exact") -> Tensor:
+def gmm_log_likelihood(
+    frames: Tensor, mixture: Mixture | Ensemble, *, precision: str = "exact"
+) -> Tensor:
     """Log-density log p(x) of every frame, in nats.
 
     Args:
         frames: (..., D), any float type.
-        mixture: the frozen mixture.
+        mixture: the frozen mixture, or several, whose densities are averaged:
+            p(x) = sum_m share_m p_m(x).
         precision: ``"exact"`` (float64) or ``"fast"`` (float32).
 
     Returns:
@@ -92,20 +97,37 @@ def gmm_log_likelihood(frames: Tensor, mixture: Mixture, *, precision: str = "ex
         InputError: shapes, devices or precision make no sense.
         TypeError: `frames` is not a floating-point tensor.
     """
-    check_frames(frames, mixture)
+    several = isinstance(mixture, Ensemble)
+    (check_ensemble if several else check_frames)(frames, mixture)
     _check_precision(precision)
     rows = frames.reshape(-1, frames.shape[-1])
-    return _log_likelihood(rows, *mixture, precision).reshape(frames.shape[:-1])
+    if several:
+        out = _mean_log_likelihood(rows, mixture, precision)
+    else:
+        out = _log_likelihood(rows, *mixture, precision)
+    return out.reshape(frames.shape[:-1])
+
+
+def _mean_log_likelihood(frames: Tensor, ensemble: Ensemble, precision: str) -> Tensor:
+    """log sum_m share_m p_m(x) of frames (n, D)."""
+    *_, shares = parameters_of(ensemble)
+    each = [
+        math.log(share) + _log_likelihood(frames, *mixture, precision)
+        for share, mixture in zip(shares, ensemble.mixtures)
+        if share > 0.0
+    ]
+    return torch.stack(each).logsumexp(0) if len(each) > 1 else each[0]
 
 
 def gmm_topk(
-    frames: Tensor, mixture: Mixture, k: int, *, temperature: float = 1.0
+    frames: Tensor, mixture: Mixture | Ensemble, k: int, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The k most probable components of every frame; ``k = 1`` is the argmax.
 
     Args:
         frames: (..., D), any float type.
-        mixture: the frozen mixture of K components.
+        mixture: the frozen mixture of K components, or several, of whose mean posterior the
+            largest are taken: component k of each must stand for the same cluster.
         k: 1 to K.
         temperature: as in `gmm_posterior`.
 
@@ -114,14 +136,20 @@ def gmm_topk(
         Exact precision; no gradient.
 
     Raises:
-        InputError: `k` is outside 1..K, or shapes, devices or temperature make no sense.
+        InputError: `k` is outside 1..K, mixtures have unequal K and so nothing in common, or
+            shapes, devices or temperature make no sense.
     """
-    check_frames(frames, mixture)
+    several = isinstance(mixture, Ensemble)
+    (check_ensemble if several else check_frames)(frames, mixture)
     check_temperature(temperature)
-    if not 1 <= k <= mixture.means.shape[0]:
-        raise InputError(f"k: expected 1 to {mixture.means.shape[0]} components, got {k}")
+    n_components = (mixture.mixtures[0] if several else mixture).means.shape[0]
+    if not 1 <= k <= n_components:
+        raise InputError(f"k: expected 1 to {n_components} components, got {k}")
     rows = frames.detach().reshape(-1, frames.shape[-1])
-    posteriors, indices = _topk(rows, *mixture, k, float(temperature))
+    op, parameters = _topk, mixture
+    if several:
+        op, parameters = gmm_topk_ensemble, parameters_of(mixture)
+    posteriors, indices = op(rows, *parameters, k, float(temperature))
     shape = (*frames.shape[:-1], k)
     return posteriors.reshape(shape), indices.reshape(shape)
 

@@ -18,9 +18,12 @@ from gmm_jepa.ops import losses, posterior, triton_gmm
 N, K, D = 40, 9, 5
 
 
-def check(op: torch._ops.OpOverload, arguments: tuple) -> None:
+OF_LAYOUT = ("test_schema", "test_faketensor")
+
+
+def check(op: torch._ops.OpOverload, arguments: tuple, **options: tuple[str, ...]) -> None:
     """`opcheck`, which lets strides pass, and the strides that the op's description promises."""
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op, arguments, **options)
     mode = FakeTensorMode()
 
     def described(value: object) -> object:
@@ -72,6 +75,8 @@ def main(device: str) -> None:
         (ops.gmm_log_likelihood, (frames, *mixture, "exact")),
         (ops.gmm_topk, (frames.detach(), *mixture, 1, 1.0)),
         (ops.gmm_topk, (frames.detach(), *mixture, 3, 1.0)),
+        (ops.gmm_posterior_ensemble, (frames, *lists, [1.0, 2.0], 2.0, True, "fast", float32)),
+        (ops.gmm_topk_ensemble, (frames.detach(), *lists, [0.25, 0.75], 3, 2.0)),
         (ops.masked_kl, (logits, frames.detach(), weights, *mixture, 1.0, True)),
         (
             ops.masked_kl_ensemble,
@@ -94,7 +99,7 @@ def main(device: str) -> None:
             (ops.masked_cross_entropy, (labels, weights, True)),
             (ops.masked_mse, (targets, weights, True)),
         ):
-            check(op.default, (logits, *arguments))
+            check(op.default, (logits, *arguments), test_utils=OF_LAYOUT)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,75 @@ def test_posterior_is_the_weighted_mean(batch, oracle, precision):
     torch.testing.assert_close(log.double()[near], expected.log()[near], atol=atol, rtol=0)
 
 
+def _log_density(frames, ensemble, oracle):
+    """(N,) float64, of the weighted mean of the mixtures' densities."""
+    shares = torch.tensor(ensemble.shares, dtype=torch.float64)
+    each = [torch.logsumexp(oracle(frames, m), 1) for m in ensemble.mixtures]
+    return torch.logsumexp((shares / shares.sum()).log()[:, None] + torch.stack(each), 0)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_log_likelihood_is_that_of_the_weighted_mean(batch, oracle, precision):
+    frames, ensemble, _, _ = batch
+    got = ops.gmm_log_likelihood(frames, ensemble, precision=precision)
+    assert got.dtype == torch.float32
+    atol = {"exact": 1e-4, "fast": 5e-3}[precision]
+    expected = _log_density(frames, ensemble, oracle)
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=2e-7)
+
+
+def test_log_likelihood_gradient(batch, oracle):
+    frames, ensemble, _, _ = batch
+    reference = frames.double().requires_grad_()
+    _log_density(reference, ensemble, oracle).sum().backward()
+    x = frames.clone().requires_grad_()
+    ops.gmm_log_likelihood(x, ensemble).sum().backward()
+    size = max(1.0, *(reference.grad.abs().flatten().tolist() or [1.0]))
+    torch.testing.assert_close(x.grad.double(), reference.grad, rtol=0, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_topk_is_the_head_of_the_mean_posterior(batch, oracle, k, monkeypatch):
+    frames, ensemble, _, _ = batch
+    monkeypatch.setattr("gmm_jepa.ops.ensemble.TARGET_VALUES", 64)  # several chunks
+    mean = _mean(frames, ensemble, oracle, 2.0)
+    k = min(k, mean.shape[1])
+    posteriors, indices = ops.gmm_topk(frames, ensemble, k, temperature=2.0)
+    assert posteriors.dtype == torch.float32
+    torch.testing.assert_close(posteriors.double(), mean.topk(k, 1).values, atol=1e-5, rtol=0)
+    # whatever the order among equals, each index has the posterior beside it
+    torch.testing.assert_close(posteriors.double(), mean.gather(1, indices), atol=1e-5, rtol=0)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_one_mixture_is_an_ensemble_of_one(drawn):
+    case = drawn(20, 7, 5)
+    alone = Ensemble((case.mixture,), (2.0,))
+    for one, several in (
+        (ops.gmm_log_likelihood(case.frames, m) for m in (case.mixture, alone)),
+        (ops.gmm_topk(case.frames, m, 1)[1] for m in (case.mixture, alone)),
+    ):
+        torch.testing.assert_close(one, several, rtol=0, atol=0)
+
+
+def test_one_graph_holds_likelihood_and_topk(drawn):
+    case = drawn(20, 7, 5)
+    both = Ensemble((case.mixture, case.mixture._replace(means=case.mixture.means + 0.2)), (1, 3))
+
+    def function(frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ops.gmm_log_likelihood(frames.sin(), both), *ops.gmm_topk(frames.sin(), both, 2)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for each in (function, compiled):
+        x = case.frames.clone().requires_grad_()
+        likelihood, best, index = each(x)
+        likelihood.sum().backward()
+        results.append((likelihood.detach(), best, index, x.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_kl_and_its_gradient(batch, oracle):
     frames, ensemble, logits, weights = batch
     rows = weights != 0
@@ -131,6 +200,8 @@ def test_registration_holds_what_it_promises(drawn, n):
     shares, library = [0.25, 0.75], torch.ops.gmm_jepa
     arguments = (frames, *mixtures, shares, 1.5, False, "fast", torch.float32)
     torch.library.opcheck(library.gmm_posterior_ensemble.default, arguments)
+    arguments = (frames.detach(), *mixtures, shares, 2, 1.5)
+    torch.library.opcheck(library.gmm_topk_ensemble.default, arguments)
     arguments = (logits, frames.detach(), torch.ones(n), *mixtures, shares, 1.5, True)
     torch.library.opcheck(library.masked_kl_ensemble.default, arguments)
 
@@ -146,3 +217,10 @@ def test_user_errors(drawn):
         ops.masked_kl(
             torch.zeros(4, 3), case.frames, torch.ones(4), Ensemble((case.mixture, smaller), (1, 1))
         )
+    for function in (ops.gmm_log_likelihood, lambda *a: ops.gmm_topk(*a, 1)):
+        with pytest.raises(InputError, match="expected 3 components as in the first"):
+            function(case.frames, Ensemble((case.mixture, smaller), (1, 1)))
+        with pytest.raises(InputError, match="ensemble: expected a share for each"):
+            function(case.frames, Ensemble((case.mixture,), (1, 1)))
+    with pytest.raises(InputError, match="k: expected 1 to 3"):
+        ops.gmm_topk(case.frames, Ensemble((case.mixture,), (1,)), 4)
