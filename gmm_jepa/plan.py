@@ -1,32 +1,23 @@
 """Hours, memory, disk and cost of a training before it is begun.
 
 Time is operations (`gmm_jepa.flops`) over a rate: the one a calibration measured, or an assumed
-share of a GPU's peak. Memory counts what a step holds: parameters, gradients, AdamW's moments,
-the teacher, and what autograd keeps of the forward pass, taken from a pass over fake tensors.
+share of a GPU's peak. Memory is that of `gmm_jepa.memory`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gmm_jepa.calibration import Calibration, cost_settings, step_flops
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
-from gmm_jepa.models import JepaModel
-from gmm_jepa.objectives.build import initial_model
-from gmm_jepa.ops.fused import composed
+from gmm_jepa.memory import Memory, memory_of, sharded
 
 PADDING = 0.04
 """Share of the batches that is padding: buckets are chosen to bring it under this."""
-FLOAT32_BYTES = 4
 PACKED_BYTES = 2
 """Of a sample in a packed corpus."""
 
@@ -54,24 +45,6 @@ ASSUMED_SHARE = {"bf16": 0.20, "fp32": 0.50}
 """Of a GPU's peak that a step is taken to reach where nothing was measured: a guess, not a
 measurement. On a CPU the steps of two presets reached 0.26 and 0.43 to 0.61 of the measured rate
 of matrix products."""
-
-
-class Memory(NamedTuple):
-    """Bytes that a step holds on each GPU."""
-
-    parameters: float
-    """Of all networks but the teacher."""
-    gradients: float
-    optimizer: float
-    """AdamW's two moments."""
-    teacher: float
-    activations: float
-    """What autograd keeps of the forward pass of a micro-batch."""
-
-    @property
-    def total(self) -> float:
-        """All of it; the work space of single operations comes on top."""
-        return sum(self)
 
 
 class Disk(NamedTuple):
@@ -210,8 +183,7 @@ def make_plan(
     training_s += math.ceil(steps / train.checkpoint_every) * rate.checkpoint_s
     price = assumptions.price_per_hour
     whole_rows = max(1, round(rows))
-    model = _fake_model(recipe)
-    memory = _memory_of(model, recipe, -(-whole_rows // train.accumulate), segment_s)
+    whole = memory_of(recipe, -(-whole_rows // train.accumulate), segment_s)
     return Plan(
         device=rate.device,
         gpus=gpus,
@@ -224,17 +196,12 @@ def make_plan(
         step_s=step_s,
         training_s=training_s,
         realtime=steps * heard_s / training_s,
-        memory=memory,
+        memory=sharded(whole, recipe, gpus),
         device_memory_bytes=rate.memory_bytes,
-        disk=_disk_of(memory, recipe, assumptions.hours),
+        disk=_disk_of(whole, recipe, assumptions.hours),
         price=None if price is None else price * gpus * training_s / 3600,
         assumed=tuple(_assumed(recipe, assumptions, calibration, segment_s)),
     )
-
-
-def memory_of(recipe: Recipe, rows: int, segment_s: float) -> Memory:
-    """What a step over a micro-batch of so many rows of so many seconds holds."""
-    return _memory_of(_fake_model(recipe), recipe, rows, segment_s)
 
 
 def rate_of(
@@ -286,6 +253,8 @@ def _assumed(
     lines = [f"segments of {segment_s:g} s, {PADDING:.0%} of the batches padding"]
     if assumptions.gpus > 1:
         lines.append("no time lost to communication between the GPUs")
+        if recipe.train.shard:
+            lines.append(f"networks, gradients, moments and teacher in {assumptions.gpus} parts")
     lines.append("audio read as fast as it is heard; mixture fit and evaluation not counted")
     if calibration is not None and calibration.settings != cost_settings(recipe):
         lines.append(
@@ -304,69 +273,6 @@ def _disk_of(memory: Memory, recipe: Recipe, hours: float) -> Disk:
         checkpoint=checkpoint,
         checkpoints=(recipe.train.keep_checkpoints + 1) * checkpoint,
     )
-
-
-def _fake_model(recipe: Recipe) -> JepaModel:
-    """The networks of a recipe, without memory for their tensors."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `copy.deepcopy` asks a fake tensor for its address
-        model = initial_model(recipe).train()
-    model.online.recomputes_blocks = recipe.train.checkpoint_blocks
-    return model
-
-
-def _memory_of(model: JepaModel, recipe: Recipe, rows: int, segment_s: float) -> Memory:
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    taught = 0 if model.teacher is None else sum(p.numel() for p in model.teacher.parameters())
-    return Memory(
-        parameters=FLOAT32_BYTES * (sum(p.numel() for p in model.parameters()) - taught),
-        gradients=FLOAT32_BYTES * learned,
-        optimizer=2 * FLOAT32_BYTES * learned,
-        teacher=FLOAT32_BYTES * taught,
-        activations=_activation_bytes(model, recipe, rows, round(segment_s * SAMPLE_RATE_HZ)),
-    )
-
-
-def _activation_bytes(model: JepaModel, recipe: Recipe, rows: int, n_samples: int) -> float:
-    """What is kept of a forward pass; of blocks that are computed again, the inside of one."""
-    kept = _kept_bytes(model, recipe, rows, n_samples)
-    if not model.online.recomputes_blocks:
-        return kept
-    model.online.recomputes_blocks = False
-    whole = _kept_bytes(model, recipe, rows, n_samples)
-    model.online.recomputes_blocks = True
-    return kept + (whole - kept) / recipe.encoder.layers
-
-
-def _kept_bytes(model: JepaModel, recipe: Recipe, rows: int, n_samples: int) -> float:
-    """What autograd keeps of a forward pass on a GPU, parameters left out; half of it masked."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept[storage] = tensor
-        return tensor
-
-    objective = recipe.objective
-    fake = next(model.parameters()).fake_mode
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
-    with fake, hooks, autocast, composed():
-        lengths = torch.full((rows,), n_samples)
-        encoded = model.encode(torch.zeros(rows, n_samples), lengths)
-        frames = encoded.output
-        if objective.needs_predictor:
-            visible = torch.ones(frames.shape[:2], dtype=torch.bool)
-            predicted = model.predict(frames, visible, encoded.lengths_frames)
-            keep(predicted)
-            frames = predicted if objective.head_input == "predictor" else frames
-        if isinstance(model.cluster_head, nn.Module):
-            flat = frames.flatten(0, 1)
-            heard = flat if objective.unmasked_weight > 0 else flat[: -(-len(flat) // 2)]
-            keep(model.cluster_head(heard))
-        return float(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
 
 
 def _check_above_zero(value: float, name: str) -> None:

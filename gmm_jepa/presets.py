@@ -103,11 +103,19 @@ def _smoke() -> Recipe:
     )
 
 
+def _large() -> Recipe:
+    """A transformer of 315 M, sharded over several GPUs; batch, steps and rates as published."""
+    paper = _paper()
+    train = dataclasses.replace(paper.train, precision="bf16", checkpoint_blocks=True, shard=True)
+    return dataclasses.replace(paper, encoder=_transformer_large(), train=train)
+
+
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "cpu": _cpu,
     "cpu-long": _cpu_long,
     "smoke": _smoke,
     "paper": _paper,
+    "large": _large,
 }
 
 

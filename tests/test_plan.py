@@ -13,12 +13,14 @@ import torch
 from gmm_jepa import calibration as calibrations
 from gmm_jepa.calibration import Calibration, calibrate, cost_settings, step_flops, synthetic_labels
 from gmm_jepa.cli import main
+from gmm_jepa.cli.plan import memory_warning
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
+from gmm_jepa.memory import memory_of, sharded
 from gmm_jepa.ops.fused import composed
-from gmm_jepa.plan import DEVICES, Assumptions, make_plan, memory_of
+from gmm_jepa.plan import DEVICES, Assumptions, make_plan
 from gmm_jepa.presets import SYSTEMS, preset
 from gmm_jepa.train import timing
 from gmm_jepa.train.distributed import Processes
@@ -147,6 +149,45 @@ def test_activations_are_those_of_a_real_forward_pass():
     assert memory_of(recipe, 4, 1.0).activations == pytest.approx(expected, rel=0.05)
     eight = memory_of(recipe, 8, 1.0).activations
     assert eight == pytest.approx(2 * memory_of(recipe, 4, 1.0).activations, rel=0.05)
+
+
+def test_sharding_leaves_each_gpu_its_part():
+    """Of everything but activations; a checkpoint stays whole."""
+    recipe = with_train(preset("smoke"), shard=True)
+    plans = [
+        make_plan(changed, Assumptions(hours=1, gpus=gpus))
+        for changed, gpus in (
+            (recipe, 4),
+            (with_train(recipe, shard=False), 4),
+            (with_train(recipe, accumulate=2), 4),
+            (recipe, 1),
+        )
+    ]
+    parts, whole, in_two, alone = (plan.memory for plan in plans)
+    for name in ("parameters", "gradients", "optimizer", "teacher"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name) / 4)
+        assert getattr(alone, name) == getattr(whole, name)
+    assert parts.activations == whole.activations
+    assert parts.gathered > 0 == whole.gathered == alone.gathered
+    # Gradients are whole until the last micro-batch sends them.
+    assert in_two.gradients == pytest.approx(whole.gradients * (1 + 1 / 4))
+    assert plans[0].disk == plans[1].disk
+    assert any("in 4 parts" in line for line in plans[0].assumed)
+    tight = [dataclasses.replace(plan, device_memory_bytes=1e3) for plan in plans]
+    advised = ["--train.shard" in memory_warning(plan, 1) for plan in tight]
+    assert advised == [False, True, False, False]
+
+
+def test_the_large_preset_on_eight_gpus():
+    recipe = preset("large")
+    assert recipe.train.shard
+    assert recipe.train.checkpoint_blocks
+    whole = memory_of(recipe, 1, 1.0)
+    assert 330e6 < whole.parameters / 4 < 350e6
+    parts = sharded(whole, recipe, 8)
+    assert parts.total - parts.activations < 0.2 * (whole.total - whole.activations)
+    largest = 6 * 2048 * 2048  # parameters of the cluster head, without its ends
+    assert (3 * 2 + 4) * largest < parts.gathered < 1.2 * (3 * 2 + 4) * largest
 
 
 def test_planning_draws_no_random_numbers():

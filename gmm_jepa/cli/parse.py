@@ -12,7 +12,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.presets import preset
 
 Options = TypeVar("Options")
-PresetName = Literal["cpu", "cpu-long", "smoke", "paper"]
+PresetName = Literal["cpu", "cpu-long", "smoke", "paper", "large"]
 ModelName = Literal[
     "conformer-cpu",
     "transformer-cpu",

@@ -113,7 +113,11 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         ["training", _duration(plan.training_s)],
         ["speed", f"{plan.realtime:,.0f} x real time"],
         ["memory a GPU, in all", _bytes(memory.total)],
-        *([f"  {name}", _bytes(value)] for name, value in memory._asdict().items()),
+        *(
+            [f"  {name}", _bytes(value)]
+            for name, value in memory._asdict().items()
+            if value or name != "gathered"
+        ),
         ["disk: packed corpus", _bytes(disk.packed_corpus)],
         ["disk: checkpoints", f"{_bytes(disk.checkpoints)} ({_bytes(disk.checkpoint)} each)"],
     ]
@@ -130,7 +134,8 @@ def memory_warning(plan: Plan, accumulate: int) -> str:
         return ""
     held = memory.total - memory.activations
     if held >= room:
-        return f"the networks alone need {_bytes(held)} of {_bytes(room)}"
+        advice = "" if plan.gpus == 1 or memory.gathered else ": try --train.shard"
+        return f"the networks alone need {_bytes(held)} of {_bytes(room)}{advice}"
     n = -(-accumulate * memory.activations // (0.9 * (room - held)))
     return (
         f"a step needs {_bytes(memory.total)} of {_bytes(room)}: try --train.accumulate {n:.0f}, "
