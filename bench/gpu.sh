@@ -6,7 +6,7 @@
 # prints the environment, builds the native module into a temporary folder, runs the GPU tests (a
 # failure stops the script and shows the numbers that differ), lets compute-sanitizer look at a
 # tiny case where it is installed, prints the table of ops with floors and peers and one of EM by
-# the native CUDA kernels, measures a training step, eager and compiled, and trains for a minute
+# the native CUDA kernels, measures a training step, eager and compiled, and trains for half a minute
 # with a profile. JSON lines and the profile go to ${OUT:-bench/results}.
 # CORPUS=folder takes a packed corpus for that training instead of synthetic audio. TUNE=1 sweeps
 # the mixture kernels' tiles after all that, which takes longer than the rest.
@@ -35,7 +35,7 @@ export TRITON_CACHE_DIR="$site/triton"
 unset TRITON_INTERPRET
 cd "$site"
 
-# Each part has its own limit: 45 + 180 + 30 + 60 + 20 + 60 + 80 s at most.
+# Each part has its own limit: 45 + 180 + 30 + 60 + 20 + 85 + 60 s at most.
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
     shift
@@ -144,12 +144,13 @@ fi
 echo "== a training step, eager and compiled, beside the plain one"
 step() { limited "$1" "$python" -m bench.train --device cuda --preset paper --precision bf16 \
     --repeats 3 --out "$out" "${@:2}" || failed=1; }
-step 25
-step 35 --compile
+step 20
+step 30 --compile
+step 35 --compile --cuda-graphs
 
-echo "== a minute of real training, with a profile"
+echo "== half a minute of real training, with a profile"
 # shellcheck disable=SC2086  # no corpus is no argument
-limited 80 "$python" -m bench.short_run --seconds 40 --precision bf16 --out "$out" \
+limited 60 "$python" -m bench.short_run --seconds 30 --precision bf16 --out "$out" \
     ${CORPUS:+--corpus "$CORPUS"} || failed=1
 head -20 "$out/profile/ops.txt" 2> /dev/null || true
 

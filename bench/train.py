@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="compile our networks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="and replay them as CUDA graphs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -282,7 +283,9 @@ def main() -> None:
             print("bf16 left out: this CPU does not multiply bfloat16")
             continue
         recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
-        train = dataclasses.replace(recipe.train, compile=options.compile)
+        train = dataclasses.replace(
+            recipe.train, compile=options.compile, cuda_graphs=options.cuda_graphs
+        )
         recipe = dataclasses.replace(recipe, train=train)
         seconds = recipe.data.max_segment_s
         rows = round(recipe.data.batch_s / seconds)
@@ -293,6 +296,7 @@ def main() -> None:
         show(f"{options.preset}, {rows} x {seconds:g} s, {precision}", found)
         line = {"name": "train_step", "preset": options.preset, "precision": precision}
         line |= {"shape": {"rows": rows, "seconds": seconds}, "compile": options.compile}
+        line |= {"cuda_graphs": options.cuda_graphs}
         line |= {"losses_ours_plain": pairs}
         append("train", {**line, **found, **surroundings(options.device)}, options.out)
 

@@ -140,6 +140,9 @@ class TrainConfig:
     """In which gradients are summed over the processes; bf16 halves what goes over the network."""
     compile: bool = False
     """Compile the networks, once for every padded length; without a compiler go on without."""
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs, one for each network and length: fewer launches, more
+    memory. Not yet run on a GPU."""
     checkpoint_blocks: bool = False
     """Keep only what enters each encoder block and compute its inside again for the gradient. Of
     the activations 0.41 are left for the largest transformer, 0.82 for the published conformer,
@@ -162,6 +165,8 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             check(value >= 1, f"{name}: expected 1 or more, got {value}")
+        check(self.compile or not self.cuda_graphs, "cuda_graphs: expected with compile alone")
+        check(not (self.shard and self.cuda_graphs), "cuda_graphs: not possible with shard")
         check(self.learning_rate > 0, f"learning_rate: expected above 0, got {self.learning_rate}")
         check(
             0 <= self.warmup_share < 1,

@@ -23,7 +23,12 @@ GRAPHS_A_BUCKET = 6
 
 
 def compile_networks(
-    model: JepaModel, *, n_buckets: int, report: Callable[[str], None], by_block: bool = False
+    model: JepaModel,
+    *,
+    n_buckets: int,
+    report: Callable[[str], None],
+    by_block: bool = False,
+    cuda_graphs: bool = False,
 ) -> None:
     """Compile encoder, teacher and predictor when they first meet a shape; weights stay in place.
 
@@ -36,13 +41,15 @@ def compile_networks(
         report: gets one line if something cannot be compiled and all goes on without.
         by_block: compile front ends and blocks, not encoders, since sharded ones are gathered
             between them, which no graph can hold; equal blocks share one graph.
+        cuda_graphs: replay them as CUDA graphs. The caller marks where a step begins, and what they
+            gave before is overwritten then.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_A_BUCKET * n_buckets)
     config.accumulated_recompile_limit = max(
         config.accumulated_recompile_limit, 4 * GRAPHS_A_BUCKET * n_buckets
     )
-    shared = _Shared(report)
+    shared = _Shared(report, "reduce-overhead" if cuda_graphs else None)
     networks = [network for network in (model.online, model.teacher) if network is not None]
     if by_block:
         networks = [part for whole in networks for part in (whole.front_end, *whole.blocks)]
@@ -52,10 +59,10 @@ def compile_networks(
 
 
 class _Shared:
-    """What the networks of a model have in common: whether compilation failed."""
+    """What the networks of a model have in common: how they are compiled, whether that failed."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self.report, self.failed = report, False
+    def __init__(self, report: Callable[[str], None], mode: str | None) -> None:
+        self.report, self.mode, self.failed = report, mode, False
 
 
 class _CompiledOrNot:
@@ -63,7 +70,9 @@ class _CompiledOrNot:
 
     def __init__(self, network: nn.Module, shared: _Shared) -> None:
         self._plain, self._shared = network.forward, shared
-        self._compiled = torch.compile(self._plain, dynamic=False, backend=BACKEND)
+        self._compiled = torch.compile(
+            self._plain, dynamic=False, backend=BACKEND, mode=shared.mode
+        )
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not self._shared.failed:

@@ -14,6 +14,7 @@ from gmm_jepa.objectives.build import Labels, build_objective, initial_model
 from gmm_jepa.objectives.schedules import Schedule
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.compile import compile_networks
+from gmm_jepa.train.copies import Copies
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import Meters
 from gmm_jepa.train.sharding import Shards
@@ -46,6 +47,7 @@ class TrainState:
                 n_buckets=recipe.data.n_buckets,
                 report=print if peers.is_main else lambda _line: None,
                 by_block=sharded,
+                cuda_graphs=config.cuda_graphs,
             )
         self.objective = build_objective(recipe, self.model, labels)
         self.forward: nn.Module = self.objective
@@ -63,6 +65,7 @@ class TrainState:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.copied = Copies(peers.device)
         self.meters = Meters(peers, self.objective.parts, self.objective.n_clusters)
 
     def resume(self, root: Path) -> None:

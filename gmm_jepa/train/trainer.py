@@ -14,24 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmm_jepa.config import Iteration, Recipe, TrainConfig
+from gmm_jepa.config import DataConfig, Iteration, Recipe, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
-from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.progress import tqdm_bar
+from gmm_jepa.train.advice import before_training, on_waiting, usable_cores
 from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
-from gmm_jepa.train.precision import bf16_over_fp32
 from gmm_jepa.train.profile import StepProfile
 from gmm_jepa.train.sharding import gradient_sync
 from gmm_jepa.train.state import TrainState
+
+JUDGED_LINE = 3
+"""The line of metrics that tells whether there are enough workers: earlier ones see them start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ def train(
             finite gradient.
     """
     config = recipe.train
-    _advise(config, peers)
+    if peers.is_main:
+        for line in before_training(config, peers):
+            print(line)
 
     # Model
     state = TrainState(recipe, labels, peers, first_step=iteration.first_step)
@@ -168,9 +172,11 @@ def _accumulate(
     weight = recipe.objective.unmasked_weight
     parts = list(micro_batches(batch, config.accumulate, unmasked_weight=weight))
     for part in parts:
+        if config.cuda_graphs:  # what the graphs of the part before left is no longer needed
+            torch.compiler.cudagraph_mark_step_begin()
         with gradient_sync(state.forward, wanted=part is parts[-1]):
             with _precision(config, peers.device):
-                losses = state.forward(_to_device(part, peers.device), schedule)
+                losses = state.forward(state.copied(part), schedule)
             # Gradients are averaged over the processes, but the losses are parts of a sum.
             (losses.total * peers.world_size).backward()
         state.meters.add_losses(losses)
@@ -178,23 +184,6 @@ def _accumulate(
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _to_device(batch: MaskedBatch, device: torch.device) -> MaskedBatch:
-    return MaskedBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
-def _advise(config: TrainConfig, peers: Processes) -> None:
-    """A line where a setting does nothing, or slows the training down."""
-    if config.shard and peers.world_size == 1:
-        print("train.shard: one process, so nothing is sharded; torchrun starts several")
-    if config.precision == "bf16" and peers.device.type == "cpu" and peers.is_main:
-        rate = bf16_over_fp32()
-        if rate < 1.0:
-            print(
-                f"bf16: this CPU multiplies it {1 / rate:.0f} times slower than float32; "
-                "--train.precision fp32 is faster"
-            )
 
 
 def _precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -214,9 +203,15 @@ class _Log:
     """Metrics and progress bar of the main process; silent in the others."""
 
     def __init__(
-        self, metrics: MetricsLog | None, alarm: Alarm | None, bar: Any, start: int
+        self,
+        metrics: MetricsLog | None,
+        alarm: Alarm | None,
+        bar: Any,
+        start: int,
+        data: DataConfig,
     ) -> None:
         self._metrics, self._alarm, self._bar, self._shown = metrics, alarm, bar, start
+        self._data, self._n_lines = data, 0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Take in the values of `step` (steps done)."""
@@ -224,6 +219,11 @@ class _Log:
             self._metrics.write(step, values)
         if self._alarm is not None:
             self._alarm.see({"step": step, **values})
+        self._n_lines += 1
+        if self._metrics is not None and self._n_lines == JUDGED_LINE:
+            advice = on_waiting(values["wait_share"], self._data, usable_cores())
+            if advice is not None:
+                self._bar.write(advice)
         shown = {k: f"{values[k]:.3f}" for k in ("loss", "kl", "cross_entropy") if k in values}
         self._bar.set_postfix(**shown, refresh=False)
         self._bar.update(step - self._shown)
@@ -249,7 +249,7 @@ def _log_of(folder: RunFolder, start: int, recipe: Recipe, peers: Processes) -> 
             unit="step",
             disable=not peers.is_main,
         )
-        yield _Log(metrics, alarm, stack.enter_context(bar), start)
+        yield _Log(metrics, alarm, stack.enter_context(bar), start, recipe.data)
 
 
 @contextlib.contextmanager

@@ -100,16 +100,35 @@ def test_every_bucket_keeps_its_graph(monkeypatch):
     assert len(traced) == before >= 10
 
 
+def test_cuda_graphs_are_asked_of_the_compiler(monkeypatch):
+    modes = []
+
+    def noting(graph, inputs, *, mode="default"):
+        modes.append(mode)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", noting)
+    for cuda_graphs in (False, True):
+        model = JepaModel(TINY, 4)
+        compiling.compile_networks(model, n_buckets=1, report=print, cuda_graphs=cuda_graphs)
+        model.encode(torch.zeros(1, 1600))
+    assert modes[0] == "default"
+    assert modes[-1] == "reduce-overhead"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="code is made in minutes on a CPU")
-def test_compiled_code_gives_the_same_outputs_and_gradients():
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_compiled_code_gives_the_same_outputs_and_gradients(cuda_graphs):
     """With the default backend."""
     said, model = [], JepaModel(TINY, 4).cuda()
     waveform, lengths = torch.randn(2, 1600).cuda(), torch.tensor([1600, 900]).cuda()
     found = []
     for compiled in (False, True):
         if compiled:
-            compiling.compile_networks(model, n_buckets=1, report=said.append)
+            compiling.compile_networks(
+                model, n_buckets=1, report=said.append, cuda_graphs=cuda_graphs
+            )
         model.zero_grad()
         output = model.encode(waveform, lengths).output
         output.square().sum().backward()

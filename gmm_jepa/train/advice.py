@@ -1,0 +1,72 @@
+"""Lines for whoever started a training: settings that do nothing, or slow it down."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from gmm_jepa.config import DataConfig, TrainConfig
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.precision import bf16_over_fp32
+
+WAITS_TOO_LONG = 0.05
+"""Share of the time spent waiting for audio from which more workers pay."""
+
+
+def before_training(config: TrainConfig, peers: Processes) -> list[str]:
+    """What can be said before the first step; for the main process to print."""
+    lines = []
+    if config.shard and peers.world_size == 1:
+        lines.append("train.shard: one process, so nothing is sharded; torchrun starts several")
+    if peers.device.type != "cpu":
+        return lines
+    if config.precision == "bf16" and (rate := bf16_over_fp32()) < 1.0:
+        lines.append(
+            f"bf16: this CPU multiplies it {1 / rate:.0f} times slower than float32; "
+            "--train.precision fp32 is faster"
+        )
+    return lines + _threads(torch.get_num_threads(), usable_cores(), _local_processes(peers))
+
+
+def on_waiting(wait_share: float, config: DataConfig, cores: int) -> str | None:
+    """What to do about the time spent waiting for audio, as measured over a line of metrics.
+
+    A step that computes for c seconds and gets a batch every f / w seconds from w workers waits for
+    1 - c w / f of its time, and for none with f / c workers.
+
+    Args:
+        wait_share: of the time.
+        config: as it is.
+        cores: that this process may use.
+    """
+    if wait_share < WAITS_TOO_LONG:
+        return None
+    busy = 1.0 - min(wait_share, 0.999)
+    enough = config.workers / busy if config.workers else wait_share / busy
+    wanted = min(math.ceil(enough - 1e-6), cores)  # not one more for rounding
+    what = f"--data.workers {wanted}" if wanted > config.workers else "gmm-jepa pack"
+    return f"data: {wait_share:.0%} of the time went into waiting for audio; {what} would help"
+
+
+def usable_cores() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(threads: int, cores: int, processes: int) -> list[str]:
+    share = max(1, cores // processes)
+    if processes == 1 or threads == share:
+        return []
+    return [
+        f"OMP_NUM_THREADS: {processes} processes use {threads} threads each, on {cores} cores; "
+        f"OMP_NUM_THREADS={share} suits them better"
+    ]
+
+
+def _local_processes(peers: Processes) -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", peers.world_size))

@@ -1,0 +1,46 @@
+"""Lines are said where they help, and only there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gmm_jepa.config import DataConfig, TrainConfig
+from gmm_jepa.train import advice
+from gmm_jepa.train.distributed import Processes
+
+
+@pytest.mark.parametrize(
+    ("share", "workers", "cores", "said"),
+    [
+        (0.01, 2, 16, None),
+        (0.5, 2, 16, "--data.workers 4"),
+        (0.75, 2, 16, "--data.workers 8"),
+        (0.75, 2, 4, "--data.workers 4"),
+        (0.5, 4, 4, "gmm-jepa pack"),
+        (0.5, 0, 16, "--data.workers 1"),
+        (0.8, 0, 16, "--data.workers 4"),
+        (1.0, 1, 2, "--data.workers 2"),
+    ],
+)
+def test_waiting_for_audio(share, workers, cores, said):
+    line = advice.on_waiting(share, DataConfig(workers=workers), cores)
+    assert line is None if said is None else said in line
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "processes", "said"),
+    [(1, 8, 1, None), (4, 8, 2, None), (1, 8, 2, "=4"), (8, 8, 2, "=4"), (1, 2, 4, None)],
+)
+def test_threads_of_several_processes(monkeypatch, threads, cores, processes, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(advice, "usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    peers = Processes(rank=0, world_size=processes, device=torch.device("cpu"))
+    lines = advice.before_training(TrainConfig(), peers)
+    assert lines == [] if said is None else said in lines[0]
+
+
+def test_one_process_shards_nothing():
+    peers = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    assert "train.shard" in advice.before_training(TrainConfig(shard=True), peers)[0]
