@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
@@ -126,6 +127,9 @@ def mixture_cases() -> dict[str, Callable[[], object]]:
             f"masked_kl {name}": lambda logits=logits: masked_kl.masked_kl(
                 logits, frames, weights, mixture_operand(exact=False)
             ),
+            f"masked_kl {name}, no gradient": lambda logits=logits: masked_kl.masked_kl(
+                logits, frames, weights, mixture_operand(exact=False), with_gradient=False
+            ),
             f"masked_kl_targets {name}": lambda logits=logits: masked_kl_targets.masked_kl_targets(
                 logits, logits, weights
             ),
@@ -156,20 +160,50 @@ def mixture_cases() -> dict[str, Callable[[], object]]:
 
 
 def large_cases() -> dict[str, Callable[[], object]]:
-    """The largest mixture the kernels are meant for."""
-    frames, weights, logits = torch.zeros(N, 512), torch.ones(N), torch.zeros(N, 8192)
+    """The largest mixtures the kernels are meant for, and the most features."""
+    weights = torch.ones(N)
+    cases: dict[str, Callable[[], object]] = {}
+    for components, features in ((8192, D), (K, 512), (8192, 512)):
+        name = f"K={components} D={features}"
+        frames, logits = torch.zeros(N, features), torch.zeros(N, components)
+        sizes = {"components": components, "features": features}
 
-    def operand() -> gaussian.Operand:
-        return mixture_operand(exact=False, components=8192, features=512)
+        def posterior(
+            exact: bool,
+            dtype: torch.dtype = F32,
+            frames: torch.Tensor = frames,
+            sizes: dict[str, int] = sizes,
+        ) -> object:
+            operand = mixture_operand(exact=exact, dtype=dtype, **sizes)
+            return gmm_posterior.gmm_posterior(frames, operand, sizes["components"])
 
-    return {
-        "gmm_posterior fast float32 K=8192 D=512": lambda: gmm_posterior.gmm_posterior(
-            frames, operand(), 8192
-        ),
-        "masked_kl float32 K=8192 D=512": lambda: masked_kl.masked_kl(
-            logits, frames, weights, operand()
-        ),
-    }
+        def likelihood(
+            exact: bool, frames: torch.Tensor = frames, sizes: dict[str, int] = sizes
+        ) -> object:
+            operand = mixture_operand(exact=exact, **sizes)
+            return gmm_log_likelihood.gmm_log_likelihood(frames, operand)
+
+        def kl(
+            with_gradient: bool,
+            frames: torch.Tensor = frames,
+            logits: torch.Tensor = logits,
+            sizes: dict[str, int] = sizes,
+        ) -> object:
+            operand = mixture_operand(exact=False, **sizes)
+            return masked_kl.masked_kl(
+                logits, frames, weights, operand, with_gradient=with_gradient
+            )
+
+        cases |= {
+            f"gmm_posterior fast float32 {name}": partial(posterior, False),
+            f"gmm_posterior exact float32 {name}": partial(posterior, True),
+            f"gmm_posterior exact, float64 mixture {name}": partial(posterior, True, torch.float64),
+            f"gmm_log_likelihood fast {name}": partial(likelihood, False),
+            f"gmm_log_likelihood exact {name}": partial(likelihood, True),
+            f"masked_kl float32 {name}": partial(kl, True),
+            f"masked_kl float32 {name}, no gradient": partial(kl, False),
+        }
+    return cases
 
 
 def log_mel_cases() -> dict[str, Callable[[], object]]:
@@ -213,7 +247,10 @@ def attention_cases() -> dict[str, Callable[[], object]]:
         f"gated_bias_attention {str(dtype).removeprefix('torch.')} d={D}"
         + (" dropout" if dropout_p else ""): lambda options=(dtype, D, dropout_p): launch(*options)
         for dtype, D, dropout_p in (
+            (BF16, 16, 0.0),
             (BF16, 16, 0.1),
+            (F32, 16, 0.0),
+            (F32, 16, 0.1),
             (BF16, 64, 0.0),
             (BF16, 64, 0.1),
             (BF16, 128, 0.1),
