@@ -40,6 +40,8 @@ from gmm_jepa.kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.records import commit
+
 TARGET = GPUTarget("cuda", 90, 32)
 RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
 N, K, D, C = 4096, 1024, 80, 512  # rows do not change what is compiled
@@ -280,14 +282,6 @@ def main() -> None:
             if options.only in case:
                 for kernel in compiled_by(launch):
                     record(case, kernel, append=not options.dry)
-
-
-def commit() -> str:
-    """The commit the tree is at, with a plus sign where it holds changes."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    folder = Path(__file__).parent
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 def record(case: str, kernel, *, append: bool) -> None:
