@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gmm_jepa.calibration import synthetic_labels
 from gmm_jepa.cli import main
 from gmm_jepa.config import Recipe
+from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import preset
 from gmm_jepa.train import compile as compiling
 from gmm_jepa.train.checkpoint import load_state, newest
@@ -142,6 +143,20 @@ def test_everything_is_held_in_halves(two_processes):
     n_learned = sum(p.numel() for p in whole.parameters)
     held = sum(m["exp_avg"].numel() for m in state.optimizer.state.values())
     assert n_learned / 2 <= held < 0.51 * n_learned
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(two_processes):
+    recipe = sharded(preset("smoke"))
+    state = TrainState(recipe, synthetic_labels(recipe), TWO)
+    before = [p.detach().clone() for p in state.parameters]
+    for value, skipped in ((float("nan"), 1.0), (1.0, 0.0)):
+        for p in state.model.parameters():
+            p.grad = torch.full_like(p, value) if p.requires_grad else None
+        _, bad = state.update(schedule_at(recipe, 0), recipe.train.clip_norm)
+        assert bad == skipped
+        same = [torch.equal(p, old) for p, old in zip(state.parameters, before)]
+        assert all(same) == bool(skipped)
+        assert all(p.grad is None for p in (*state.parameters, *state.model.parameters()))
 
 
 @pytest.mark.parametrize("n_parts", [1, 2])
