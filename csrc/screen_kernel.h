@@ -28,11 +28,15 @@ inline uint32_t bfloat16_bits(float value) {
 
 // Each kind of operands: words of a feature, whether a float can be used, how words are made, how
 // products are added up, and what the sum is in nats.
-struct Float32 {
-    static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kFloat32;
-    static constexpr int kWords = 2;
+struct FloatSums {
     typedef Floats Sum;
     static bool is_usable(float z) { return __builtin_fabsf(z) <= kLargest; }
+    static Floats nats(Sum sum, const float*) { return sum; }
+};
+
+struct Float32 : FloatSums {
+    static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kFloat32;
+    static constexpr int kWords = 2;
     static void pack(float z, uint32_t* words) {
         words[0] = as_bits(z);
         words[1] = as_bits(z * z);
@@ -40,15 +44,12 @@ struct Float32 {
     static Sum add(Sum sum, uint32_t feature, const uint32_t* weights) {
         return sum + as_float(feature) * *reinterpret_cast<const Floats*>(weights);
     }
-    static Floats nats(Sum sum, const float*) { return sum; }
 };
 
 #ifdef __AVX512BF16__
-struct Bfloat16 {
+struct Bfloat16 : FloatSums {
     static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kBfloat16;
     static constexpr int kWords = 1;
-    typedef Floats Sum;
-    static bool is_usable(float z) { return __builtin_fabsf(z) <= kLargest; }
     static void pack(float z, uint32_t* words) {
         const uint32_t rounded = bfloat16_bits(z);
         const float z_hat = as_float(rounded << 16);
@@ -59,7 +60,6 @@ struct Bfloat16 {
         const __m512i f = _mm512_set1_epi32(static_cast<int>(feature));
         return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)f, (__m512bh)w);
     }
-    static Floats nats(Sum sum, const float*) { return sum; }
 };
 #endif
 
