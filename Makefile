@@ -84,7 +84,7 @@ bench-train: setup
 	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --repeats 3
 
 bench-data: setup
-	@$(BIN)/python -m bench.feed --minutes 10
+	@$(BIN)/python -m bench.feed
 
 bench-pytest: setup
 	@$(BIN)/python -m pytest bench --benchmark-only

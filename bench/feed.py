@@ -4,31 +4,37 @@
 
 Makes a corpus of noise with the level of speech (flac files, and a packed corpus of the same
 samples) in a temporary folder, checks that both give the same samples, and drains the training
-loader in this process with the batches of a preset: reading alone, and with the masks and the
-noise that a training step wants. Prints times real time, the corpora in turn, and appends
-JSON lines to ``bench/results/feed.jsonl``.
+loader with the batches of a preset: reading alone, and with the masks and the noise that a
+training step wants. Rates are seconds of audio per second of CPU time: of the worker, all it does
+to hand batches over included, and of the main process that receives them. Prints them, the corpora
+in turn, and appends JSON lines to ``bench/results/feed.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 
-from bench.records import append, surroundings, take_turns
+from bench.records import append, quantiles, surroundings
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.corpus import Corpus, open_corpus
-from gmm_jepa.data.loader import make_loader
+from gmm_jepa.data.loader import Prepare, RankView, make_loader
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.objectives.prepare import MaskAndDisturb
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.trainer import batch_plan
+
+WARM_UP_BATCHES = 10
+EPOCHS = {"flac": 2, "packed": 12}
 
 
 def make_corpora(folder: Path, minutes: float, longest_s: float) -> dict[str, Corpus]:
@@ -60,16 +66,40 @@ def check(corpora: dict[str, Corpus]) -> None:
             raise SystemExit(f"utterance {i}: flac and packed samples differ")
 
 
-def drain(corpus: Corpus, recipe: Recipe, *, prepared: bool) -> Callable[[], None]:
-    """One pass over all batches, here."""
+class Clocked:
+    """What `prepare` gives, and the CPU time of the worker until then."""
+
+    def __init__(self, prepare: Prepare | None):
+        self.prepare = prepare
+
+    def __call__(self, view: RankView) -> dict[str, Any]:
+        """Extras of one batch."""
+        extras = self.prepare(view) if self.prepare is not None else {}
+        return extras | {"cpu_s": time.process_time()}
+
+
+def drain(
+    corpus: Corpus, recipe: Recipe, *, prepared: bool, epochs: int
+) -> Callable[[], dict[str, float]]:
+    """Passes over all batches, made by one worker; the rates of both processes."""
     plan = batch_plan(corpus, recipe)
     prepare = None
     if prepared:
         prepare = MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed)
 
-    def run() -> None:
-        for _ in make_loader(corpus, plan, stop_step=plan.n_batches(), prepare=prepare):
-            pass
+    def run() -> dict[str, float]:
+        n_batches = WARM_UP_BATCHES + epochs * plan.n_batches()
+        batches = make_loader(
+            corpus, plan, stop_step=n_batches, workers=1, prepare=Clocked(prepare)
+        )
+        audio_s = 0.0
+        for batch in batches:
+            if batch.step < WARM_UP_BATCHES:
+                worker_s, main_s = batch.extras["cpu_s"], time.process_time()
+            else:
+                audio_s += float(batch.lengths_samples.sum()) / SAMPLE_RATE_HZ
+        worker_s, main_s = batch.extras["cpu_s"] - worker_s, time.process_time() - main_s
+        return {"worker": audio_s / worker_s, "main": audio_s / main_s}
 
     return run
 
@@ -77,7 +107,7 @@ def drain(corpus: Corpus, recipe: Recipe, *, prepared: bool) -> Callable[[], Non
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="of audio")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of audio")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="paper")
     arguments = parser.parse_args()
@@ -87,17 +117,26 @@ def main() -> None:
         check(corpora)
         sides = {
             f"{name}, {'masks and noise' if prepared else 'reading alone'}": drain(
-                corpus, recipe, prepared=prepared
+                corpus, recipe, prepared=prepared, epochs=EPOCHS[name]
             )
             for name, corpus in corpora.items()
             for prepared in (False, True)
         }
-        times = take_turns(sides, arguments.repeats)
+        turns = [{name: side() for name, side in sides.items()} for _ in range(arguments.repeats)]
         audio_s = corpora["flac"].total_s
-    for name, seconds in times.items():
-        rates = {key: round(audio_s / value) for key, value in seconds.items()}
-        spread = f"({rates['p80']:,} to {rates['p20']:,})"
-        print(f"{name:<26}{rates['median']:>8,} x real time  {spread}")
+    for name in sides:
+        rates = {
+            process: {
+                key: round(rate)
+                for key, rate in quantiles([turn[name][process] for turn in turns]).items()
+            }
+            for process in ("worker", "main")
+        }
+        worker = rates["worker"]
+        print(
+            f"{name:<26}{worker['median']:>8,} x real time ({worker['p20']:,} to "
+            f"{worker['p80']:,}); the main process could take {rates['main']['median']:,}"
+        )
         line = {"name": "feed", "side": name, "preset": arguments.preset, **surroundings()}
         append("feed", line | {"audio_s": audio_s, "times_real_time": rates})
 

@@ -51,14 +51,13 @@ class Corpus(ABC):
             AudioError: the audio cannot be used.
             IndexError: there is no such utterance, or the window is not inside it.
         """
-        i = self._checked(i)
-        duration = int(self.durations_samples[i])
-        stop = duration if n_samples is None else start_samples + n_samples
-        if not 0 <= start_samples <= stop <= duration:
-            raise IndexError(
-                f"samples {start_samples}..{stop} are not inside utterance {i} of {duration}"
-            )
-        return self._read(i, int(start_samples), int(stop - start_samples))
+        i, start, n = self._window(i, start_samples, n_samples)
+        return self._read(i, start, n)
+
+    def read_into(self, i: int, start_samples: int, out: np.ndarray) -> None:
+        """As `read`, into (n_samples,) float32 memory, which holds anything after an error."""
+        i, start, _ = self._window(i, start_samples, len(out))
+        self._read_into(i, start, out)
 
     @abstractmethod
     def entry(self, i: int) -> dict:
@@ -71,6 +70,9 @@ class Corpus(ABC):
     @abstractmethod
     def _read(self, i: int, start: int, n: int) -> np.ndarray: ...
 
+    def _read_into(self, i: int, start: int, out: np.ndarray) -> None:
+        out[:] = self._read(i, start, len(out))
+
     def reject(self, i: int, error: AudioError) -> Reject:
         """The record of an utterance that could not be read."""
         file, line, manifest = self.locate(i)
@@ -79,6 +81,14 @@ class Corpus(ABC):
     def select(self, indices: Sequence[int] | np.ndarray) -> Corpus:
         """A view of some utterances, in the order given (a boolean mask keeps the order)."""
         return SelectedCorpus(self, np.asarray(indices))
+
+    def _window(self, i: int, start: int, n: int | None) -> tuple[int, int, int]:
+        i = self._checked(i)
+        duration = int(self.durations_samples[i])
+        stop = duration if n is None else start + n
+        if not 0 <= start <= stop <= duration:
+            raise IndexError(f"samples {start}..{stop} are not inside utterance {i} of {duration}")
+        return i, int(start), int(stop - start)
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -121,6 +131,9 @@ class SelectedCorpus(Corpus):
     def _read(self, i: int, start: int, n: int) -> np.ndarray:
         return self._parent.read(self._indices[i], start, n)
 
+    def _read_into(self, i: int, start: int, out: np.ndarray) -> None:
+        self._parent.read_into(self._indices[i], start, out)
+
 
 class JoinedCorpus(Corpus):
     """Several corpora one after another, each with a weight."""
@@ -158,6 +171,10 @@ class JoinedCorpus(Corpus):
     def _read(self, i: int, start: int, n: int) -> np.ndarray:
         member, j = self._find(i)
         return member.read(j, start, n)
+
+    def _read_into(self, i: int, start: int, out: np.ndarray) -> None:
+        member, j = self._find(i)
+        member.read_into(j, start, out)
 
 
 def hash_parts(*parts: str | bytes) -> str:

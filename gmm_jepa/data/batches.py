@@ -13,7 +13,7 @@ import numpy as np
 
 from gmm_jepa.data.base import hash_parts
 from gmm_jepa.data.buckets import QUANTUM_SAMPLES, optimal_edges, segment_bounds, split_rows
-from gmm_jepa.data.permute import permute, uniform
+from gmm_jepa.data.permute import permute, permute_one, uniform
 from gmm_jepa.errors import InputError
 
 EMPTY = -1
@@ -167,7 +167,7 @@ class BatchPlan:
             raise IndexError(f"steps begin at 0, got {step}")
         n_batches = self.n_batches()
         epoch, within = divmod(int(step), n_batches)
-        number = int(permute(np.array([within]), n_batches, self.seed, epoch, "batches")[0])
+        number = permute_one(within, n_batches, self.seed, epoch, "batches")
         bucket = int(np.searchsorted(self._batch_ends, number, side="right"))
         n_here, n_slots = int(self._n_bucket_batches[bucket]), int(self._n_slots[bucket])
         j = number - (int(self._batch_ends[bucket]) - n_here)

@@ -19,8 +19,12 @@ from gmm_jepa.data.audio import AudioError
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.batches import EMPTY, BatchPlan, BatchRows, rank_rows
 from gmm_jepa.data.rejects import Reject
+from gmm_jepa.data.slots import Room, Sent, Slots
 from gmm_jepa.data.workers import map_in_order
 from gmm_jepa.errors import InputError
+
+_SLOT_WAVEFORMS = 4  # what a slot has room for: the clean one, and all that `prepare` makes of it
+_HELD_BATCHES = 2  # the consumer has one while it asks for the next
 
 
 @dataclass
@@ -86,24 +90,21 @@ class RankView:
         plan: the global batch as planned: utterance, start_samples, n_samples (each (R,)).
         rows: (B,) this rank's row numbers; from R on: empty rows.
         waveform: (B, S) float32, clean. To be left as it is: it goes into the batch.
-        tensor: the same memory as a tensor.
         held_samples: (B,) int64, lengths as read (0 where reading failed).
     """
 
-    def __init__(self, corpus: Corpus, plan: BatchRows, rank: int, world_size: int):
+    def __init__(self, corpus: Corpus, plan: BatchRows, rank: int, world_size: int, room: Room):
         self.plan = plan
         self.rows = rank_rows(len(plan.utterance), rank, world_size)
-        self.tensor = _room(len(self.rows), plan.padded_samples)
-        self.waveform = self.tensor.numpy()
-        self.held_samples = np.zeros(len(self.rows), np.int64)
         self.rejects: list[Reject] = []
-        self._corpus = corpus
-        for slot, row in enumerate(self.rows):
-            signal = self._decode(int(row))
-            self.waveform[slot, : len(signal)] = signal
-            self.waveform[slot, len(signal) :] = 0
-            self.held_samples[slot] = len(signal)
-        self._slots = {int(row): slot for slot, row in enumerate(self.rows)}
+        self._corpus, self._room = corpus, room
+        self.waveform = self.empty((len(self.rows), plan.padded_samples))
+        self.held_samples = np.zeros(len(self.rows), np.int64)
+        for place, row in enumerate(self.rows):
+            n_samples = self._decode(int(row), self.waveform[place])
+            self.waveform[place, n_samples:] = 0
+            self.held_samples[place] = n_samples
+        self._places = {int(row): place for place, row in enumerate(self.rows)}
 
     @property
     def step(self) -> int:
@@ -120,6 +121,13 @@ class RankView:
         """(R,) int64: planned lengths of all global rows, 0 for empty ones."""
         return self.plan.n_samples
 
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, not filled: where arrays of a waveform's size that `prepare` returns are made.
+
+        Others are copied on their way to the main process.
+        """
+        return self._room.empty(shape).numpy()
+
     def take(self, values: np.ndarray, fill: float = 0) -> np.ndarray:
         """This rank's rows of something drawn for all: (R, ...) to (B, ...)."""
         values = np.asarray(values)
@@ -130,21 +138,24 @@ class RankView:
 
     def read_row(self, row: int) -> np.ndarray:
         """The clean audio of any global row: (n,) float32, n = 0 for an empty or unreadable one."""
-        slot = self._slots.get(row)
-        if slot is not None:
-            return self.waveform[slot, : self.held_samples[slot]]
-        return self._decode(row)
+        place = self._places.get(row)
+        if place is not None:
+            return self.waveform[place, : self.held_samples[place]]
+        signal = np.empty(self.plan.padded_samples, np.float32)
+        return signal[: self._decode(row, signal)]
 
-    def _decode(self, row: int) -> np.ndarray:
+    def _decode(self, row: int, out: np.ndarray) -> int:
+        """Fill the beginning of (S,) `out` with a row; how many samples it has, 0 if unreadable."""
         if row >= self.n_rows or self.plan.utterance[row] == EMPTY:
-            return np.zeros(0, np.float32)
+            return 0
         utterance = int(self.plan.utterance[row])
         start, n = int(self.plan.start_samples[row]), int(self.plan.n_samples[row])
         try:
-            return self._corpus.read(utterance, start, n)
+            self._corpus.read_into(utterance, start, out[:n])
         except AudioError as error:
             self.rejects.append(self._corpus.reject(utterance, error))
-            return np.zeros(0, np.float32)
+            return 0
+        return n
 
 
 Prepare = Callable[[RankView], dict[str, Any]]
@@ -193,8 +204,11 @@ def make_loader(
         raise InputError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
     if not 0 <= start_step <= stop_step:
         raise InputError(f"steps must run forwards from 0, got {start_step} to {stop_step}")
+    n_samples = max(-(-rows // world_size) * samples for rows, samples in plan.shapes)
+    n_bytes = _SLOT_WAVEFORMS * 4 * n_samples
+    slots = Slots(max(1, workers), prefetch + _HELD_BATCHES, n_bytes)
     batches = map_in_order(
-        _MakeBatch(corpus, plan, rank, world_size, prepare),
+        _MakeBatch(corpus, plan, rank, world_size, prepare, slots),
         range(start_step, stop_step),
         workers=workers,
         prefetch=prefetch,
@@ -204,13 +218,15 @@ def make_loader(
     return _timed(batches)
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _timed(batches: Iterator[Batch | Sent]) -> Iterator[Batch]:
     try:
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
+            if isinstance(batch, Sent):
+                batch = batch.open()
             batch.wait_s = time.perf_counter() - begin
             yield batch
     finally:
@@ -227,18 +243,27 @@ class _MakeBatch:
         rank: int,
         world_size: int,
         prepare: Prepare | None,
+        slots: Slots,
     ):
         self._corpus, self._plan, self._prepare = corpus, plan, prepare
         self._rank, self._world_size = rank, world_size
+        self._slots = slots
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> Batch | Sent:
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            return self._make(step, self._slots.borrow())
+        room = self._slots.take(worker.id)
+        return self._slots.send(self._make(step, room), room)
+
+    def _make(self, step: int, room: Room) -> Batch:
         planned = self._plan.batch(step)
-        view = RankView(self._corpus, planned, self._rank, self._world_size)
+        view = RankView(self._corpus, planned, self._rank, self._world_size, room)
         extras = self._prepare(view) if self._prepare is not None else {}
         return Batch(
             step=step,
             epoch=planned.epoch,
-            waveform=view.tensor,
+            waveform=torch.from_numpy(view.waveform),
             lengths_samples=torch.from_numpy(view.held_samples),
             utterance=torch.from_numpy(view.take(planned.utterance, EMPTY)),
             start_samples=torch.from_numpy(view.take(planned.start_samples)),
@@ -247,17 +272,6 @@ class _MakeBatch:
             extras={key: _as_tensor(value) for key, value in extras.items()},
             rejects=view.rejects,
         )
-
-
-def _room(n_rows: int, n_samples: int) -> Tensor:
-    """(n_rows, n_samples) float32, not filled; in a worker it lies in shared memory.
-
-    Else the queue to the main process would copy it there (a quarter of a worker's time).
-    """
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(n_rows, n_samples, dtype=torch.float32)
-    storage = torch.UntypedStorage._new_shared(4 * n_rows * n_samples, device="cpu")
-    return torch.empty(0, dtype=torch.float32).set_(storage).view(n_rows, n_samples)
 
 
 def _as_tensor(value: Any) -> Any:

@@ -65,7 +65,7 @@ class PackedCorpus(Corpus):
             size = path.stat().st_size if path.is_file() else None
             if size != file["bytes"]:
                 raise InputError(f"{path}: {file['bytes']} bytes are expected, found {size}")
-        self._index = np.load(self.folder / INDEX, mmap_mode="r")
+        self._index = _mapped(self.folder / INDEX)
         self.durations_samples = np.array(self._index[:, 2])
         self._shards: dict[int, np.ndarray] = {}
 
@@ -121,15 +121,24 @@ class PackedCorpus(Corpus):
         if shard is None:
             if len(self._shards) >= _MAX_OPEN_SHARDS:
                 self._shards.pop(next(iter(self._shards)))
-            mapped = np.load(self.folder / shard_name(number), mmap_mode="r")
-            shard = self._shards[number] = mapped.view(np.ndarray)  # cheaper slices; same memory
+            shard = self._shards[number] = _mapped(self.folder / shard_name(number))
         return shard
 
     def _read(self, i: int, start: int, n: int) -> np.ndarray:
-        number, first, _, _ = self._index[i]
+        out = np.empty(n, np.float32)
+        self._read_into(i, start, out)
+        return out
+
+    def _read_into(self, i: int, start: int, out: np.ndarray) -> None:
+        number, first, _, _ = self._index[i].tolist()
         first += start
-        window = self._shard(int(number))[first : first + n]
-        return np.multiply(window, np.float32(1 / FULL_SCALE), dtype=np.float32)
+        window = self._shard(number)[first : first + len(out)]
+        np.multiply(window, np.float32(1 / FULL_SCALE), out=out, dtype=np.float32)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """What a file holds, without the class `np.memmap`, whose slices are dear."""
+    return np.load(path, mmap_mode="r").view(np.ndarray)
 
 
 def shard_name(number: int) -> str:

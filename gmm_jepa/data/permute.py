@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 _ROUNDS = 12  # with 8, lists of five or six come out visibly unevenly (chi-square, 6,000 keys)
+
+
+_LOW_64 = (1 << 64) - 1
+
+Numbers = TypeVar("Numbers", int, np.ndarray)  # (n,) uint64 where they are many
 
 
 def permute(positions: np.ndarray, n: int, *key: int | str) -> np.ndarray:
@@ -27,15 +34,25 @@ def permute(positions: np.ndarray, n: int, *key: int | str) -> np.ndarray:
     """
     positions = np.asarray(positions, np.int64)
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < n)
-    a = math.isqrt(max(0, n - 1)) + 1
-    b = -(-n // a)
+    a, b = _sides(n)
     keys = _round_keys(key)
     places = positions.reshape(-1).astype(np.uint64)
     outside = np.arange(len(places))
     while len(outside):
-        places[outside] = _feistel(places[outside], np.uint64(a), np.uint64(b), keys)
+        places[outside] = _feistel(places[outside], a, b, keys)
         outside = outside[places[outside] >= n]
     return places.astype(np.int64).reshape(positions.shape)
+
+
+def permute_one(position: int, n: int, *key: int | str) -> int:
+    """What `permute` gives for one position, in Python's own numbers: in a tenth of the time."""
+    assert 0 <= position < n
+    a, b = _sides(n)
+    keys = _round_keys(key).tolist()
+    place = _feistel(position, a, b, keys)
+    while place >= n:
+        place = _feistel(place, a, b, keys)
+    return place
 
 
 def uniform(*key: int | str) -> float:
@@ -49,7 +66,12 @@ def _round_keys(key: tuple[int | str, ...]) -> np.ndarray:
     return np.frombuffer(stream, "<u8").astype(np.uint64)
 
 
-def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+def _sides(n: int) -> tuple[int, int]:
+    a = math.isqrt(max(0, n - 1)) + 1
+    return a, -(-n // a)
+
+
+def _feistel(x: Numbers, a: int, b: int, keys: Sequence[int] | np.ndarray) -> Numbers:
     """A permutation of 0..a*b-1: the parts of x in 0..a-1 and 0..b-1 shift each other in turn."""
     left, right = x // b, x % b
     for k in range(0, _ROUNDS, 2):
@@ -58,8 +80,8 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.
     return left * b + right
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def _mix(z: Numbers) -> Numbers:
     """Finaliser of SplitMix64 (Steele, Lea and Flood, 2014); products wrap at 2^64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _LOW_64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _LOW_64
+    return z ^ (z >> 31)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,15 +10,8 @@ MIX_DB = (-5.0, 5.0)
 NOISE_DB = (-5.0, 20.0)
 
 
-class Disturbance(NamedTuple):
-    """What is added to an utterance, and where."""
-
-    start_samples: int
-    added: np.ndarray
-    """(n,) float32."""
-
-
-def draw_disturbance(
+def disturb_into(
+    out: np.ndarray,
     waveform: np.ndarray,
     rng: np.random.Generator,
     *,
@@ -28,14 +20,15 @@ def draw_disturbance(
     read_row: Callable[[int], np.ndarray],
     mix_probability: float,
     noise_probability: float,
-) -> Disturbance | None:
-    """What the online encoder hears beside one utterance; None: nothing.
+) -> None:
+    """Write what the online encoder hears of one utterance: it alone, or another signal beside it.
 
     With `mix_probability` a stretch of another utterance, at most half as long as this one, is
     mixed in at -5..5 dB signal-to-noise ratio; with `noise_probability` another signal is added
     over the whole length at -5..20 dB.
 
     Args:
+        out: (S,) float32, is filled.
         waveform: (S,) float32, the clean utterance without padding.
         rng: the only source of randomness.
         n_rows: utterances in the global batch, from which the other signal is drawn.
@@ -46,23 +39,32 @@ def draw_disturbance(
     """
     draw = rng.uniform()
     if draw >= mix_probability + noise_probability or n_rows < 2 or len(waveform) < 2:
-        return None
+        out[:] = waveform
+        return
     mixing = draw < mix_probability
     other = read_row((row + 1 + int(rng.integers(n_rows - 1))) % n_rows)
     ratio_db = rng.uniform(*(MIX_DB if mixing else NOISE_DB))
     n_added = int(rng.integers(1, len(waveform) // 2 + 1)) if mixing else len(waveform)
     if len(other) == 0:
-        return None
-    added = _stretch(other, int(rng.integers(len(other))), n_added)
+        out[:] = waveform
+        return
+    first = int(rng.integers(len(other)))
     start = int(rng.integers(len(waveform) - n_added + 1))
-    return Disturbance(start, _gain(waveform, added, ratio_db) * added)
+    stop = start + n_added
+    out[:start], out[stop:] = waveform[:start], waveform[stop:]
+    added = out[start:stop]
+    _copy_stretch(other, first, added)
+    added *= _gain(waveform, added, ratio_db)
+    added += waveform[start:stop]
 
 
-def _stretch(signal: np.ndarray, start: int, n: int) -> np.ndarray:
-    """`n` samples from `start` on; past the end it begins anew."""
-    if start + n > len(signal):
-        signal = np.tile(signal, -(-(start + n) // len(signal)))
-    return signal[start : start + n]
+def _copy_stretch(signal: np.ndarray, start: int, out: np.ndarray) -> None:
+    """Fill `out` with samples from `start` on; past the end they begin anew."""
+    done = 0
+    while done < len(out):
+        part = signal[start : start + len(out) - done]
+        out[done : done + len(part)] = part
+        start, done = 0, done + len(part)
 
 
 def _gain(signal: np.ndarray, added: np.ndarray, ratio_db: float) -> np.float32:

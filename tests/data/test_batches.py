@@ -9,7 +9,7 @@ import pytest
 
 from gmm_jepa.data.batches import BatchPlan, rank_rows
 from gmm_jepa.data.buckets import optimal_edges, segment_bounds, split_rows
-from gmm_jepa.data.permute import permute, uniform
+from gmm_jepa.data.permute import permute, permute_one, uniform
 from gmm_jepa.errors import InputError
 
 RATE = 16_000
@@ -52,6 +52,7 @@ def test_permutation_is_one(n):
 def test_permutation_of_a_huge_list_costs_nothing_and_is_pinned():
     n = 10**15 + 37
     places = permute(np.array([0, 1, n - 1]), n, 3)
+    assert places.tolist() == [permute_one(i, n, 3) for i in (0, 1, n - 1)]
     assert ((places >= 0) & (places < n)).all()
     pinned = permute(np.arange(8), 8, 0, 1, "batches").tolist()
     assert pinned == [0, 5, 4, 7, 3, 1, 6, 2]  # on every machine, in every version

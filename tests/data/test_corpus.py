@@ -114,6 +114,11 @@ def test_manifest_keys_paths_and_windows(write_audio, write_manifest, tmp_path):
     for window in [(0, 0, 32_001), (0, -1, 5), (1, 16_001, None), (4, 0, 1), (-1, 0, 1)]:
         with pytest.raises(IndexError):
             corpus.read(*window)
+        with pytest.raises(IndexError):
+            corpus.read_into(*window[:2], np.empty(window[2] or 0, np.float32))
+    into = np.full(50, np.nan, np.float32)
+    corpus.select([3, 1]).read_into(1, 100, into)
+    np.testing.assert_array_equal(into, whole[8_100:8_150])
 
 
 def test_bad_lines_are_named_by_number(write_audio, write_manifest, tmp_path):
@@ -187,6 +192,9 @@ def test_sources_join_with_weights(write_audio, write_manifest, tmp_path):
     assert corpus.weights.tolist() == [1, 1, 2.5, 0]
     assert [corpus.entry(i)["id"] for i in range(4)] == ["a", "b", "c", "c"]
     assert [len(corpus.read(i)) for i in range(4)] == corpus.durations_samples.tolist()
+    into = np.full(300, np.nan, np.float32)
+    corpus.read_into(1, 4_000, into)
+    np.testing.assert_array_equal(into, corpus.read(1)[4_000:4_300])
     part = corpus.select([2, 0]).select(np.array([False, True]))
     assert part.entry(0)["id"] == "a"
     assert part.locate(0) == corpus.locate(0)

@@ -260,6 +260,27 @@ def test_the_global_random_state_is_left_alone(corpus, plan):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_is_used_again_once_a_batch_is_gone(corpus, plan, workers):
+    kept = loaded(corpus, plan, prepare=mixing, stop_step=20)
+    assert len({batch.waveform.data_ptr() for batch in kept}) == 20
+    places = set()
+    batches = make_loader(corpus, plan, stop_step=20, prepare=mixing, workers=workers)
+    for batch, expected in zip(batches, kept, strict=True):
+        assert same(batch, expected)
+        places.add(batch.waveform.data_ptr())
+    assert len(places) <= 4
+
+
+def test_part_of_a_batch_keeps_its_memory(corpus, plan):
+    batches = make_loader(corpus, plan, stop_step=20, workers=1)
+    row = next(batches).waveform[0]
+    before = row.clone()
+    for _ in batches:
+        pass
+    assert torch.equal(row, before)
+
+
 def test_spawned_workers_do_the_same(corpus, plan):
     here = loaded(corpus, plan, stop_step=2)
     there = loaded(corpus, plan, stop_step=2, workers=1, start_method="spawn")

@@ -54,6 +54,9 @@ def test_reads_what_the_source_reads(labelled, tmp_path):
     for j, i in enumerate(kept):
         np.testing.assert_array_equal(packed.read(j), labelled.read(i))
         np.testing.assert_array_equal(packed.read(j, 1_000, 77), labelled.read(i, 1_000, 77))
+        into = np.full(77, np.nan, np.float32)
+        packed.read_into(j, 1_000, into)
+        np.testing.assert_array_equal(into, labelled.read(i, 1_000, 77))
         assert packed.entry(j) == labelled.entry(i)
     assert packed.durations_samples.tolist() == labelled.durations_samples[kept].tolist()
     assert len(list((tmp_path / "pack").glob("shard_*.npy"))) > 3

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gmm_jepa.objectives.augmentation import MIX_DB, NOISE_DB, draw_disturbance
+from gmm_jepa.objectives.augmentation import MIX_DB, NOISE_DB, disturb_into
 
 
 def signal(n, seed):
@@ -9,8 +9,10 @@ def signal(n, seed):
 
 
 def call(waveform, other, seed, mix=0.0, noise=0.0, n_rows=4):
-    """The waveform with what is drawn for it; itself where nothing is."""
-    found = draw_disturbance(
+    """What is heard of the waveform."""
+    heard = np.full_like(waveform, np.nan)
+    disturb_into(
+        heard,
         waveform,
         np.random.default_rng(seed),
         n_rows=n_rows,
@@ -19,11 +21,7 @@ def call(waveform, other, seed, mix=0.0, noise=0.0, n_rows=4):
         mix_probability=mix,
         noise_probability=noise,
     )
-    if found is None:
-        return waveform
-    disturbed = waveform.copy()
-    disturbed[found.start_samples :][: len(found.added)] += found.added
-    return disturbed
+    return heard
 
 
 def ratio_db(clean, disturbed, where):
@@ -56,7 +54,7 @@ def test_noise_covers_everything_and_keeps_its_level():
 def test_probabilities_decide_how_often():
     clean, other = signal(100, 0), signal(100, 1)
     disturbed = [
-        call(clean, other, seed, mix=0.25, noise=0.25) is not clean for seed in range(2000)
+        (call(clean, other, seed, mix=0.25, noise=0.25) != clean).any() for seed in range(2000)
     ]
     assert 0.45 < np.mean(disturbed) < 0.55
 
@@ -72,7 +70,8 @@ def test_the_input_is_never_changed():
 def test_the_other_row_is_never_the_row_itself():
     asked = []
     for seed in range(200):
-        draw_disturbance(
+        disturb_into(
+            np.empty(50, np.float32),
             signal(50, 0),
             np.random.default_rng(seed),
             n_rows=3,
@@ -98,10 +97,25 @@ def test_almost_no_samples_are_left_alone(n):
 
 def test_a_lone_row_has_nothing_to_mix_with():
     clean = signal(100, 0)
-    assert call(clean, signal(10, 1), 0, mix=1.0, n_rows=1) is clean
+    np.testing.assert_array_equal(call(clean, signal(10, 1), 0, mix=1.0, n_rows=1), clean)
 
 
 def test_a_short_other_is_heard_again_and_again():
     other = signal(70, 1)
     disturbed = call(np.zeros(1000, np.float32) + 1, other, 5, noise=1.0) - 1
     np.testing.assert_allclose(disturbed[70:140], disturbed[:70], atol=1e-6)
+
+
+def test_what_is_added_is_the_other_signal_times_a_gain():
+    """Bit for bit what whole arrays give, wherever the stretch begins anew."""
+    clean, other = signal(3000, 0), signal(1100, 1)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rng.uniform(), rng.integers(3)
+        ratio_db, first = rng.uniform(*NOISE_DB), int(rng.integers(len(other)))
+        added = np.tile(other, 4)[first : first + len(clean)]
+        power, added_power = (float(np.dot(x, x)) / len(x) for x in (clean, added))
+        gain = np.float32(np.sqrt(power / (added_power * 10 ** (ratio_db / 10))))
+        np.testing.assert_array_equal(
+            call(clean, other, seed, noise=1.0), clean + gain * added, strict=True
+        )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gmm_jepa.objectives.masks import draw_mask
+from gmm_jepa.objectives.masks import _below, _words, draw_mask
 
 SHARE, SPAN = (0.40, 0.65), (10, 25)
 
@@ -58,3 +58,17 @@ def test_any_span_range_fills_the_exact_count(span):
         length = 40 + seed
         mask = draw(length, seed, share=(0.5, 0.5), span=span)
         assert mask.sum() == round(0.5 * length)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 1000, 3 << 30, (1 << 32) - 1])
+def test_numbers_are_those_of_the_generator(n):
+    """The largest ranges reject a draw in four."""
+    words = _words(np.random.default_rng(5))
+    drawn = [_below(n, words) for _ in range(200)]
+    assert drawn == np.random.default_rng(5).integers(0, n, size=200).tolist()
+
+
+def test_masks_are_pinned():
+    """A change would change all trainings."""
+    edges = np.flatnonzero(np.diff(draw(300, 3).astype(int)))
+    assert edges.tolist() == [15, 28, 39, 51, 70, 92, 104, 127, 144, 163, 171, 183, 208, 233]
