@@ -110,9 +110,11 @@ def test_twenty_steps_follow_the_golden_curve(manifest, tmp_path):
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_losses(manifest, tmp_path):
-    """Every step is logged; dropout, noise, workers and odd checkpoint intervals are on."""
+    """Every step is logged; dropout, noise, a worker, bf16, micro-batches, recomputed blocks and
+    odd checkpoint intervals are on."""
     more = ("--train.steps", "60", "--train.log-every", "1", "--train.checkpoint-every", "7")
-    more += ("--data.workers", "1", "--encoder.dropout", "0.1")
+    more += ("--data.workers", "1", "--encoder.dropout", "0.1", "--train.precision", "bf16")
+    more += ("--train.accumulate", "2", "--train.checkpoint-blocks")
     whole = process(manifest, tmp_path / "whole", *more)
     whole.communicate()
     assert whole.returncode == 0
