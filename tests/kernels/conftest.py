@@ -6,15 +6,19 @@ environment variable is set in tests/conftest.py); the same cases run on CUDA, m
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops import Mixture
+from gmm_jepa import features
+from gmm_jepa.data.audio import read_audio
+from gmm_jepa.ops import Mixture, ensemble, triton_gmm
 
 SILENCE = math.log(1e-6)
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -79,6 +83,23 @@ def _extreme_logits() -> Case:
     return case._replace(logits=80.0 * signs + torch.randn(signs.shape))
 
 
+def _real_speech() -> Case:
+    """Read speech, half of it masked, under components centred on some of its frames."""
+    pytest.importorskip("soundfile", reason="soundfile is not installed")
+    folder = Path(__file__).parents[3] / "shared" / "speech"
+    if not folder.is_dir():
+        pytest.skip(f"no speech beside the repository: {folder} is absent")
+    first = json.loads((folder / "arctic.jsonl").read_text().splitlines()[0])
+    waveform = read_audio(folder / first["audio_filepath"], duration_s=2.0)
+    frames = torch.as_tensor(features.log_mel(waveform))
+    K, N = 50, 50
+    mixture = Mixture(
+        torch.full((K,), 1 / K).log(), frames[::2][:K].clone(), torch.full((K, 80), 0.1)
+    )
+    weights = (torch.arange(N) % 20 < 10).float() / N
+    return Case(frames[1::2][:N].clone(), mixture, torch.randn(N, K), weights)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "one_frame": lambda: drawn(1, 16, 80)._replace(weights=torch.ones(1)),
     "empty": lambda: drawn(0, 16, 80),
@@ -95,6 +116,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "all_masked": lambda: _weighted(drawn(30, 9, 5), torch.full((30,), 1 / 30)),
     "none_masked": lambda: _weighted(drawn(30, 9, 5), torch.zeros(30)),
     "logits_of_80": _extreme_logits,
+    "real_speech": _real_speech,
     # few rows of many: most tiles hold none
     "ragged": lambda: _weighted(drawn(387, 24, 20), torch.arange(387).remainder(129).lt(3) / 7.0),
 }
@@ -150,3 +172,14 @@ def log_joint(frames: Tensor, mixture: Mixture) -> Tensor:
 @pytest.fixture
 def oracle() -> Callable[[Tensor, Mixture], Tensor]:
     return log_joint
+
+
+@pytest.fixture
+def posteriors_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ensemble's posteriors come from the Triton kernel on a CPU, too."""
+
+    def posteriors(frames, log_weights, means, variances, *options):
+        for mixture in zip(log_weights, means, variances):
+            yield triton_gmm.gmm_posterior(frames, *mixture, *options)
+
+    monkeypatch.setattr(ensemble, "_posteriors", posteriors)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from gmm_jepa import features, ops
-from gmm_jepa.data.audio import read_audio
+from gmm_jepa import ops
 from gmm_jepa.gmm import GaussianMixture
-from gmm_jepa.ops import Mixture, triton_gmm
+from gmm_jepa.ops import Mixture, ensemble, triton_gmm
 
 from .conftest import SILENCE
 
@@ -79,12 +76,50 @@ def best_gap(posterior: torch.Tensor) -> torch.Tensor:
     return first - second
 
 
-def test_topk(draw, oracle):
-    case = draw(40, 19, 7, spread=0.5)
-    posteriors, indices = triton_gmm.gmm_topk(case.frames, *case.mixture, 3, 1.0)
-    expected = torch.softmax(oracle(case.frames, case.mixture), 1).topk(3, 1)
-    torch.testing.assert_close(posteriors.double(), expected.values, atol=1e-5, rtol=0)
-    assert torch.equal(indices, expected.indices)
+def test_topk(case, oracle, monkeypatch):
+    """The three largest, in several chunks."""
+    frames, mixture, K = case.frames, case.mixture, case.logits.shape[1]
+    monkeypatch.setattr(triton_gmm, "_TOPK_VALUES", 150 * K)
+    k = min(3, K)
+    posteriors, indices = triton_gmm.gmm_topk(frames, *mixture, k, 2.0)
+    rows = _readable(case)
+    expected = torch.softmax(oracle(frames, mixture) / 2.0, 1)[rows]
+    posteriors, indices = posteriors[rows].double(), indices[rows]
+    torch.testing.assert_close(posteriors, expected.topk(k, 1).values, atol=1e-5, rtol=0)
+    # whatever the order among equals, each index has the posterior beside it
+    torch.testing.assert_close(posteriors, expected.gather(1, indices), atol=1e-5, rtol=0)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_posterior_of_an_ensemble(case, oracle, precision, posteriors_by_kernel, monkeypatch):
+    """The mean of two mixtures' posteriors, in several chunks."""
+    frames, mixture = case.frames, case.mixture
+    monkeypatch.setattr(ensemble, "TARGET_VALUES", 150 * case.logits.shape[1])
+    other = mixture._replace(means=mixture.means + 0.2)
+    lists = [list(pair) for pair in zip(mixture, other)]
+    options = ([0.25, 0.75], 2.0, False, precision, torch.float32)
+    got = ensemble.gmm_posterior_ensemble._init_fn(frames, *lists, *options)
+    first, second = (torch.softmax(oracle(frames, m) / 2.0, 1) for m in (mixture, other))
+    rows = _readable(case)
+    torch.testing.assert_close(
+        got[rows].double(), (0.25 * first + 0.75 * second)[rows], atol=POSTERIOR[precision], rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("K", "D", "precision"),
+    [(8192, 80, "fast"), (8192, 13, "exact"), (16, 512, "fast"), (16, 512, "exact")],
+)
+def test_the_largest_mixture_and_the_most_features(draw, oracle, K, D, precision):
+    case = draw(3, K, D, spread=0.3)
+    joint = oracle(case.frames, case.mixture)
+    got = triton_gmm.gmm_posterior(case.frames, *case.mixture, 1.0, False, precision, torch.float32)
+    expected = torch.softmax(joint, 1)
+    torch.testing.assert_close(got.double(), expected, atol=POSTERIOR[precision], rtol=0)
+    got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, precision)
+    expected, atol = torch.logsumexp(joint, 1), LOG_DENSITY[precision]
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=2e-7)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -238,33 +273,6 @@ def test_a_mixture_written_to_is_packed_anew(draw, oracle):
     got = triton_gmm.gmm_log_likelihood(case.frames, *case.mixture, "fast")
     expected = torch.logsumexp(oracle(case.frames, case.mixture), 1)
     torch.testing.assert_close(got.double(), expected, atol=5e-3, rtol=0)
-
-
-def test_real_speech(device, shared, oracle):
-    """Frames of read speech under components centred on some of them, variances at the floor."""
-    speech = shared / "speech"
-    first = json.loads((speech / "arctic.jsonl").read_text().splitlines()[0])
-    waveform = read_audio(speech / first["audio_filepath"], duration_s=2.0)
-    frames = torch.as_tensor(features.log_mel(waveform)).to(device)
-    mixture = Mixture(
-        torch.full((50,), 0.02, device=device).log(),
-        frames[::2][:50].clone(),
-        torch.full((50, 80), 0.1, device=device),
-    )
-    frames = frames[1::2][:50] + 0.0
-    expected = oracle(frames, mixture)
-    for precision in PRECISIONS:
-        got = triton_gmm.gmm_posterior(frames, *mixture, 1.0, False, precision, torch.float32)
-        torch.testing.assert_close(
-            got.double(), torch.softmax(expected, 1), atol=POSTERIOR[precision], rtol=0
-        )
-        likelihood = triton_gmm.gmm_log_likelihood(frames, *mixture, precision)
-        torch.testing.assert_close(
-            likelihood.double(),
-            torch.logsumexp(expected, 1),
-            atol=LOG_DENSITY[precision],
-            rtol=2e-7,
-        )
 
 
 @pytest.mark.gpu

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from gmm_jepa.ops import triton_gmm
+from gmm_jepa.ops import triton_attention, triton_gmm
+from tests import attention_cases
 
 STRIDE = 2**30  # rows 0, 1, 2: the last begins at element 2^31
 
@@ -57,26 +60,57 @@ def test_outputs_beyond_32_bits(draw):
     assert torch.equal(got[-7:], got[:7])
 
 
+def extra_bytes(launch: Callable[[], object], output_bytes: int) -> int:
+    """Peak of the CUDA allocator during a second call, less what was there and what comes out."""
+    launch()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    launch()
+    return torch.cuda.max_memory_allocated() - before - output_bytes
+
+
 @pytest.mark.gpu
-def test_peak_memory_holds_no_intermediate(draw):
+@pytest.mark.parametrize(
+    "name", ["log-likelihood", "argmax", "KL", "KL, ensemble", "targets", "cross-entropy", "MSE"]
+)
+def test_peak_memory_holds_no_intermediate(draw, name):
     frames, mixture, logits, weights = draw(20_000, 512, 40)
     if frames.device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    launches = {
-        "log-likelihood": (
-            lambda: triton_gmm.gmm_log_likelihood(frames, *mixture, "fast"),
-            frames.shape[0] * 4,
+    N = frames.shape[0]
+    labels, targets = torch.arange(N, device=frames.device) % 512, torch.rand_like(logits)
+    lists = [[p, p + 0.1] for p in mixture]
+    launch = {
+        "log-likelihood": lambda: triton_gmm.gmm_log_likelihood(frames, *mixture, "fast"),
+        "argmax": lambda: triton_gmm.gmm_topk(frames, *mixture, 1, 1.0),
+        "KL": lambda: triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True),
+        "KL, ensemble": lambda: triton_gmm.masked_kl_ensemble(
+            logits, frames, weights, *lists, [0.5, 0.5], 1.0, True
         ),
-        "KL": (
-            lambda: triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True),
-            logits.numel() * 4,
-        ),
-    }
-    for name, (launch, output_bytes) in launches.items():
-        launch()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        launch()
-        extra = torch.cuda.max_memory_allocated() - before - output_bytes
-        assert extra < 100 * frames.shape[0], name  # order, ranks and partials: bytes a row
+        "targets": lambda: triton_gmm.masked_kl_targets(logits, targets, weights, True),
+        "cross-entropy": lambda: triton_gmm.masked_cross_entropy(logits, labels, weights, True),
+        "MSE": lambda: triton_gmm.masked_mse(logits, targets, weights, True),
+    }[name]
+    of_rows = name in ("log-likelihood", "argmax")
+    extra = extra_bytes(launch, N * 4 if of_rows else logits.numel() * 4)
+    # order, ranks and partial sums: bytes a row; an ensemble holds two posteriors and a gradient
+    # of one chunk
+    chunk = 3 * 4 * triton_gmm.TARGET_VALUES if "ensemble" in name else 0
+    assert extra < 100 * N + chunk
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_attention_holds_no_scores():
+    """B H T T scores would be 288 MB; partial sums along diagonals are an eighth of that."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    case = attention_cases.drawn(4, 8, 1500, 64).to("cuda", torch.bfloat16)
+    scores, values = 4 * 8 * 1500 * 1500 * 4, 4 * 8 * 1500 * 64
+    arguments = (*case.leaves, None, None, 0.0)
+    forward = triton_attention.gated_bias_attention
+    out, log_sum = forward(*arguments)
+    assert extra_bytes(lambda: forward(*arguments), 2 * values) < scores // 8
+    backward = triton_attention.gated_bias_attention_backward
+    launch = lambda: backward(case.cotangent, out, log_sum, *arguments)  # noqa: E731
+    assert extra_bytes(launch, 3 * 2 * values) < scores // 8

@@ -66,3 +66,14 @@ def test_it_follows_torchs_own_seed():
 def test_opcheck():
     x = torch.randn(5, 7, requires_grad=True)
     torch.library.opcheck(torch.ops.gmm_jepa.dropout.default, (x, torch.tensor([3]), 0.2))
+
+
+def test_one_graph_with_its_gradient():
+    """Compiled, the gradient still has the mask of the output."""
+    compiled = torch.compile(lambda x: ops.dropout(2 * x, 0.4), fullgraph=True, backend="aot_eager")
+    x = (1 + torch.rand(50, 300)).requires_grad_()
+    y = compiled(x)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert 0.35 < float((y == 0).float().mean()) < 0.45
+    torch.testing.assert_close(gradient * x, y)
+    torch.testing.assert_close(y[y != 0], (2 * x / 0.6)[y != 0])

@@ -9,6 +9,60 @@ from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 
 SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (2, 3, 11)]
+# shapes of the teacher's tensors, decay, scale of the values, offset
+CASES = {
+    "one_value": ([(1,)], 0.996, 1.0, 0.0),
+    "a_scalar": ([()], 0.996, 1.0, 0.0),
+    "no_values": ([(0,), (3, 0)], 0.5, 1.0, 0.0),
+    "prime_sizes": ([(131,), (37, 13), (7, 11, 3)], 0.99, 1.0, 0.0),
+    "a_large_matrix": ([(1024, 1031)], 0.996, 1.0, 0.0),
+    "many_small_ones": ([(5,)] * 500, 0.996, 1.0, 0.0),
+    "unlike_sizes": ([(1,), (100_003,), (2, 3), (257, 255)], 0.9, 1.0, 0.0),
+    "decay_0": ([(33, 5)], 0.0, 1.0, 0.0),
+    "decay_1": ([(33, 5)], 1.0, 1.0, 0.0),
+    "decay_near_1": ([(33, 5)], 0.9999, 1.0, 0.0),
+    "tiny_values": ([(64, 9)], 0.996, 1e-30, 0.0),
+    "huge_values": ([(64, 9)], 0.996, 1e30, 0.0),
+    "far_from_zero": ([(64, 9)], 0.996, 1e-3, 100.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name, device, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    shapes, decay, scale, offset = CASES[name]
+    teacher, student = (
+        [(offset + scale * torch.randn(shape, device=device)).to(dtype) for shape in shapes]
+        for _ in range(2)
+    )
+    expected = [decay * t.double() + (1 - decay) * s.double() for t, s in zip(teacher, student)]
+    ops.ema_update(teacher, student, decay)
+    for t, e in zip(teacher, expected):
+        # two units of the larger of teacher and student
+        size = max([offset, *e.abs().flatten()[:1].tolist()]) + 5 * scale
+        torch.testing.assert_close(
+            t.double(), e, rtol=0, atol=2 * torch.finfo(dtype).eps * float(size)
+        )
+        if decay in (0.0, 1.0) and e.numel():
+            assert torch.equal(t.double(), e)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_views_of_one_buffer(device):
+    """Parameters that lie side by side, transposed and with gaps."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    buffer = torch.randn(40, 6, device=device)
+    teacher = [buffer[:10].T, buffer[10:30:2], buffer[31]]
+    student = [torch.randn(t.shape, device=device) for t in teacher]
+    before, gaps = [t.clone() for t in teacher], buffer[11:30:2].clone()
+    ops.ema_update(teacher, student, 0.75)
+    for t, b, s in zip(teacher, before, student):
+        torch.testing.assert_close(t, 0.75 * b + 0.25 * s)
+    assert torch.equal(buffer[11:30:2], gaps)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.996, 1.0])

@@ -233,3 +233,18 @@ def test_opcheck():
     for lengths in (None, options["lengths_frames"]):
         op = torch.ops.gmm_jepa.density_attention.default
         torch.library.opcheck(op, (*leaves, lengths))
+
+
+@pytest.mark.parametrize("name", ["residual_unit", "density_attention"])
+def test_one_graph_holds_each_with_its_gradients(name):
+    make = {"residual_unit": unit_case, "density_attention": density_case}[name]
+    leaves, options = make("prime sizes")
+    op = getattr(ops, name)
+
+    def function(x: Tensor, *parameters: Tensor, **options: object) -> Tensor:
+        return 2 * op(torch.sin(x), *parameters, **options).cos()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = results_of(function, leaves, options)
+    assert all(t.abs().max() > 0 for t in expected)
+    assert_close(results_of(compiled, leaves, options), expected, 1e-5)
