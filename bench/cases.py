@@ -136,6 +136,32 @@ def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.floa
     )
 
 
+def gmm_posterior_exact(shape: Shape, device: str) -> Case:
+    """As an estimator asks for it, from float64 parameters; against the same in float64 torch."""
+    mixture = ops.Mixture(*(p.double() for p in mixture_of(shape, device)))
+    frames, form = frames_of(shape, mixture).float(), quadratic(mixture, torch.float64)
+
+    def run():
+        return ops.gmm_posterior(frames, mixture, precision="exact")
+
+    def plain():
+        out = frames.new_empty((shape.frames, shape.components))
+        for rows in row_chunks(*out.shape):
+            out[rows] = torch.softmax(form.log_joint(frames[rows]), dim=1)
+        return out
+
+    def check() -> float:
+        error = run()[:CHECKED_ROWS].double().cpu()
+        error -= oracle_posterior(frames[:CHECKED_ROWS], mixture)
+        return float(error.abs().max()) / 1e-5
+
+    on_cuda = device == "cuda"  # the direct form; the CPU may screen in bfloat16
+    count = flops.gmm_posterior_direct if on_cuda else flops.gmm_posterior
+    work = count(shape.frames, shape.components, shape.features)
+    products = "float32" if on_cuda else "bfloat16"
+    return Case("gmm_posterior exact", "f32", run, {"torch": plain}, check, work, products)
+
+
 def gmm_log_likelihood(shape: Shape, device: str) -> Case:
     """Against `addmm` and logsumexp in chunks."""
     mixture = mixture_of(shape, device)
@@ -174,8 +200,10 @@ def gmm_argmax(shape: Shape, device: str) -> Case:
         expected = oracle_posterior(frames[:CHECKED_ROWS], mixture).amax(1, keepdim=True)
         return float((run()[0][:CHECKED_ROWS].double().cpu() - expected).abs().max()) / 1e-5
 
-    work = flops.gmm_posterior(shape.frames, shape.components, shape.features, out_bytes=0)
-    products = "float32" if device == "cuda" else "bfloat16"  # the direct form on CUDA
+    on_cuda = device == "cuda"  # the direct form
+    count = flops.gmm_posterior_direct if on_cuda else flops.gmm_posterior
+    work = count(shape.frames, shape.components, shape.features, out_bytes=0)
+    products = "float32" if on_cuda else "bfloat16"
     return Case("gmm_argmax", "f32", run, {"torch": plain}, check, work, products)
 
 
@@ -242,9 +270,7 @@ def ema_update(shape: Shape, device: str) -> Case:
 
     n = 16 * size[0] * size[1]
     run = lambda: ops.ema_update(ours, student, 0.996)  # noqa: E731
-    return Case(
-        "ema_update", "f32", run, {"torch": plain}, check, flops.Work(3.0 * n, 12.0 * n), "float32"
-    )
+    return Case("ema_update", "f32", run, {"torch": plain}, check, flops.ema_update(n), "float32")
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -143,6 +143,6 @@ def dropout(shape: Shape, device: str) -> Case:
         run,
         {"torch": _through(lambda: F.dropout(x, DROPOUT), leaves, grad)},
         check,
-        flops.Work(flops=2.0 * x.numel(), bytes=16.0 * x.numel()),
+        flops.dropout(x.numel()),
         "float32",
     )

@@ -83,14 +83,14 @@ def masked_kl_ensemble(shape: Shape, device: str, dtype: torch.dtype = torch.flo
 
     run = _backward(lambda: ops.masked_kl(logits, frames, weights, both).loss)
     peer = _backward(plain)
-    one = flops.masked_kl(len(rows), shape.components, shape.features, logit_bytes=dtype.itemsize)
+    sizes = (len(rows), shape.components, shape.features)
     return Case(
         "masked_kl of 2 mixtures + gradient",
         short_name(dtype),
         run,
         {"torch": peer},
         lambda: _gradient_error(run, logits, peer) / (2e-3 if dtype == torch.float32 else 2e-2),
-        one._replace(flops=2 * one.flops),
+        flops.masked_kl(*sizes, logit_bytes=dtype.itemsize, n_mixtures=2),
         "float16 in three" if device == "cuda" else "float32",
         (logits,),
     )
@@ -110,7 +110,6 @@ def masked_kl_targets(shape: Shape, device: str, dtype: torch.dtype = torch.floa
 
     run = _backward(lambda: ops.masked_kl_targets(logits, targets, weights).loss)
     peer = _backward(plain)
-    traffic = 3.0 * len(rows) * shape.components * dtype.itemsize
     return Case(
         "masked_kl_targets + gradient",
         short_name(dtype),
@@ -118,7 +117,7 @@ def masked_kl_targets(shape: Shape, device: str, dtype: torch.dtype = torch.floa
         {"torch": peer},
         # bf16 targets do not sum to 1: the peer's gradient does not know
         lambda: _gradient_error(run, logits, peer) / (1e-4 if dtype == torch.float32 else 1e-2),
-        flops.Work(6.0 * len(rows) * shape.components, traffic),
+        flops.masked_kl_targets(len(rows), shape.components, in_bytes=dtype.itemsize),
         "float32",
         (logits,),
     )
@@ -133,14 +132,13 @@ def masked_cross_entropy(shape: Shape, device: str, dtype: torch.dtype = torch.f
     rows = weights.nonzero().squeeze(1)
     run = _backward(lambda: ops.masked_cross_entropy(logits, labels, weights).loss)
     peer = _backward(lambda: F.cross_entropy(logits[rows].float(), labels[rows]))
-    traffic = 2.0 * len(rows) * shape.components * dtype.itemsize
     return Case(
         "masked_cross_entropy + gradient",
         short_name(dtype),
         run,
         {"torch": peer},
         lambda: _gradient_error(run, logits, peer) / (1e-4 if dtype == torch.float32 else 1e-2),
-        flops.Work(4.0 * len(rows) * shape.components, traffic),
+        flops.masked_cross_entropy(len(rows), shape.components, in_bytes=dtype.itemsize),
         "float32",
         (logits,),
     )

@@ -13,6 +13,7 @@ from bench.cases import (
     gmm_argmax,
     gmm_log_likelihood,
     gmm_posterior,
+    gmm_posterior_exact,
     log_mel,
 )
 from bench.encoder_cases import (
@@ -42,7 +43,14 @@ IN_BOTH_TYPES = (
     gated_bias_attention,
     attention_with_dropout,
 )
-EVERYWHERE = (*IN_BOTH_TYPES, gmm_log_likelihood, gmm_argmax, em_statistics, ema_update)
+EVERYWHERE = (
+    *IN_BOTH_TYPES,
+    gmm_posterior_exact,
+    gmm_log_likelihood,
+    gmm_argmax,
+    em_statistics,
+    ema_update,
+)
 ON_CPUS = (residual_unit, density_attention, dropout)
 """Elsewhere plain torch does these."""
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.registry import EVERYWHERE, IN_BOTH_TYPES
+from bench.registry import EVERYWHERE, IN_BOTH_TYPES, ON_CPUS
 from bench.shapes import SHAPES
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 HALF = torch.bfloat16
-CASES = [(make, ()) for make in EVERYWHERE]
-ON_CUDA = CASES + [(make, (HALF,)) for make in IN_BOTH_TYPES]
+CASES = [(make, ()) for make in (*EVERYWHERE, *ON_CPUS)]
+ON_CUDA = [(make, ()) for make in EVERYWHERE] + [(make, (HALF,)) for make in IN_BOTH_TYPES]
 
 
 def _name(case: tuple) -> str:

@@ -12,6 +12,18 @@ from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, ops
 
 
+def attend(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Attention of ragged rows, one of no keys, forward and backward, with dropout and without."""
+    B, H, T = 3, 2, 70
+    q = torch.randn(3, B, H, T, head_dim, device=device, dtype=dtype)
+    table, gate = torch.randn(H, 2 * T - 1, device=device), torch.rand(B, H, T, device=device)
+    leaves = [t.requires_grad_() for t in (*q.unbind(), table, gate.to(dtype))]
+    lengths = torch.tensor([70, 0, 33], device=device)
+    for dropout_p in (0.0, 0.1):
+        y = ops.gated_bias_attention(*leaves, key_lengths=lengths, dropout_p=dropout_p)
+        y.float().sum().backward()
+
+
 def main(device: str = "cuda") -> None:
     """Run them and wait."""
     torch.manual_seed(0)
@@ -22,18 +34,32 @@ def main(device: str = "cuda") -> None:
     frames = ops.log_mel(waveform, lengths, *tables, hop=320, floor=1e-6).flatten(0, 1)
     N, K = len(frames), 37
     mixture = mixture_of(Shape(rows=1, seconds=1.0, components=K), device)
-    ops.gmm_posterior(frames, mixture)
-    ops.gmm_posterior(frames, mixture, precision="exact")
-    ops.gmm_log_likelihood(frames, mixture)
+    fine = ops.Mixture(*(p.double() for p in mixture))
+    both = ops.Ensemble((mixture, mixture), (0.5, 0.5))
+    for precision in ("fast", "exact"):
+        for log in (False, True):
+            ops.gmm_posterior(frames, mixture, precision=precision, log=log)
+        ops.gmm_log_likelihood(frames, mixture, precision=precision)
+        ops.gmm_posterior(frames, both, precision=precision)
+    ops.gmm_posterior(frames, fine, precision="exact")
+    ops.gmm_log_likelihood(frames, fine)
+    for parameters in (mixture, fine, both):
+        for k in (1, 3):
+            ops.gmm_topk(frames, parameters, k)
+    ops.gmm_log_likelihood(frames, both)
     weights = (torch.arange(N, device=device) % 3 == 0).float()
     logits = torch.randn(N, K, device=device, requires_grad=True)
     targets = torch.randn(N, K, device=device).softmax(1)
     ops.masked_kl(logits, frames, weights, mixture).loss.backward()
-    both = ops.Ensemble((mixture, mixture), (0.5, 0.5))
+    with torch.no_grad():
+        ops.masked_kl(logits, frames, weights, mixture)
     ops.masked_kl(logits, frames, weights, both).loss.backward()
     ops.masked_kl_targets(logits, targets, weights).loss.backward()
     ops.masked_cross_entropy(logits, targets.argmax(1), weights).loss.backward()
     ops.masked_mse(logits, targets, weights).backward()
+    for dtype, head_dim in ((torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 64)):
+        attend(device, dtype, head_dim)
+    ops.ema_update([targets, frames], [targets + 1.0, frames + 1.0], 0.996)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

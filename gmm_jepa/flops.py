@@ -93,6 +93,19 @@ def gmm_posterior(
     return Work(flops, n_features * in_bytes + n_components * out_bytes).scaled(n_frames)
 
 
+def gmm_posterior_direct(
+    n_frames: int,
+    n_components: int = 1024,
+    n_features: int = 80,
+    *,
+    in_bytes: int = FLOAT32_BYTES,
+    out_bytes: int = FLOAT32_BYTES,
+) -> Work:
+    """(x - m)^2 / v, summed: a difference, its square, the scale and the sum; no matrix product."""
+    least = gmm_posterior(1, n_components, n_features, in_bytes=in_bytes, out_bytes=out_bytes)
+    return Work(4.0 * n_features * n_components, least.bytes).scaled(n_frames)
+
+
 def em_iteration(
     n_frames: int,
     n_components: int = 1024,
@@ -124,11 +137,35 @@ def masked_kl(
     logit_bytes: int = 2,
     with_gradient: bool = True,
     in_bytes: int = FLOAT32_BYTES,
+    n_mixtures: int = 1,
 ) -> Work:
     """KL of so many weighted rows: logits read, gradient written, posterior made on chip."""
     logits = n_components * logit_bytes * (2 if with_gradient else 1)
-    flops = gmm_posterior(1, n_components, n_features).flops
+    flops = n_mixtures * gmm_posterior(1, n_components, n_features).flops
     return Work(flops, n_features * in_bytes + logits).scaled(n_rows)
+
+
+def masked_kl_targets(
+    n_rows: int, n_components: int = 1024, *, in_bytes: int = 2, with_gradient: bool = True
+) -> Work:
+    """KL of so many weighted rows to given targets: logits and targets read, gradient written.
+
+    Six operations a value: p log p, p a, e^a, their sums, and the gradient's product and difference
+    (logarithm and exponential as one each, with their sums).
+    """
+    tensors = 3 if with_gradient else 2
+    return Work(6.0 * n_components, tensors * n_components * in_bytes).scaled(n_rows)
+
+
+def masked_cross_entropy(
+    n_rows: int, n_components: int = 1024, *, in_bytes: int = 2, with_gradient: bool = True
+) -> Work:
+    """Cross-entropy of so many weighted rows: logits read, gradient written.
+
+    Four operations a value: the largest, e^a, its sum, and the gradient's product.
+    """
+    tensors = 2 if with_gradient else 1
+    return Work(4.0 * n_components, tensors * n_components * in_bytes).scaled(n_rows)
 
 
 def masked_mse(
@@ -137,6 +174,16 @@ def masked_mse(
     """Squared error of so many weighted rows: subtract, square, add, scale; no product."""
     tensors = 3 if with_gradient else 2
     return Work(4.0 * n_channels, tensors * n_channels * in_bytes).scaled(n_rows)
+
+
+def ema_update(n_values: int, *, value_bytes: int = FLOAT32_BYTES) -> Work:
+    """t + c (s - t): three operations; both read, one written."""
+    return Work(3.0, 3.0 * value_bytes).scaled(n_values)
+
+
+def dropout(n_values: int, *, value_bytes: int = FLOAT32_BYTES) -> Work:
+    """Forward and gradient: a product each, read and written; drawing is not counted."""
+    return Work(2.0, 4.0 * value_bytes).scaled(n_values)
 
 
 def residual_unit(n_frames: int, n_channels: int) -> Work:

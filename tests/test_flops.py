@@ -39,6 +39,30 @@ def test_the_losses_and_an_em_iteration():
     assert flops.masked_mse(1, 512, in_bytes=4).bytes == 3 * 512 * 4
 
 
+def test_memory_bound_ops_against_hand_counts():
+    # 10 rows of 1,024 in bf16: logits, targets and gradient are 6,144 bytes a row
+    assert flops.masked_kl_targets(10) == flops.Work(10 * 6 * 1024, 10 * 3 * 2048)
+    assert flops.masked_kl_targets(1, in_bytes=4, with_gradient=False).bytes == 2 * 4096
+    # logits and gradient: 4 KB in bf16, 8 KB in float32
+    assert flops.masked_cross_entropy(10) == flops.Work(10 * 4 * 1024, 10 * 2 * 2048)
+    assert flops.masked_cross_entropy(1, in_bytes=4).bytes == 8192
+    assert flops.masked_cross_entropy(1, with_gradient=False).bytes == 2048
+    # teacher and student read, teacher written
+    assert flops.ema_update(1000) == flops.Work(3000, 12_000)
+    assert flops.ema_update(1000, value_bytes=2).bytes == 6000
+    # x in and out, then the gradient in and out
+    assert flops.dropout(1000) == flops.Work(2000, 16_000)
+
+
+def test_the_direct_form_and_several_mixtures():
+    # 80 features by 1,024 components, four operations each
+    assert flops.gmm_posterior_direct(1).flops == 4 * 81_920
+    assert flops.gmm_posterior_direct(3).bytes == 3 * (320 + 4096)
+    assert flops.gmm_posterior_direct(1, out_bytes=0).bytes == 320
+    one, two = flops.masked_kl(5), flops.masked_kl(5, n_mixtures=2)
+    assert two == flops.Work(2 * one.flops, one.bytes)
+
+
 def test_a_floor_is_the_longer_of_two_times():
     work = flops.Work(100.0, 10.0)
     assert work.floor_s(flops_per_s=50.0, bytes_per_s=1.0) == 10.0
