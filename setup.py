@@ -32,6 +32,7 @@ AVX512 += ["-mprefer-vector-width=512"]
 FLAGS_OF = {
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
+    "isa_avx512vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]

@@ -16,6 +16,7 @@ struct Available {
                             __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         if (avx512 && __builtin_cpu_supports("avx512bf16")) add(kernels_avx512bf16());
+        if (avx512 && __builtin_cpu_supports("avx512vnni")) add(kernels_avx512vnni());
         if (avx512) add(kernels_avx512());
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(kernels_avx2());
 #endif
@@ -28,7 +29,7 @@ struct Available {
         names += (names.empty() ? "" : ",") + std::string(table->name);
     }
 
-    const Kernels* tables[4] = {};
+    const Kernels* tables[5] = {};
     int n_tables = 0;
     std::string names;
 };

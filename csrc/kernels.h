@@ -174,6 +174,7 @@ constexpr int kRowMultiple = 16;
 
 // The tables compiled in, best first; null where this build or this processor has no such set.
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();

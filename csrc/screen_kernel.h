@@ -63,7 +63,7 @@ struct Bfloat16 : FloatSums {
 };
 #endif
 
-#if defined(__AVX2__) && GMM_JEPA_BYTES == 32
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && GMM_JEPA_BYTES == 32)
 struct Int16 {
     static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kInt16;
     static constexpr int kWords = 1;
@@ -78,9 +78,15 @@ struct Int16 {
         *words = (static_cast<uint32_t>(rounded) & 0xffffu) | (static_cast<uint32_t>(square) << 16);
     }
     static Sum add(Sum sum, uint32_t feature, const uint32_t* weights) {
+#ifdef __AVX512VNNI__
+        const __m512i w = _mm512_loadu_si512(weights);
+        const __m512i f = _mm512_set1_epi32(static_cast<int>(feature));
+        return (Sum)_mm512_dpwssd_epi32((__m512i)sum, f, w);
+#else
         const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
         const __m256i f = _mm256_set1_epi32(static_cast<int>(feature));
         return sum + (Sum)_mm256_madd_epi16(f, w);
+#endif
     }
     static Floats nats(Sum sum, const float* steps) {
         return __builtin_convertvector(sum, Floats) * *reinterpret_cast<const Floats*>(steps);

@@ -12,6 +12,7 @@ AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512v
 FLAGS_OF = {  # as in setup.py
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
+    "isa_avx512vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
