@@ -6,7 +6,7 @@
 # prints the environment, builds the native module into a temporary folder, runs the GPU tests (a
 # failure stops the script and shows the numbers that differ), lets compute-sanitizer look at a
 # tiny case where it is installed, prints the table of ops with floors and peers and one of EM by
-# the native CUDA kernels, measures a training step, eager and compiled, and trains for half a minute
+# the native CUDA kernels, measures a training step, eager and compiled, and trains for a short while
 # with a profile. JSON lines and the profile go to ${OUT:-bench/results}.
 # CORPUS=folder takes a packed corpus for that training instead of synthetic audio. TUNE=1 sweeps
 # the mixture kernels' tiles after all that, which takes longer than the rest.
@@ -35,7 +35,7 @@ export TRITON_CACHE_DIR="$site/triton"
 unset TRITON_INTERPRET
 cd "$site"
 
-# Each part has its own limit: 45 + 180 + 30 + 60 + 20 + 85 + 60 s at most.
+# Each part has its own limit: 45 + 160 + 30 + 55 + 50 + 85 + 45 = 470 s at most.
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
     shift
@@ -77,10 +77,10 @@ echo "== correctness on the GPU"
 # Most of the time is compilation, on the CPU, one kernel for each shape: a process for each file,
 # and for the large files one for each part of their tests.
 export OMP_NUM_THREADS=1
-run_tests() { # name, then what pytest is to run
+run_tests() { # name, then what pytest is to run; at most ${limit_s:-160} s
     local log="$site/$1.log" code=0
     shift
-    timeout 180 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+    timeout "${limit_s:-160}" "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
         -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
         -p no:cacheprovider -m gpu -x --tb=short --durations=2 "$@" > "$log" 2>&1 || code=$?
     # 5: no test selected
@@ -130,11 +130,11 @@ fi
 
 echo "== ops, floors and peers"
 # shellcheck disable=SC2086  # several shapes are several words
-limited 60 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
+limited 55 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
 
 echo "== EM: the native CUDA kernels (off by default) beside torch and Triton"
 # Nothing else uses them yet, so their failure fails the script at its end and does not stop it.
-if run_tests cuda_em "$repository/tests/native/test_cuda_em.py"; then
+if limit_s=30 run_tests cuda_em "$repository/tests/native/test_cuda_em.py"; then
     limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
 else
     failed=1
@@ -148,9 +148,9 @@ step 20
 step 30 --compile
 step 35 --compile --cuda-graphs
 
-echo "== half a minute of real training, with a profile"
+echo "== a short real training, with a profile"
 # shellcheck disable=SC2086  # no corpus is no argument
-limited 60 "$python" -m bench.short_run --seconds 30 --precision bf16 --out "$out" \
+limited 45 "$python" -m bench.short_run --seconds 20 --precision bf16 --out "$out" \
     ${CORPUS:+--corpus "$CORPUS"} || failed=1
 head -20 "$out/profile/ops.txt" 2> /dev/null || true
 

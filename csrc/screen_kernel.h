@@ -46,7 +46,7 @@ struct Float32 : FloatSums {
     }
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && GMM_JEPA_BYTES == 64
 struct Bfloat16 : FloatSums {
     static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kBfloat16;
     static constexpr int kWords = 1;
@@ -63,7 +63,7 @@ struct Bfloat16 : FloatSums {
 };
 #endif
 
-#if defined(__AVX512VNNI__) || (defined(__AVX2__) && GMM_JEPA_BYTES == 32)
+#if (defined(__AVX512VNNI__) && GMM_JEPA_BYTES == 64) || (defined(__AVX2__) && GMM_JEPA_BYTES == 32)
 struct Int16 {
     static constexpr gmm_jepa::Operands kOperands = gmm_jepa::Operands::kInt16;
     static constexpr int kWords = 1;
@@ -78,7 +78,7 @@ struct Int16 {
         *words = (static_cast<uint32_t>(rounded) & 0xffffu) | (static_cast<uint32_t>(square) << 16);
     }
     static Sum add(Sum sum, uint32_t feature, const uint32_t* weights) {
-#ifdef __AVX512VNNI__
+#if GMM_JEPA_BYTES == 64
         const __m512i w = _mm512_loadu_si512(weights);
         const __m512i f = _mm512_set1_epi32(static_cast<int>(feature));
         return (Sum)_mm512_dpwssd_epi32((__m512i)sum, f, w);

@@ -69,6 +69,7 @@ ScreenParameters::ScreenParameters(const MixtureRows& mixture, const Screen& ker
             mu[d] = (mean[d] - shift[d]) * scale;
             precision[d] = of_mean[d] / (scale * scale);
         }
+        if (mixture.log_weights[k] == -kInfinity) continue;  // out: its bias stays minus infinity
         bounds[k] = integers ? pack_integers(k, mu, precision, mixture.constants[k])
                              : pack_floats(k, mu, precision, mixture.constants[k]);
         if (!usable) bounds[k].alpha = kInfinity;
@@ -92,6 +93,7 @@ void ScreenParameters::choose_integers(const MixtureRows& mixture) {
     for (int d = 0; d < mixture.n_dims; ++d) {
         double range = 0.0;
         for (int k = 0; k < mixture.n_components; ++k) {
+            if (mixture.log_weights[k] == -kInfinity) continue;
             const size_t at = size_t(k) * mixture.n_dims_padded + d;
             range = std::max(range, std::fabs(mixture.means[at] - shift[d]) +
                                         kReach / std::sqrt(mixture.precisions[at]));
@@ -197,7 +199,7 @@ ScreenParameters::Bound ScreenParameters::pack_integers(int k, const std::vector
                                   (static_cast<uint32_t>(-static_cast<int32_t>(half)) << 16);
     }
     // Sums of integers are exact; what follows them is float32.
-    const double n_blocks = 0x1p23 * nu_ - 1.0, largest_sum = 0x1p31 * step;
+    const double n_blocks = (n_words + depth - 1) / depth, largest_sum = 0x1p31 * step;
     Bound bound{constant - 0.5 * square_hat - double(kSquareOffset) * step * total, 0.0, 0.0};
     bound.alpha = 0.5 * distance + nu_ * (std::fabs(bound.bias) + n_blocks * largest_sum) + 1e-6;
     bound.beta = std::sqrt(distance);
@@ -219,7 +221,7 @@ void ScreenParameters::lift(const MixtureRows& mixture, const std::vector<Bound>
     const double theta = total > 0.0 ? usual / std::max(mean_beta / total, 1e-12) : 1.0;
     gain = 2.0 * gamma_ + 1.0 / theta;
     for (int k = 0; k < mixture.n_components; ++k) {
-        if (mixture.log_weights[k] == -kInfinity) continue;  // out: its bias is minus infinity
+        if (mixture.log_weights[k] == -kInfinity) continue;
         const Bound& b = bounds[k];
         const double loose = b.alpha + 0.5 * theta * b.beta * b.beta;
         if (!(loose + 0.5 * gain * usual * usual <= kLoosestNats)) {

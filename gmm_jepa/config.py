@@ -165,8 +165,10 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             check(value >= 1, f"{name}: expected 1 or more, got {value}")
-        check(self.compile or not self.cuda_graphs, "cuda_graphs: expected with compile alone")
+        check(self.compile or not self.cuda_graphs, "cuda_graphs: needs compile")
         check(not (self.shard and self.cuda_graphs), "cuda_graphs: not possible with shard")
+        # The gradient of the first micro-batch would lie where the next one's graph writes.
+        check(self.accumulate == 1 or not self.cuda_graphs, "cuda_graphs: needs accumulate 1")
         check(self.learning_rate > 0, f"learning_rate: expected above 0, got {self.learning_rate}")
         check(
             0 <= self.warmup_share < 1,

@@ -20,7 +20,7 @@ from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.batches import EMPTY, BatchPlan, BatchRows, rank_rows
 from gmm_jepa.data.rejects import Reject
 from gmm_jepa.data.slots import Room, Sent, Slots
-from gmm_jepa.data.workers import map_in_order
+from gmm_jepa.data.workers import WorkerError, map_in_order
 from gmm_jepa.errors import InputError
 
 _SLOT_WAVEFORMS = 4  # what a slot has room for: the clean one, and all that `prepare` makes of it
@@ -226,11 +226,19 @@ def _timed(batches: Iterator[Batch | Sent]) -> Iterator[Batch]:
             if batch is None:
                 return
             if isinstance(batch, Sent):
-                batch = batch.open()
+                batch = _opened(batch)
             batch.wait_s = time.perf_counter() - begin
             yield batch
     finally:
         batches.close()
+
+
+def _opened(sent: Sent) -> Batch:
+    try:
+        return sent.open()
+    except (RuntimeError, OSError, EOFError) as error:
+        # what found no room in its slot comes by a connection to its worker
+        raise WorkerError(f"a loader worker died: {error}") from None
 
 
 class _MakeBatch:

@@ -10,8 +10,6 @@ from typing import TypeVar
 import numpy as np
 
 _ROUNDS = 12  # with 8, lists of five or six come out visibly unevenly (chi-square, 6,000 keys)
-
-
 _LOW_64 = (1 << 64) - 1
 
 Numbers = TypeVar("Numbers", int, np.ndarray)  # (n,) uint64 where they are many

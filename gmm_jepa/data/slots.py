@@ -80,12 +80,13 @@ class Slots:
         self._number = next(_numbers)
         self._n_slots, self._n_bytes = n_slots, _rounded(n_bytes, mmap.PAGESIZE)
         self._head_bytes = _rounded(n_owners * n_slots, mmap.PAGESIZE)
-        if not hasattr(os, "memfd_create"):
+        try:
+            file = os.memfd_create("gmm_jepa_batches")
+            os.ftruncate(file, self._head_bytes + n_owners * n_slots * self._n_bytes)
+            self._map(file)
+        except (AttributeError, OSError):  # a system without it, or one that refuses
             self._n_slots = 0
             return
-        file = os.memfd_create("gmm_jepa_batches")
-        os.ftruncate(file, self._head_bytes + n_owners * n_slots * self._n_bytes)
-        self._map(file)
         _all[self._number] = self
 
     def take(self, owner: int) -> Room:
@@ -129,6 +130,7 @@ class Slots:
 
     def _map(self, file: int) -> None:
         self._file, self._mapped = file, mmap.mmap(file, 0)
+        # One byte a slot: its worker alone sets it, and whoever borrowed the slot alone clears it.
         self._taken = np.frombuffer(self._mapped, np.uint8, self._head_bytes)
         weakref.finalize(self, os.close, file)
 
@@ -173,7 +175,7 @@ class _Pickler(ForkingPickler):
         self._room = room
 
     def persistent_id(self, value: object) -> _Place | None:
-        if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse:
+        if isinstance(value, Tensor) and _is_plain(value):
             return self._room.place(value)
         return None
 
@@ -185,6 +187,12 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, place: _Place) -> Tensor:
         return _at(self._memory, place)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether values, type and shape are all there is to it."""
+    on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return on_cpu and type(tensor) is Tensor and not tensor.requires_grad
 
 
 def _at(memory: Tensor, place: _Place) -> Tensor:

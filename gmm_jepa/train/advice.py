@@ -27,7 +27,7 @@ def before_training(config: TrainConfig, peers: Processes) -> list[str]:
             f"bf16: this CPU multiplies it {1 / rate:.0f} times slower than float32; "
             "--train.precision fp32 is faster"
         )
-    return lines + _threads(torch.get_num_threads(), usable_cores(), _local_processes(peers))
+    return lines + _threads(torch.get_num_threads(), peers)
 
 
 def on_waiting(wait_share: float, config: DataConfig, cores: int) -> str | None:
@@ -39,15 +39,22 @@ def on_waiting(wait_share: float, config: DataConfig, cores: int) -> str | None:
     Args:
         wait_share: of the time.
         config: as it is.
-        cores: that this process may use.
+        cores: that this process may use for workers.
     """
     if wait_share < WAITS_TOO_LONG:
         return None
     busy = 1.0 - min(wait_share, 0.999)
     enough = config.workers / busy if config.workers else wait_share / busy
     wanted = min(math.ceil(enough - 1e-6), cores)  # not one more for rounding
-    what = f"--data.workers {wanted}" if wanted > config.workers else "gmm-jepa pack"
-    return f"data: {wait_share:.0%} of the time went into waiting for audio; {what} would help"
+    what = f"--data.workers {wanted} would help"
+    if wanted <= config.workers:
+        what = "there are no cores for more workers; a packed corpus is read fastest"
+    return f"data: {wait_share:.0%} of the time went into waiting for audio; {what}"
+
+
+def share_of_cores(peers: Processes) -> int:
+    """Processors for each process of this run on this machine."""
+    return max(1, usable_cores() // _local_processes(peers))
 
 
 def usable_cores() -> int:
@@ -57,12 +64,13 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _threads(threads: int, cores: int, processes: int) -> list[str]:
-    share = max(1, cores // processes)
+def _threads(threads: int, peers: Processes) -> list[str]:
+    share, processes = share_of_cores(peers), _local_processes(peers)
     if processes == 1 or threads == share:
         return []
     return [
-        f"OMP_NUM_THREADS: {processes} processes use {threads} threads each, on {cores} cores; "
+        f"OMP_NUM_THREADS: {processes} processes use {threads} threads each, on "
+        f"{usable_cores()} cores; "
         f"OMP_NUM_THREADS={share} suits them better"
     ]
 

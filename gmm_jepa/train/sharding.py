@@ -126,10 +126,10 @@ def gradient_sync(forward: nn.Module, *, wanted: bool) -> Iterator[None]:
 def _shard(objective: MaskedPrediction, config: TrainConfig, peers: Processes) -> None:
     """Shard the units, then the root.
 
-    In bf16 the matrices of blocks and heads are gathered as bf16, to which autocast would round
-    them anyway. What enters a unit keeps its precision, and so the residual stream stays fp32; so
-    do the front ends and the root, whose taps, density widths and biases are not rounded either
-    without sharding.
+    In bf16 blocks and heads are gathered as bf16: their matrices, which autocast would round
+    anyway, and the scales of their norms, which it would not. What enters a unit keeps its
+    precision, and so the residual stream stays fp32; so do the front ends and the root, whose taps,
+    density widths and biases are not rounded either without sharding.
     """
     mesh = init_device_mesh(peers.device.type, (peers.world_size,))
     summed = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32

@@ -23,7 +23,7 @@ from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.progress import tqdm_bar
-from gmm_jepa.train.advice import before_training, on_waiting, usable_cores
+from gmm_jepa.train.advice import before_training, on_waiting, share_of_cores
 from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
@@ -90,20 +90,7 @@ def train(
         return TrainOutcome(steps_done=start, finished=True)
 
     # Data
-    plan = batch_plan(corpus, recipe)
-    if peers.is_main and plan.n_too_short:
-        print(f"{plan.n_too_short} utterances left out: shorter than data.min_segment_s")
-    batches = make_loader(
-        corpus,
-        plan,
-        start_step=start,
-        stop_step=iteration.stop_step,
-        rank=peers.rank,
-        world_size=peers.world_size,
-        workers=recipe.data.workers,
-        pin_memory=peers.device.type == "cuda",
-        prepare=MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed),
-    )
+    batches = _batches(corpus, recipe, peers, start, iteration.stop_step)
 
     # Steps
     unread: list[Reject] = []
@@ -147,6 +134,26 @@ def training_step(state: TrainState, batch: Batch, recipe: Recipe, peers: Proces
     audio_s = batch.extras["audio_s"]
     state.meters.add_step(norm, skipped, audio_s=audio_s, waited_s=batch.wait_s)
     return schedule
+
+
+def _batches(
+    corpus: Corpus, recipe: Recipe, peers: Processes, start_step: int, stop_step: int
+) -> Iterator[Batch]:
+    """This process's batches of the steps, masked and disturbed."""
+    plan = batch_plan(corpus, recipe)
+    if peers.is_main and plan.n_too_short:
+        print(f"{plan.n_too_short} utterances left out: shorter than data.min_segment_s")
+    return make_loader(
+        corpus,
+        plan,
+        start_step=start_step,
+        stop_step=stop_step,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        workers=recipe.data.workers,
+        pin_memory=peers.device.type == "cuda",
+        prepare=MaskAndDisturb(recipe.objective, recipe.encoder.n_frames, seed=recipe.seed),
+    )
 
 
 def batch_plan(corpus: Corpus, recipe: Recipe) -> BatchPlan:
@@ -209,9 +216,10 @@ class _Log:
         bar: Any,
         start: int,
         data: DataConfig,
+        cores: int,
     ) -> None:
         self._metrics, self._alarm, self._bar, self._shown = metrics, alarm, bar, start
-        self._data, self._n_lines = data, 0
+        self._data, self._cores, self._n_lines = data, cores, 0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Take in the values of `step` (steps done)."""
@@ -221,7 +229,7 @@ class _Log:
             self._alarm.see({"step": step, **values})
         self._n_lines += 1
         if self._metrics is not None and self._n_lines == JUDGED_LINE:
-            advice = on_waiting(values["wait_share"], self._data, usable_cores())
+            advice = on_waiting(values["wait_share"], self._data, self._cores)
             if advice is not None:
                 self._bar.write(advice)
         shown = {k: f"{values[k]:.3f}" for k in ("loss", "kl", "cross_entropy") if k in values}
@@ -249,7 +257,8 @@ def _log_of(folder: RunFolder, start: int, recipe: Recipe, peers: Processes) -> 
             unit="step",
             disable=not peers.is_main,
         )
-        yield _Log(metrics, alarm, stack.enter_context(bar), start, recipe.data)
+        shown = stack.enter_context(bar)
+        yield _Log(metrics, alarm, shown, start, recipe.data, share_of_cores(peers))
 
 
 @contextlib.contextmanager

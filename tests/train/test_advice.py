@@ -17,7 +17,7 @@ from gmm_jepa.train.distributed import Processes
         (0.5, 2, 16, "--data.workers 4"),
         (0.75, 2, 16, "--data.workers 8"),
         (0.75, 2, 4, "--data.workers 4"),
-        (0.5, 4, 4, "gmm-jepa pack"),
+        (0.5, 4, 4, "no cores for more workers"),
         (0.5, 0, 16, "--data.workers 1"),
         (0.8, 0, 16, "--data.workers 4"),
         (1.0, 1, 2, "--data.workers 2"),
@@ -39,6 +39,13 @@ def test_threads_of_several_processes(monkeypatch, threads, cores, processes, sa
     peers = Processes(rank=0, world_size=processes, device=torch.device("cpu"))
     lines = advice.before_training(TrainConfig(), peers)
     assert lines == [] if said is None else said in lines[0]
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(advice, "usable_cores", lambda: 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    peers = Processes(rank=0, world_size=16, device=torch.device("cpu"))
+    assert advice.share_of_cores(peers) == 8
 
 
 def test_one_process_shards_nothing():
