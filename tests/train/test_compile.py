@@ -148,8 +148,11 @@ def test_compiled_code_gives_the_same_outputs_and_gradients(cuda_graphs):
 
 @pytest.mark.parametrize(
     ("settings", "what"),
-    [({}, "compile"), ({"compile": True, "accumulate": 2}, "accumulate")]
-    + [({"compile": True, "shard": True}, "shard")],
+    [
+        ({}, "compile"),
+        ({"compile": True, "accumulate": 2}, "accumulate"),
+        ({"compile": True, "shard": True}, "shard"),
+    ],
 )
 def test_cuda_graphs_are_refused_where_they_cannot_be(settings, what):
     with pytest.raises(InputError, match=what):
