@@ -216,7 +216,7 @@ def test_same_input_same_bits(draw):
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-@pytest.mark.parametrize(("K", "D"), [(8192, 80), (16, 512)])
+@pytest.mark.parametrize(("K", "D"), [(8192, 13), (16, 512)])
 def test_kl_of_the_largest_mixture_and_the_most_features(draw, oracle, K, D):
     frames, mixture, logits, _ = draw(3, K, D, spread=0.3)
     weights = torch.tensor([0.5, 0.0, 0.25], device=logits.device)
