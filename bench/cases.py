@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, flops, ops
-from gmm_jepa.ops.mixture import quadratic, row_chunks
+from gmm_jepa.ops.mixture import Quadratic, quadratic, row_chunks
 
 Run = Callable[[], object]
 CHECKED_ROWS = 512  # rows compared with the float64 oracle before anything is timed
@@ -104,6 +104,21 @@ def log_mel(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -
     return Case("log_mel", f"f32 -> {short_name(out_dtype)}", run, peers, check, work, products)
 
 
+def chunked_posterior(frames: Tensor, form: Quadratic, dtype: torch.dtype) -> Tensor:
+    """Posteriors (N, K) of frames (N, D) in plain torch, chunk by chunk."""
+    out = frames.new_empty((len(frames), len(form.bias)), dtype=dtype)
+    for rows in row_chunks(*out.shape):
+        out[rows] = torch.softmax(form.log_joint(frames[rows]), dim=1)
+    return out
+
+
+def posterior_error(found: Tensor, frames: Tensor, mixture: ops.Mixture) -> float:
+    """The largest error of the first rows' posteriors against float64."""
+    error = found[:CHECKED_ROWS].double().cpu()
+    error -= oracle_posterior(frames[:CHECKED_ROWS], mixture)
+    return float(error.abs().max())
+
+
 def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -> Case:
     """Against `addmm` and softmax in chunks, and scikit-learn on the CPU."""
     mixture = mixture_of(shape, device)
@@ -112,18 +127,11 @@ def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.floa
     def run():
         return ops.gmm_posterior(frames, mixture, out_dtype=out_dtype)
 
-    def plain():
-        out = frames.new_empty((shape.frames, shape.components), dtype=out_dtype)
-        for rows in row_chunks(*out.shape):
-            out[rows] = torch.softmax(form.log_joint(frames[rows]), dim=1)
-        return out
-
     def check() -> float:
-        error = run()[:CHECKED_ROWS].double().cpu()
-        error -= oracle_posterior(frames[:CHECKED_ROWS], mixture)
-        return float(error.abs().max()) / (1e-3 if out_dtype == torch.float32 else 5e-3)
+        error = posterior_error(run(), frames, mixture)
+        return error / (1e-3 if out_dtype == torch.float32 else 5e-3)
 
-    peers: dict[str, Run] = {"torch": plain}
+    peers: dict[str, Run] = {"torch": lambda: chunked_posterior(frames, form, out_dtype)}
     if device == "cpu":
         peer, data = scikit_learn(mixture), frames.numpy()
         peers["scikit-learn"] = lambda: peer.predict_proba(data)
@@ -144,22 +152,15 @@ def gmm_posterior_exact(shape: Shape, device: str) -> Case:
     def run():
         return ops.gmm_posterior(frames, mixture, precision="exact")
 
-    def plain():
-        out = frames.new_empty((shape.frames, shape.components))
-        for rows in row_chunks(*out.shape):
-            out[rows] = torch.softmax(form.log_joint(frames[rows]), dim=1)
-        return out
-
     def check() -> float:
-        error = run()[:CHECKED_ROWS].double().cpu()
-        error -= oracle_posterior(frames[:CHECKED_ROWS], mixture)
-        return float(error.abs().max()) / 1e-5
+        return posterior_error(run(), frames, mixture) / 1e-5
 
+    peers = {"torch": lambda: chunked_posterior(frames, form, torch.float32)}
     on_cuda = device == "cuda"  # the direct form; the CPU may screen in bfloat16
     count = flops.gmm_posterior_direct if on_cuda else flops.gmm_posterior
     work = count(shape.frames, shape.components, shape.features)
     products = "float32" if on_cuda else "bfloat16"
-    return Case("gmm_posterior exact", "f32", run, {"torch": plain}, check, work, products)
+    return Case("gmm_posterior exact", "f32", run, peers, check, work, products)
 
 
 def gmm_log_likelihood(shape: Shape, device: str) -> Case:

@@ -20,6 +20,7 @@ import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,14 +52,14 @@ PROFILED_STEPS = 2
 SHOWN_OPS = 8
 
 
-def sized(recipe: Recipe, rows: int | None, seconds: float | None, precision: str) -> Recipe:
-    """The recipe with batches of so many rows of so many seconds."""
+def sized(recipe: Recipe, rows: int | None, seconds: float | None, **settings: Any) -> Recipe:
+    """The recipe with batches of so many rows of so many seconds, and settings of its training."""
     seconds = seconds or recipe.data.max_segment_s
     batch_s = rows * seconds if rows else recipe.data.batch_s
     data = dataclasses.replace(
         recipe.data, max_segment_s=seconds, batch_s=batch_s, min_segment_s=seconds / 2
     )
-    train = dataclasses.replace(recipe.train, precision=precision)
+    train = dataclasses.replace(recipe.train, **settings)
     # What the plain step has, and no other.
     objective = dataclasses.replace(recipe.objective, cluster_head="mlp", align_targets=False)
     return dataclasses.replace(recipe, data=data, train=train, objective=objective)
@@ -282,15 +283,13 @@ def main() -> None:
         if precision == "bf16" and options.device == "cpu" and bf16_over_fp32() < 1.0:
             print("bf16 left out: this CPU does not multiply bfloat16")
             continue
-        recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, precision)
-        train = dataclasses.replace(
-            recipe.train, compile=options.compile, cuda_graphs=options.cuda_graphs
-        )
-        recipe = dataclasses.replace(recipe, train=train)
+        preset, settings = PRESETS[options.preset](), {"precision": precision}
+        settings |= {"compile": options.compile, "cuda_graphs": options.cuda_graphs}
+        recipe = sized(preset, options.rows, options.seconds, **settings)
         seconds = recipe.data.max_segment_s
         rows = round(recipe.data.batch_s / seconds)
         corpus = SyntheticCorpus(4 * rows, seconds)
-        small = sized(PRESETS[options.preset](), min(rows, PROOF_ROWS), seconds, precision)
+        small = sized(preset, min(rows, PROOF_ROWS), seconds, **settings)
         pairs = prove(small, corpus, device)
         found = measure(recipe, rows, seconds, device, options.repeats)
         show(f"{options.preset}, {rows} x {seconds:g} s, {precision}", found)

@@ -33,13 +33,12 @@ class Candidates {
         const ScreenParameters& p = mixture_.screen;
         for (int i = 0; i < n; ++i) {
             const T* x = frames + size_t(i) * mixture_.n_dims_padded;
-            usable_[i] = pack(x, &words_[size_t(i) * p.n_words]);
+            usable_[i] = p.pack(x, &words_[size_t(i) * p.n_words]);
         }
         const int padded = static_cast<int>(round_up(n, p.screen->tile));
         std::fill(words_.begin() + size_t(n) * p.n_words,
                   words_.begin() + size_t(padded) * p.n_words, 0u);
-        p.screen->run({words_.data(), padded, p.n_words, p.weights.data(), p.bias.data(),
-                       p.steps.data(), p.n_panels, p.depth, scores_.data(), best_});
+        p.run(words_.data(), padded, scores_.data(), best_);
     }
 
     // Finds the components of frame i of the group; returns how many, at least one. NaN and
@@ -85,18 +84,6 @@ class Candidates {
     double largest() const { return largest_; }
 
   private:
-    bool pack(const float* x, uint32_t* words) const {
-        const ScreenParameters& p = mixture_.screen;
-        return p.screen->pack_float(x, p.shift.data(), p.inverse_scale.data(), mixture_.n_dims,
-                                    words);
-    }
-
-    bool pack(const double* x, uint32_t* words) const {
-        const ScreenParameters& p = mixture_.screen;
-        return p.screen->pack_double(x, p.shift.data(), p.inverse_scale.data(), mixture_.n_dims,
-                                     words);
-    }
-
     void compute(int start, int stop) {
         mixture_.kernels.distances(frame_.data(), mixture_.means.data(),
                                    mixture_.precisions.data(), mixture_.n_dims_padded,

@@ -62,6 +62,7 @@ ScreenParameters::ScreenParameters(const MixtureRows& mixture, const Screen& ker
     std::vector<double> mu(mixture.n_dims), precision(mixture.n_dims);
     std::vector<Bound> bounds(mixture.n_components);
     for (int k = 0; k < mixture.n_components; ++k) {
+        if (mixture.log_weights[k] == -kInfinity) continue;  // out: its bias stays minus infinity
         const double* mean = mixture.means + size_t(k) * mixture.n_dims_padded;
         const double* of_mean = mixture.precisions + size_t(k) * mixture.n_dims_padded;
         for (int d = 0; d < mixture.n_dims; ++d) {
@@ -69,7 +70,6 @@ ScreenParameters::ScreenParameters(const MixtureRows& mixture, const Screen& ker
             mu[d] = (mean[d] - shift[d]) * scale;
             precision[d] = of_mean[d] / (scale * scale);
         }
-        if (mixture.log_weights[k] == -kInfinity) continue;  // out: its bias stays minus infinity
         bounds[k] = integers ? pack_integers(k, mu, precision, mixture.constants[k])
                              : pack_floats(k, mu, precision, mixture.constants[k]);
         if (!usable) bounds[k].alpha = kInfinity;

@@ -27,6 +27,20 @@ struct MixtureRows {
 struct ScreenParameters {
     ScreenParameters(const MixtureRows& mixture, const Screen& screen);
 
+    // Operands of a frame of n_dims features; false where it must be computed directly.
+    bool pack(const float* x, uint32_t* words) const {
+        return screen->pack_float(x, shift.data(), inverse_scale.data(), int(shift.size()), words);
+    }
+    bool pack(const double* x, uint32_t* words) const {
+        return screen->pack_double(x, shift.data(), inverse_scale.data(), int(shift.size()), words);
+    }
+
+    // Scores (n_frames, bias.size()) of packed frames, and the best of each.
+    void run(const uint32_t* words, int n_frames, float* scores, float* best) const {
+        screen->run({words, n_frames, n_words, weights.data(), bias.data(), steps.data(), n_panels,
+                     depth, scores, best});
+    }
+
     // Scores at or above this belong to components that may come within `margin` of `best`.
     float threshold(double best, double margin) const;
 

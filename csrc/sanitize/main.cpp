@@ -99,16 +99,9 @@ void bound_round(const Kernels& kernels) {
             if (i % 2) value = misplaced(p, int(d), value, z);
             frames[i * D + d] = x[d] = T(value);
         }
-        if constexpr (sizeof(T) == 4) {
-            p.screen->pack_float(x.data(), p.shift.data(), p.inverse_scale.data(), int(D),
-                                 &words[size_t(i) * p.n_words]);
-        } else {
-            p.screen->pack_double(x.data(), p.shift.data(), p.inverse_scale.data(), int(D),
-                                  &words[size_t(i) * p.n_words]);
-        }
+        p.pack(x.data(), &words[size_t(i) * p.n_words]);
     }
-    p.screen->run({words.data(), N, p.n_words, p.weights.data(), p.bias.data(), p.steps.data(),
-                   p.n_panels, p.depth, scores.data(), best.data()});
+    p.run(words.data(), N, scores.data(), best.data());
     std::vector<bool> screened(K, true);
     for (int32_t k : p.unscreened) screened[k] = false;
     for (int64_t pair = 0; pair < N * K; ++pair) {
