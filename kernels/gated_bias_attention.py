@@ -7,21 +7,23 @@ q, k, v, y (B, H, T, d) float32, bf16 or float16, any strides, d up to 128 (padd
 power of two); table (H, 2 T - 1), gate (B, H, T). Keys from key_lengths[b] on are hidden; tiles
 that hold none other are not visited. A row of no keys gives zeros, and plus infinity for log_sum.
 Scores and softmax are float32, products take the inputs' dtype (float32: three tf32 products).
-keep is 0 or 1 / (1 - dropout_p), drawn by Philox from the seed, the head and (i, j), so the
-backward pass draws the same.
+keep is 0 or 1 / (1 - dropout_p), drawn by a hash of a random word for each query and one for each
+key (Philox of the seed, batch and head gives their seeds), so all passes draw the same.
 
 Backward, with dp = keep (g v'), delta_i = g_i . y_i and ds = p (dp - delta):
 
     dv = (keep p)' g,   dk = ds' q / sqrt(d),   dq = ds k / sqrt(d)
     dgate_i = sum_j ds_ij table[j - i],   dtable[r] = sum over b, i of ds_i,i+r gate_i
 
-One kernel takes BLOCK queries and walks over the keys: dq, dgate, and the sums of ds gate along
-the diagonals. A tile has 2 BLOCK - 1 of these; each row is turned by its own number, columns are
-added, the later half waits for the next tile, and the earlier half, now whole, is written. That is
-B H T / BLOCK rows of T + BLOCK partial sums, less memory than q in float32 up to T = BLOCK d, and
-another kernel adds them in a fixed order: same input, same bits. Atomics into (H, 2 T - 1) would
-need one addition a score, or the same sums along diagonals first, and would not keep the bits.
-A third kernel takes BLOCK keys and walks over the queries: dk, dv.
+One kernel takes a block of queries and walks over the keys: dq, dgate. Another takes a block of
+keys and walks over the queries: dk, dv. A third takes one square tile of one head and walks over
+the batch: it adds up ds gate in registers, and only then sums along the tile's diagonals, whose
+two halves (a tile has 2 BLOCK - 1) the last kernel adds to those of other tiles in a fixed order:
+same input, same bits. Scores are computed once more for that, which costs a fraction of what sums
+along the diagonals of every row of the batch did (13 ms against 10 of the gradients themselves).
+Atomics into (H, 2 T - 1) would need one addition a score and would not keep the bits.
+
+The table is copied with margins, so that tiles that stick out need no mask.
 
 Source: gmm_jepa.ops.attention; the walk is FlashAttention-2's (arXiv 2307.08691).
 """
@@ -29,13 +31,17 @@ Source: gmm_jepa.ops.attention; the walk is FlashAttention-2's (arXiv 2307.08691
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+# Beside each head's positions, so that tiles that stick out read something without a mask.
+MARGIN = tl.constexpr(128)
 
 
 @triton.jit
@@ -46,6 +52,12 @@ def _row_and_block(T, BLOCK: tl.constexpr):
     """
     n_blocks = tl.cdiv(T, BLOCK)
     return tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks * BLOCK
+
+
+@triton.jit
+def _centre(head, T):
+    """Where j = i is in the table with margins of a head."""
+    return head.to(tl.int64) * (2 * T - 1 + 2 * MARGIN) + MARGIN + T - 1
 
 
 @triton.jit
@@ -72,10 +84,73 @@ def _store_rows(ptr, values, offs_t, offs_d, mask_t, stride_t, stride_d, D: tl.c
 
 
 @triton.jit
-def _keep(seed, i, j, T, dropout_p):
-    """1 / (1 - dropout_p), or 0 where the probability of query i and key j is dropped."""
-    drawn = tl.rand(seed, i * T + j)
-    return tl.where(drawn > dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+def _seeds(seed_ptr, row):
+    """Two random words of a (batch, head) pair."""
+    first, second, _, _ = tl.randint4x(tl.load(seed_ptr), row)
+    return first.to(tl.uint32), second.to(tl.uint32)
+
+
+@triton.jit
+def _numbers(frames, first, T):
+    """What queries add to the number of a score, i T + j, and to the first of the two words."""
+    return frames.to(tl.uint32) * T + first
+
+
+@triton.jit
+def _kept(of_queries, of_keys, second, dropped):
+    """Where a probability is kept: its number, mixed, is at least `dropped` of 2^32.
+
+    Two rounds of a multiplicative hash; the upper bits, which decide, depend on all others.
+    """
+    x = of_queries + of_keys
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ second) * 0x846CA68B
+    return x >= dropped
+
+
+@triton.jit
+def _threshold(dropout_p):
+    """dropout_p of 2^32, uint32."""
+    return tl.cast(dropout_p * 4294967296.0, tl.uint32)
+
+
+@triton.jit
+def _bias(table_ptr, rows, columns, ALONG: tl.constexpr):
+    """table at columns - rows, or at rows - columns where queries are columns (ALONG -1).
+
+    The margins make any block readable. 64 bits, so that constants end up in the loads' offsets.
+    """
+    ptrs = (table_ptr + columns.to(tl.int64) * ALONG)[None, :]
+    return tl.load(ptrs - rows.to(tl.int64)[:, None] * ALONG)
+
+
+@triton.jit
+def _fwd_step(
+    largest, total, y, q, gate, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
+    of_queries, second, dropped,
+    stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, WHOLE where all of them exist."""
+    offs_i, offs_j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+    offs_d = tl.arange(0, D_PAD)
+    mask_j = (j0 + offs_j < n_keys) | WHOLE
+    k = _load_rows(k_ptr, j0 + offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s += _bias(table_ptr - i0, offs_i, j0 + offs_j, 1) * gate[:, None]
+    if not WHOLE:
+        s = tl.where(mask_j[None, :], s, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(s, 1))
+    p = tl.exp2(s - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(p, 1)
+    if DROPOUT:
+        of_keys = (j0 + offs_j).to(tl.uint32)
+        p = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), p, 0.0)
+    v = _load_rows(v_ptr, j0 + offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D)
+    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)
+    return new_largest, total, y
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -88,66 +163,98 @@ def _gated_bias_attention_fwd_kernel(
     stride_o_b, stride_o_h, stride_o_t, stride_o_d,
     stride_gate_b, stride_gate_h, stride_gate_t,
     scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, i0 = _row_and_block(T, BLOCK)
-    offs = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, D_PAD)
-    mask_i = i0 + offs < T
+    row, i0 = _row_and_block(T, BLOCK_I)
+    offs_i, offs_d = tl.arange(0, BLOCK_I), tl.arange(0, D_PAD)
+    mask_i = i0 + offs_i < T
     n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
+    of_queries, second, dropped = 0, 0, 0
     if DROPOUT:
-        seed = tl.load(seed_ptr) + row
+        first, second = _seeds(seed_ptr, row)
+        of_queries, dropped = _numbers(i0 + offs_i, first, T), _threshold(dropout_p)
     q = _load_rows(
         _rows(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
-        offs, offs_d, mask_i, stride_q_t, stride_q_d, D,
+        offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D,
     )  # fmt: skip
     gate_ptr = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-    gate = tl.load(gate_ptr + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32) * LOG2_E
-    table_ptr += (row % H).to(tl.int64) * (2 * T - 1) + T - 1
-    largest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    y = tl.zeros((BLOCK, D_PAD), dtype=tl.float32)
-    for j0 in range(0, n_keys, BLOCK):
-        mask_j = j0 + offs < n_keys
-        k = _load_rows(
-            _rows(k_ptr, row, j0, stride_k_b, stride_k_h, stride_k_t, H),
-            offs, offs_d, mask_j, stride_k_t, stride_k_d, D,
+    gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
+    gate = gate.to(tl.float32) * LOG2_E
+    table_ptr += _centre(row % H, T)
+    k_ptr = _rows(k_ptr, row, 0, stride_k_b, stride_k_h, stride_k_t, H)
+    v_ptr = _rows(v_ptr, row, 0, stride_v_b, stride_v_h, stride_v_t, H)
+    largest = tl.full((BLOCK_I,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_I,), dtype=tl.float32)
+    y = tl.zeros((BLOCK_I, D_PAD), dtype=tl.float32)
+    whole = n_keys // BLOCK_J * BLOCK_J
+    for j0 in range(0, whole, BLOCK_J):
+        largest, total, y = _fwd_step(
+            largest, total, y, q, gate, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
+            of_queries, second, dropped,
+            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, True,
         )  # fmt: skip
-        mask = mask_i[:, None] & mask_j[None, :]
-        position = (j0 - i0) + offs[None, :] - offs[:, None]
-        bias = tl.load(table_ptr + position, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        s = tl.where(mask_j[None, :], s + bias * gate[:, None], -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(s, 1))
-        p = tl.exp2(s - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(p, 1)
-        if DROPOUT:
-            p *= _keep(seed, (i0 + offs)[:, None], (j0 + offs)[None, :], T, dropout_p)
-        v = _load_rows(
-            _rows(v_ptr, row, j0, stride_v_b, stride_v_h, stride_v_t, H),
-            offs, offs_d, mask_j, stride_v_t, stride_v_d, D,
+    if whole < n_keys:
+        largest, total, y = _fwd_step(
+            largest, total, y, q, gate, k_ptr, v_ptr, table_ptr, i0, whole, n_keys,
+            of_queries, second, dropped,
+            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, False,
         )  # fmt: skip
-        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)
-        largest = new_largest
     log_sum = (largest + tl.log2(total)) / LOG2_E
     if n_keys == 0:  # as in FlashAttention: exp(s - log_sum) is 0
         total += 1.0
-        log_sum = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
+        log_sum = tl.full((BLOCK_I,), float("inf"), dtype=tl.float32)
+    if DROPOUT:
+        total *= 1.0 - dropout_p
     _store_rows(
         _rows(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
-        y / total[:, None], offs, offs_d, mask_i, stride_o_t, stride_o_d, D,
+        y / total[:, None], offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
     )  # fmt: skip
     log_sum_ptr += row.to(tl.int64) * T + i0
-    tl.store(log_sum_ptr + offs, log_sum, mask=mask_i)
+    tl.store(log_sum_ptr + offs_i, log_sum, mask=mask_i)
 
 
-@triton.jit(do_not_specialize=["T", "width"])
+@triton.jit
+def _for_dropout(log_sum, delta, dropout_p):
+    """Of p / (1 - dropout_p) and its gradient: p (keep dp / (1 - dropout_p) - delta) without it."""
+    return log_sum + tl.log2(tl.cast(1.0 - dropout_p, tl.float32)), delta * (1.0 - dropout_p)
+
+
+@triton.jit
+def _bwd_q_step(
+    dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
+    of_queries, second, dropped,
+    stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, WHOLE where all of them exist."""
+    offs_i, offs_j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+    offs_d = tl.arange(0, D_PAD)
+    mask_j = (j0 + offs_j < n_keys) | WHOLE
+    k = _load_rows(k_ptr, j0 + offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D)
+    v = _load_rows(v_ptr, j0 + offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D)
+    bias = _bias(table_ptr - i0, offs_i, j0 + offs_j, 1)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias * gate[:, None]
+    p = tl.exp2(s - log_sum[:, None])
+    if not WHOLE:
+        p = tl.where(mask_j[None, :], p, 0.0)
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        of_keys = (j0 + offs_j).to(tl.uint32)
+        dp = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), dp, 0.0)
+    ds = p * (dp - delta[:, None])
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, d_gate + tl.sum(ds * bias, 1)
+
+
+@triton.jit(do_not_specialize=["T"])
 def _gated_bias_attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, out_ptr, log_sum_ptr,
-    dq_ptr, d_gate_ptr, delta_ptr, partials_ptr,
-    T, H, width,
+    dq_ptr, d_gate_ptr, delta_ptr, shifted_ptr,
+    T, H,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_t, stride_k_d,
     stride_v_b, stride_v_h, stride_v_t, stride_v_d,
@@ -155,79 +262,108 @@ def _gated_bias_attention_bwd_q_kernel(
     stride_o_b, stride_o_h, stride_o_t, stride_o_d,
     stride_gate_b, stride_gate_h, stride_gate_t,
     scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, i0 = _row_and_block(T, BLOCK)
-    offs = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, D_PAD)
-    mask_i = i0 + offs < T
+    row, i0 = _row_and_block(T, BLOCK_I)
+    offs_i, offs_d = tl.arange(0, BLOCK_I), tl.arange(0, D_PAD)
+    mask_i = i0 + offs_i < T
     n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
+    of_queries, second, dropped = 0, 0, 0
     if DROPOUT:
-        seed = tl.load(seed_ptr) + row
+        first, second = _seeds(seed_ptr, row)
+        of_queries, dropped = _numbers(i0 + offs_i, first, T), _threshold(dropout_p)
     q = _load_rows(
         _rows(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
-        offs, offs_d, mask_i, stride_q_t, stride_q_d, D,
+        offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D,
     )  # fmt: skip
     g = _load_rows(
         _rows(g_ptr, row, i0, stride_g_b, stride_g_h, stride_g_t, H),
-        offs, offs_d, mask_i, stride_g_t, stride_g_d, D,
+        offs_i, offs_d, mask_i, stride_g_t, stride_g_d, D,
     )  # fmt: skip
     y = _load_rows(
         _rows(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
-        offs, offs_d, mask_i, stride_o_t, stride_o_d, D,
+        offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
     )  # fmt: skip
     delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
     of_row = row.to(tl.int64) * T + i0
-    tl.store(delta_ptr + of_row + offs, delta, mask=mask_i)
-    log_sum = tl.load(log_sum_ptr + of_row + offs, mask=mask_i, other=0.0) * LOG2_E
+    log_sum = tl.load(log_sum_ptr + of_row + offs_i, mask=mask_i, other=float("inf")) * LOG2_E
+    if DROPOUT:
+        log_sum, delta = _for_dropout(log_sum, delta, dropout_p)
+    tl.store(delta_ptr + of_row + offs_i, delta, mask=mask_i)
+    tl.store(shifted_ptr + of_row + offs_i, log_sum, mask=mask_i)
     gate_ptr = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-    gate = tl.load(gate_ptr + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32)
-    table_ptr += (row % H).to(tl.int64) * (2 * T - 1) + T - 1
-    partials_ptr += tl.program_id(0).to(tl.int64) * width
-    dq = tl.zeros((BLOCK, D_PAD), dtype=tl.float32)
-    d_gate = tl.zeros((BLOCK,), dtype=tl.float32)
-    waiting = tl.zeros((BLOCK,), dtype=tl.float32)  # the diagonals that the next tile begins with
-    turned = offs[:, None] + offs[None, :] + 1  # column of row i that lies on diagonal c, + BLOCK
-    for j0 in range(0, n_keys, BLOCK):
-        mask_j = j0 + offs < n_keys
-        k = _load_rows(
-            _rows(k_ptr, row, j0, stride_k_b, stride_k_h, stride_k_t, H),
-            offs, offs_d, mask_j, stride_k_t, stride_k_d, D,
+    gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
+    gate = gate.to(tl.float32) * LOG2_E
+    table_ptr += _centre(row % H, T)
+    k_ptr = _rows(k_ptr, row, 0, stride_k_b, stride_k_h, stride_k_t, H)
+    v_ptr = _rows(v_ptr, row, 0, stride_v_b, stride_v_h, stride_v_t, H)
+    dq = tl.zeros((BLOCK_I, D_PAD), dtype=tl.float32)
+    d_gate = tl.zeros((BLOCK_I,), dtype=tl.float32)
+    whole = n_keys // BLOCK_J * BLOCK_J
+    for j0 in range(0, whole, BLOCK_J):
+        dq, d_gate = _bwd_q_step(
+            dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
+            of_queries, second, dropped,
+            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, True,
         )  # fmt: skip
-        v = _load_rows(
-            _rows(v_ptr, row, j0, stride_v_b, stride_v_h, stride_v_t, H),
-            offs, offs_d, mask_j, stride_v_t, stride_v_d, D,
+    if whole < n_keys:
+        dq, d_gate = _bwd_q_step(
+            dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, whole, n_keys,
+            of_queries, second, dropped,
+            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, False,
         )  # fmt: skip
-        mask = mask_i[:, None] & mask_j[None, :]
-        position = (j0 - i0) + offs[None, :] - offs[:, None]
-        bias = tl.load(table_ptr + position, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        s += bias * (gate * LOG2_E)[:, None]
-        p = tl.where(mask, tl.exp2(s - log_sum[:, None]), 0.0)
-        ds = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            ds *= _keep(seed, (i0 + offs)[:, None], (j0 + offs)[None, :], T, dropout_p)
-        ds = p * (ds - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        d_gate += tl.sum(ds * bias, 1)
-        along = tl.gather(ds * gate[:, None], turned % BLOCK, 1)
-        before = tl.sum(tl.where(turned >= BLOCK, along, 0.0), 0)
-        tl.store(partials_ptr + j0 + offs, waiting + before)
-        waiting = tl.sum(tl.where(turned < BLOCK, along, 0.0), 0)
-    tl.store(partials_ptr + tl.cdiv(n_keys, BLOCK) * BLOCK + offs, waiting)
-    for j0 in range((tl.cdiv(n_keys, BLOCK) + 1) * BLOCK, width, BLOCK):  # keys that a row lacks
-        tl.store(partials_ptr + j0 + offs, tl.zeros((BLOCK,), dtype=tl.float32))
     _store_rows(
         _rows(dq_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
-        dq * scale, offs, offs_d, mask_i, stride_o_t, stride_o_d, D,
+        dq * scale, offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
     )  # fmt: skip
-    tl.store(d_gate_ptr + of_row + offs, d_gate, mask=mask_i)
+    tl.store(d_gate_ptr + of_row + offs_i, d_gate, mask=mask_i)
+
+
+@triton.jit
+def _bwd_kv_step(
+    dk, dv, k, v, q_ptr, g_ptr, gate_ptr, log_sum_ptr, delta_ptr, table_ptr, i0, j0, T,
+    first, second, dropped,
+    stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, WHOLE where all of them exist; keys are its rows."""
+    offs_i, offs_j = i0 + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+    offs_d = tl.arange(0, D_PAD)
+    mask_i = (offs_i < T) | WHOLE
+    q = _load_rows(q_ptr, offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D)
+    g = _load_rows(g_ptr, offs_i, offs_d, mask_i, stride_g_t, stride_g_d, D)
+    if WHOLE:
+        log_sum = tl.load(log_sum_ptr + offs_i)
+        delta = tl.load(delta_ptr + offs_i)
+        gate = tl.load(gate_ptr + offs_i * stride_gate_t)
+    else:  # plus infinity: a query that is not there has no probability
+        log_sum = tl.load(log_sum_ptr + offs_i, mask=mask_i, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_i, mask=mask_i, other=0.0)
+        gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
+    gate = gate.to(tl.float32) * LOG2_E
+    bias = _bias(table_ptr + j0, offs_j, offs_i, -1)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    p = tl.exp2(s + bias * gate[None, :] - log_sum[None, :])
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    kept = p
+    if DROPOUT:
+        of_queries, of_keys = _numbers(offs_i, first, T), (j0 + offs_j).to(tl.uint32)
+        keep = _kept(of_queries[None, :], of_keys[:, None], second, dropped)
+        dp = tl.where(keep, dp, 0.0)
+        kept = tl.where(keep, p, 0.0)
+    ds = p * (dp - delta[None, :])
+    dv = tl.dot(kept.to(g.dtype), g, dv, input_precision=PRECISION)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=["T"])
 def _gated_bias_attention_bwd_kv_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, log_sum_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, shifted_ptr,
     delta_ptr, dk_ptr, dv_ptr,
     T, H,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
@@ -237,118 +373,193 @@ def _gated_bias_attention_bwd_kv_kernel(
     stride_o_b, stride_o_h, stride_o_t, stride_o_d,
     stride_gate_b, stride_gate_h, stride_gate_t,
     scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, j0 = _row_and_block(T, BLOCK)
-    offs = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, D_PAD)
+    row, j0 = _row_and_block(T, BLOCK_J)
+    offs_j, offs_d = tl.arange(0, BLOCK_J), tl.arange(0, D_PAD)
     n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
-    mask_j = j0 + offs < n_keys
+    mask_j = j0 + offs_j < n_keys
+    first, second, dropped = 0, 0, 0
     if DROPOUT:
-        seed = tl.load(seed_ptr) + row
+        first, second = _seeds(seed_ptr, row)
+        dropped = _threshold(dropout_p)
     k = _load_rows(
         _rows(k_ptr, row, j0, stride_k_b, stride_k_h, stride_k_t, H),
-        offs, offs_d, mask_j, stride_k_t, stride_k_d, D,
+        offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D,
     )  # fmt: skip
     v = _load_rows(
         _rows(v_ptr, row, j0, stride_v_b, stride_v_h, stride_v_t, H),
-        offs, offs_d, mask_j, stride_v_t, stride_v_d, D,
+        offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D,
     )  # fmt: skip
-    table_ptr += (row % H).to(tl.int64) * (2 * T - 1) + T - 1
-    dk = tl.zeros((BLOCK, D_PAD), dtype=tl.float32)
-    dv = tl.zeros((BLOCK, D_PAD), dtype=tl.float32)
+    table_ptr += _centre(row % H, T)
+    q_ptr = _rows(q_ptr, row, 0, stride_q_b, stride_q_h, stride_q_t, H)
+    g_ptr = _rows(g_ptr, row, 0, stride_g_b, stride_g_h, stride_g_t, H)
+    gate_ptr = _rows(gate_ptr, row, 0, stride_gate_b, stride_gate_h, stride_gate_t, H)
+    shifted_ptr += row.to(tl.int64) * T
+    delta_ptr += row.to(tl.int64) * T
+    dk = tl.zeros((BLOCK_J, D_PAD), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_J, D_PAD), dtype=tl.float32)
     last = tl.where(j0 < n_keys, T, 0)  # keys that a row lacks have no gradient
-    for i0 in range(0, last, BLOCK):
-        mask_i = i0 + offs < T
-        q = _load_rows(
-            _rows(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
-            offs, offs_d, mask_i, stride_q_t, stride_q_d, D,
+    whole = last // BLOCK_I * BLOCK_I
+    for i0 in range(0, whole, BLOCK_I):
+        dk, dv = _bwd_kv_step(
+            dk, dv, k, v, q_ptr, g_ptr, gate_ptr, shifted_ptr, delta_ptr, table_ptr, i0, j0, T,
+            first, second, dropped,
+            stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, True,
         )  # fmt: skip
-        g = _load_rows(
-            _rows(g_ptr, row, i0, stride_g_b, stride_g_h, stride_g_t, H),
-            offs, offs_d, mask_i, stride_g_t, stride_g_d, D,
+    if whole < last:
+        dk, dv = _bwd_kv_step(
+            dk, dv, k, v, q_ptr, g_ptr, gate_ptr, shifted_ptr, delta_ptr, table_ptr, whole, j0, T,
+            first, second, dropped,
+            stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale * LOG2_E,
+            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, False,
         )  # fmt: skip
-        of_row = row.to(tl.int64) * T + i0
-        log_sum = tl.load(log_sum_ptr + of_row + offs, mask=mask_i, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + of_row + offs, mask=mask_i, other=0.0)
-        gate_ptrs = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-        gate = tl.load(gate_ptrs + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32)
-        mask = mask_j[:, None] & mask_i[None, :]  # keys by queries
-        position = (j0 - i0) + offs[:, None] - offs[None, :]
-        bias = tl.load(table_ptr + position, mask=mask, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
-        s += bias * (gate * LOG2_E)[None, :]
-        p = tl.where(mask, tl.exp2(s - log_sum[None, :]), 0.0)
-        ds = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        kept = p
-        if DROPOUT:
-            keep = _keep(seed, (i0 + offs)[None, :], (j0 + offs)[:, None], T, dropout_p)
-            ds *= keep
-            kept *= keep
-        ds = p * (ds - delta[None, :])
-        dv = tl.dot(kept.to(g.dtype), g, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    mask_j = j0 + offs < T
+    # What keys that a row lacks have gathered is anything.
+    dk = tl.where(mask_j[:, None], dk * scale, 0.0)
+    dv = tl.where(mask_j[:, None], dv, 0.0)
+    mask_j = j0 + offs_j < T
     _store_rows(
         _rows(dk_ptr, row, j0, stride_o_b, stride_o_h, stride_o_t, H),
-        dk * scale, offs, offs_d, mask_j, stride_o_t, stride_o_d, D,
+        dk, offs_j, offs_d, mask_j, stride_o_t, stride_o_d, D,
     )  # fmt: skip
     _store_rows(
         _rows(dv_ptr, row, j0, stride_o_b, stride_o_h, stride_o_t, H),
-        dv, offs, offs_d, mask_j, stride_o_t, stride_o_d, D,
+        dv, offs_j, offs_d, mask_j, stride_o_t, stride_o_d, D,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B", "T", "n_blocks", "width"])
+@triton.jit(do_not_specialize=["B", "T"])
 def _gated_bias_attention_bwd_table_kernel(
-    partials_ptr, d_table_ptr, B, H, T, n_blocks, width,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, shifted_ptr,
+    delta_ptr, partials_ptr,
+    B, T, H,
+    stride_q_b, stride_q_h, stride_q_t, stride_q_d,
+    stride_k_b, stride_k_h, stride_k_t, stride_k_d,
+    stride_v_b, stride_v_h, stride_v_t, stride_v_d,
+    stride_g_b, stride_g_h, stride_g_t, stride_g_d,
+    stride_gate_b, stride_gate_h, stride_gate_t,
+    scale, dropout_p,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    n_blocks = tl.cdiv(T, BLOCK)
+    head = tl.program_id(0) // (n_blocks * n_blocks)
+    tile = tl.program_id(0) % (n_blocks * n_blocks)
+    i0, j0 = tile // n_blocks * BLOCK, tile % n_blocks * BLOCK
+    offs, offs_d = tl.arange(0, BLOCK), tl.arange(0, D_PAD)
+    mask_i = i0 + offs < T
+    bias = _bias(table_ptr + _centre(head, T) + j0 - i0, offs, offs, 1)
+    # in the layout of the products, once and not for every row of the batch
+    nothing = tl.zeros((BLOCK, D_PAD), dtype=q_ptr.dtype.element_ty)
+    bias += tl.dot(nothing, tl.trans(nothing))
+    dropped = _threshold(dropout_p)
+    q_ptr = _rows(q_ptr, head, i0, stride_q_b, stride_q_h, stride_q_t, H)
+    g_ptr = _rows(g_ptr, head, i0, stride_g_b, stride_g_h, stride_g_t, H)
+    k_ptr = _rows(k_ptr, head, j0, stride_k_b, stride_k_h, stride_k_t, H)
+    v_ptr = _rows(v_ptr, head, j0, stride_v_b, stride_v_h, stride_v_t, H)
+    gate_ptr = _rows(gate_ptr, head, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
+    shifted_ptr += head.to(tl.int64) * T + i0
+    delta_ptr += head.to(tl.int64) * T + i0
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for b in range(0, B):
+        n_keys = tl.load(lengths_ptr + b).to(tl.int32) if RAGGED else T
+        mask_j = j0 + offs < n_keys
+        q = _load_rows(q_ptr, offs, offs_d, mask_i, stride_q_t, stride_q_d, D)
+        g = _load_rows(g_ptr, offs, offs_d, mask_i, stride_g_t, stride_g_d, D)
+        k = _load_rows(k_ptr, offs, offs_d, mask_j, stride_k_t, stride_k_d, D)
+        v = _load_rows(v_ptr, offs, offs_d, mask_j, stride_v_t, stride_v_d, D)
+        log_sum = tl.load(shifted_ptr + offs, mask=mask_i, other=float("inf"))
+        delta = tl.load(delta_ptr + offs, mask=mask_i, other=0.0)
+        gate = tl.load(gate_ptr + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        p = tl.exp2(s + bias * (gate * LOG2_E)[:, None] - log_sum[:, None])
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            first, second = _seeds(seed_ptr, b * H + head)
+            of_queries, of_keys = _numbers(i0 + offs, first, T), (j0 + offs).to(tl.uint32)
+            dp = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), dp, 0.0)
+        total += tl.where(mask_j[None, :], p * (dp - delta[:, None]) * gate[:, None], 0.0)
+        q_ptr += stride_q_b
+        g_ptr += stride_g_b
+        k_ptr += stride_k_b
+        v_ptr += stride_v_b
+        gate_ptr += stride_gate_b
+        shifted_ptr += tl.cast(H, tl.int64) * T
+        delta_ptr += tl.cast(H, tl.int64) * T
+    # Row i turned by i + 1 has its diagonals in columns; the later ones go to the next tile.
+    turned = offs[:, None] + offs[None, :] + 1
+    along = tl.gather(total, turned % BLOCK, 1)
+    partials_ptr += tl.program_id(0).to(tl.int64) * 2 * BLOCK
+    tl.store(partials_ptr + offs, tl.sum(tl.where(turned >= BLOCK, along, 0.0), 0))
+    tl.store(partials_ptr + BLOCK + offs, tl.sum(tl.where(turned < BLOCK, along, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gated_bias_attention_bwd_table_sum_kernel(
+    partials_ptr, d_table_ptr, T, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    n_blocks = tl.cdiv(T, BLOCK)
     head = tl.program_id(1)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # j - i + T - 1
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    for b in range(B):
-        ptr = partials_ptr + (b * H + head).to(tl.int64) * n_blocks * width
-        for block in range(n_blocks):
-            column = offs_r - (T - 1) + (block + 1) * BLOCK - 1
-            mask = (column >= 0) & (column < width)
-            total += tl.load(ptr + column, mask=mask, other=0.0)
-            ptr += width
+    partials_ptr += head.to(tl.int64) * n_blocks * n_blocks * 2 * BLOCK
+    for block in range(n_blocks):
+        column = offs_r - (T - 1) + (block + 1) * BLOCK - 1
+        tile, place = column // BLOCK, column % BLOCK
+        ptrs = partials_ptr + tile * 2 * BLOCK + place
+        total += tl.load(ptrs, mask=(column >= 0) & (tile < n_blocks), other=0.0)
+        ptrs -= BLOCK  # the tile before, its second half
+        total += tl.load(ptrs, mask=(column >= BLOCK) & (tile <= n_blocks), other=0.0)
+        partials_ptr += n_blocks * 2 * BLOCK
     d_table_ptr += head.to(tl.int64) * (2 * T - 1)
     tl.store(d_table_ptr + offs_r, total, mask=offs_r < 2 * T - 1)
 
 
-def config(D_pad: int, dtype: torch.dtype, *, backward: bool = False) -> dict[str, int]:
-    """Tile and schedule: the largest that compiles for sm_90 without spills (bench/results).
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, and the schedule, of one of the kernels."""
 
-    The larger one beside it spills, with dropout: float32 forward 60 bytes at d = 64; backward
-    444 at d = 16 and 48 at d = 64.
-    """
+    BLOCK_I: int
+    BLOCK_J: int
+    num_warps: int
+    num_stages: int
+
+
+def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
+    """Tile and schedule of "fwd", "bwd_q", "bwd_kv" or "bwd_table" (a square tile)."""
     if dtype == torch.float32:
-        if not backward:
-            return {"BLOCK": 64 if D_pad <= 16 else 32, "num_warps": 4, "num_stages": 2}
-        if D_pad > 64:
-            return {"BLOCK": 16, "num_warps": 8, "num_stages": 1}
-        return {"BLOCK": 32 if D_pad <= 16 else 16, "num_warps": 4, "num_stages": 2}
-    if backward and D_pad >= 64:
-        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK": 64, "num_warps": 8 if backward or D_pad > 64 else 4, "num_stages": 2}
+        block = 64 if kernel == "fwd" and D_pad <= 16 else 32 if D_pad <= 16 else 16
+        return Tiles(block, block, 4, 1 if D_pad > 64 else 2)
+    if D_pad > 64:
+        return Tiles(32, 32, 4, 2) if kernel != "fwd" else Tiles(64, 64, 8, 2)
+    if D_pad == 64 and kernel != "fwd":
+        return Tiles(32, 32, 4, 2)
+    return Tiles(64, 64, 4, 2)
 
 
 def _options(
-    q: Tensor, dropout_p: float, key_lengths: Tensor | None, *, backward: bool = False
-) -> dict:
+    kernel: str, q: Tensor, dropout_p: float, key_lengths: Tensor | None
+) -> dict[str, Any]:
     D = q.shape[3]
     D_pad = max(16, triton.next_power_of_2(D))
+    tiles = config(kernel, D_pad, q.dtype)._asdict()
+    if kernel == "bwd_table":
+        tiles["BLOCK"] = tiles.pop("BLOCK_I")
+        del tiles["BLOCK_J"]
     return {
         "D": D,
         "D_PAD": D_pad,
         "RAGGED": key_lengths is not None,
         "DROPOUT": dropout_p > 0.0,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        **config(D_pad, q.dtype, backward=backward),
+        **tiles,
     }
+
+
+def _with_margins(table: Tensor) -> Tensor:
+    """(H, 2 T - 1) -> (H, 2 T - 1 + 2 MARGIN) float32, contiguous."""
+    return F.pad(table.float(), (MARGIN.value, MARGIN.value))
 
 
 def gated_bias_attention(
@@ -367,11 +578,11 @@ def gated_bias_attention(
     log_sum = q.new_empty((B, H, T), dtype=torch.float32)
     if q.numel() == 0:
         return out, log_sum
-    options = _options(q, dropout_p, key_lengths)
+    options = _options("fwd", q, dropout_p, key_lengths)
     with torch.cuda.device_of(q):
-        _gated_bias_attention_fwd_kernel[(triton.cdiv(T, options["BLOCK"]) * B * H,)](
+        _gated_bias_attention_fwd_kernel[(triton.cdiv(T, options["BLOCK_I"]) * B * H,)](
             q, k, v,
-            table.float().contiguous(), gate,
+            _with_margins(table), gate,
             log_sum if key_lengths is None else key_lengths.contiguous(),
             log_sum if seed is None else seed,
             out, log_sum, T, H,
@@ -398,31 +609,37 @@ def gated_bias_attention_backward(
     B, H, T, D = q.shape
     dq, dk, dv = (q.new_empty((B, T, H, D)).transpose(1, 2) for _ in range(3))
     d_table = q.new_zeros(table.shape, dtype=torch.float32)
-    d_gate, delta = (q.new_empty((B, H, T), dtype=torch.float32) for _ in range(2))
+    d_gate, delta, shifted = (q.new_empty((B, H, T), dtype=torch.float32) for _ in range(3))
     if q.numel() == 0:
         return dq, dk, dv, d_table.to(table.dtype), d_gate.zero_().to(gate.dtype)
-    options = _options(q, dropout_p, key_lengths, backward=True)
-    BLOCK, BLOCK_R = options["BLOCK"], 256
-    n_blocks = triton.cdiv(T, BLOCK)
-    width = (n_blocks + 1) * BLOCK
-    partials = q.new_empty((B * H, n_blocks, width), dtype=torch.float32)
+    of_queries, of_keys, of_table = (
+        _options(kernel, q, dropout_p, key_lengths) for kernel in ("bwd_q", "bwd_kv", "bwd_table")
+    )
+    BLOCK, BLOCK_R = of_table["BLOCK"], 256
+    n_tiles = H * triton.cdiv(T, BLOCK) ** 2
+    partials = q.new_empty((n_tiles, 2, BLOCK), dtype=torch.float32)
     inputs = (
         q, k, v,
-        table.float().contiguous(), gate,
+        _with_margins(table), gate,
         log_sum if key_lengths is None else key_lengths.contiguous(),
         log_sum if seed is None else seed,
     )  # fmt: skip
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    after = (*dq.stride(), *gate.stride(), D**-0.5, dropout_p)
+    numbers = (D**-0.5, dropout_p)
+    after = (*dq.stride(), *gate.stride(), *numbers)
     with torch.cuda.device_of(q):
-        _gated_bias_attention_bwd_q_kernel[(n_blocks * B * H,)](
-            *inputs, grad, out, log_sum, dq, d_gate, delta, partials, T, H, width,
-            *strides, *after, **options,
+        _gated_bias_attention_bwd_q_kernel[(triton.cdiv(T, of_queries["BLOCK_I"]) * B * H,)](
+            *inputs, grad, out, log_sum, dq, d_gate, delta, shifted,
+            T, H, *strides, *after, **of_queries,
         )  # fmt: skip
-        _gated_bias_attention_bwd_kv_kernel[(n_blocks * B * H,)](
-            *inputs, grad, log_sum, delta, dk, dv, T, H, *strides, *after, **options
+        _gated_bias_attention_bwd_kv_kernel[(triton.cdiv(T, of_keys["BLOCK_J"]) * B * H,)](
+            *inputs, grad, shifted, delta, dk, dv, T, H, *strides, *after, **of_keys
         )
-        _gated_bias_attention_bwd_table_kernel[(triton.cdiv(2 * T - 1, BLOCK_R), H)](
-            partials, d_table, B, H, T, n_blocks, width, BLOCK=BLOCK, BLOCK_R=BLOCK_R
+        _gated_bias_attention_bwd_table_kernel[(n_tiles,)](
+            *inputs, grad, shifted, delta, partials,
+            B, T, H, *strides, *gate.stride(), *numbers, **of_table,
+        )  # fmt: skip
+        _gated_bias_attention_bwd_table_sum_kernel[(triton.cdiv(2 * T - 1, BLOCK_R), H)](
+            partials, d_table, T, BLOCK=BLOCK, BLOCK_R=BLOCK_R
         )
     return dq, dk, dv, d_table.to(table.dtype), d_gate.to(gate.dtype)

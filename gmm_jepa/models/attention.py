@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gmm_jepa import ops
 from gmm_jepa.models.padding import valid_frames
+from gmm_jepa.ops.fused import exporting
 
 
 class GatedRelativeBias(nn.Module):
@@ -86,8 +87,7 @@ def gated_bias_attention(
     Returns:
         (B, H, T, d).
     """
-    exporting = torch.compiler.is_exporting()
-    form = attention_with_bias if exporting else ops.gated_bias_attention
+    form = attention_with_bias if exporting() else ops.gated_bias_attention
     return form(q, k, v, table, gate, key_lengths=key_lengths, dropout_p=dropout_p)
 
 

@@ -18,11 +18,17 @@ has_native = False
 _composes = False
 
 
+def exporting() -> bool:
+    """Whether a graph is exported, which may hold no op of this package.
+
+    While `torch.compile` traces, PyTorch 2.11 says so of itself, too; hence the second question.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def takes_one_op(x: Tensor) -> bool:
     """Whether x is on a CPU with native kernels, and neither export nor `composed` is under way."""
-    return (
-        has_native and x.device.type == "cpu" and not (_composes or torch.compiler.is_exporting())
-    )
+    return has_native and x.device.type == "cpu" and not (_composes or exporting())
 
 
 @contextlib.contextmanager

@@ -75,3 +75,28 @@ def test_without_bias_is_the_bias_of_an_empty_table() -> None:
         q, k, v, torch.zeros(3, 9), torch.ones(2, 3, 5), key_lengths=lengths
     )
     torch.testing.assert_close(got, zero)
+
+
+def operators_of(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+def test_a_compiled_graph_holds_the_operator_and_an_exported_one_does_not() -> None:
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return gated_bias_attention(q, q, q, torch.zeros(3, 9), torch.ones(2, 3, 5))
+
+    q = torch.randn(2, 3, 5, 4)
+    with torch.no_grad():
+        compiled = torch.compile(Attend(), backend=keep, fullgraph=True)(q)
+        torch.testing.assert_close(compiled, Attend()(q))
+        exported = torch.export.export(Attend(), (q,)).graph
+    (graph,) = graphs
+    assert any("gmm_jepa.gated_bias_attention" in name for name in operators_of(graph))
+    assert not any("gmm_jepa" in name for name in operators_of(exported))
