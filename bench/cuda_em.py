@@ -5,13 +5,16 @@
 K = 1,024, D = 80, frames drawn from a mixture whose components overlap about as speech's do. Each
 side first runs on a small part against float64 on the CPU. Triton has no EM kernel; the time of
 its log-likelihood, which does the same dense products, stands for a lower bound of one. Median,
-p20 and p80 of `--repeats`; a line each side is appended to ``bench/results/cuda_em.jsonl``.
+p20 and p80 of `--repeats`, and, by the profiler, nanoseconds a frame of each native kernel; a line
+each side is appended to ``bench/results/cuda_em.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from gmm_jepa import ops
 from gmm_jepa.ops import Mixture, em, native
 
 FLOOR_FRAMES_PER_S = 2.4e9  # bytes and bfloat16 products; csrc/README.md
+PROFILED_CALLS = 3
 
 
 def drawn(n: int, K: int, D: int) -> tuple[Tensor, Mixture]:
@@ -41,6 +45,21 @@ def error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     return max(
         float((g.cpu() - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True)
     )
+
+
+def kernels_ns_per_frame(call: Callable[[], object], n_frames: int) -> dict[str, float]:
+    """Device time of each native kernel, the longest first; "other" is packing and filling."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        for _ in range(PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize()
+    taken: dict[str, float] = defaultdict(float)
+    for event in run.key_averages():
+        kernel = re.search(r"em_([a-z]+)_kernel", event.key)
+        name = kernel[1] if kernel else "other"
+        taken[name] += 1e3 * event.self_device_time_total / (PROFILED_CALLS * n_frames)
+    longest_first = sorted(taken.items(), key=lambda item: -item[1])
+    return {name: round(ns, 3) for name, ns in longest_first if ns > 0.0}
 
 
 def main() -> None:
@@ -75,6 +94,10 @@ def main() -> None:
         print(f"{name:30} {rate / 1e6:10.1f} {rate / FLOOR_FRAMES_PER_S:8.3f} {shown}")
         line = {"name": name, "shape": {"frames": options.frames, "components": K, "features": D}}
         line |= {"seconds": seconds, "frames_per_s": round(rate), "relative_error": off}
+        if name.startswith("native"):
+            kernels = kernels_ns_per_frame(turns[name], options.frames)
+            print("  ns a frame: " + ", ".join(f"{k} {ns:.2f}" for k, ns in kernels.items()))
+            line |= {"kernels_ns_per_frame": kernels}
         append("cuda_em", line | surroundings("cuda"), options.out)
 
 

@@ -3,10 +3,17 @@
     python -m bench.ops --shapes small paper --device cpu
 
 Correctness comes first: an op that is further from float64 than its contract allows is not timed,
-and the command fails. Then a warm-up, and the op and its peers in turn: median, p20 and p80. On
-CUDA times are the device's own events, the L2 cache is flushed between runs. Gradients are cleared
-before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where no peak is known.
-``--tune`` times other tiles of the mixture kernels instead (CUDA only), see `bench.tune`.
+and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80.
+Gradients are cleared before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where
+no peak is known. ``--tune`` times other tiles of the mixture kernels instead (CUDA only), see
+`bench.tune`.
+
+On CUDA the times are those of the device alone, between two of its events: the L2 cache is flushed,
+then the device is kept waiting until the whole call has been enqueued, so that its kernels run back
+to back. What the host needs to enqueue them stands beside as ``host ms``: where it is the larger of
+the two, a program that does nothing else is bound by launches. ``runs_with_gaps`` counts runs whose
+begin the device reached before the call had returned, as where the call itself waits; their times
+hold the host's, too.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,53 +37,75 @@ from bench.registry import makers
 from bench.shapes import SHAPES, Shape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Many times any L2 cache: writing it also keeps the GPU busy while Python enqueues the op, so that
-# the events see the op alone.
-FLUSH_BYTES = 1 << 30
+FLUSH_BYTES = 1 << 30  # many times any L2 cache
+# How long the device is kept waiting: a few times what the call took to return the last time, for
+# the host's time scatters; the bounds are for calls that are short, or still compiling.
+BUSY_PER_HOST, MIN_BUSY_S, MAX_BUSY_S = 3.0, 3e-3, 30e-3
+CYCLES_PER_S = 2.0e9  # of no GPU here more: the wait is at least as long as asked for
 MIN_RUNS, MAX_RUNS = 5, 50
+WARM_UPS = 2  # the first may compile, the second tells how long the call takes to return
 HEADER = (
-    f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'frames/s':>9} {'x real':>8} "
-    f"{'GB/s':>7} {'TFLOP/s':>8} {'% floor':>7}  peers: ms (our speed / theirs)"
+    f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'host ms':>8} "
+    f"{'frames/s':>9} {'x real':>8} {'GB/s':>7} {'TFLOP/s':>8} {'% floor':>7}  "
+    "peers: ms (our speed / theirs)"
 )
 
 
-def timer(device: str) -> Callable[[Callable[[], object]], float]:
-    """A function that runs its argument once and gives seconds."""
+class Taken(NamedTuple):
+    """One run."""
+
+    seconds: float
+    """of the device"""
+    host_s: float
+    """until the call returned"""
+    gaps: bool
+    """whether the device may have waited for the host"""
+
+
+def timer(device: str) -> Callable[[Callable[[], object], float], Taken]:
+    """A function that runs its first argument once; the second is the `Taken.host_s` expected."""
     if device == "cpu":
 
-        def on_cpu(run: Callable[[], object]) -> float:
+        def on_cpu(run: Callable[[], object], host_s: float) -> Taken:
             begin = time.perf_counter()
             run()
-            return time.perf_counter() - begin
+            taken = time.perf_counter() - begin
+            return Taken(taken, taken, gaps=False)
 
         return on_cpu
     cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def on_cuda(run: Callable[[], object]) -> float:
+    def on_cuda(run: Callable[[], object], host_s: float) -> Taken:
         cache.zero_()
+        busy_s = min(MAX_BUSY_S, max(MIN_BUSY_S, BUSY_PER_HOST * host_s))
+        torch.cuda._sleep(round(busy_s * CYCLES_PER_S))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
+        called = time.perf_counter()
         run()
+        host_s, gaps = time.perf_counter() - called, begin.query()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return Taken(begin.elapsed_time(end) / 1e3, host_s, gaps)
 
     return on_cuda
 
 
-def times_of(case: Case, device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every run of the op ("ours") and of its peers, in turn, for about so long."""
+def times_of(case: Case, device: str, seconds: float) -> dict[str, list[Taken]]:
+    """Every run of the op ("ours") and of its peers, in turn, for about so long."""
     sides = {"ours": case.run, **case.peers}
     time_once = timer(device)
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    begin, rounds = time.perf_counter(), -1  # the check was one warm-up, this is another
+    times: dict[str, list[Taken]] = {side: [] for side in sides}
+    last_host_s = dict.fromkeys(sides, 0.0)
+    begin, rounds = time.perf_counter(), -WARM_UPS
     while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() - begin < seconds):
         for side, run in sides.items():
             for leaf in case.with_gradient:
                 leaf.grad = None
-            elapsed = time_once(run)
+            taken = time_once(run, last_host_s[side])
+            last_host_s[side] = taken.host_s
             if rounds >= 0:
-                times[side].append(elapsed)
+                times[side].append(taken)
         rounds += 1
     return times
 
@@ -83,10 +113,11 @@ def times_of(case: Case, device: str, seconds: float) -> dict[str, list[float]]:
 def measure(case: Case, shape: Shape, device: str, peaks: Peaks | None, seconds: float) -> dict:
     """Everything that one line of the table and of the results holds, but the surroundings."""
     times = times_of(case, device, seconds)
-    milliseconds = {
-        side: [round(1e3 * float(np.percentile(values, p)), 5) for p in (50, 20, 80)]
-        for side, values in times.items()
-    }
+    milliseconds, host_ms = {}, {}
+    for side, runs in times.items():
+        low, median, high = np.percentile([1e3 * taken.seconds for taken in runs], [20, 50, 80])
+        milliseconds[side] = [round(float(ms), 5) for ms in (median, low, high)]
+        host_ms[side] = round(1e3 * float(np.median([taken.host_s for taken in runs])), 5)
     median_s = milliseconds["ours"][0] / 1e3
     floor_s = None
     if peaks is not None:
@@ -95,6 +126,8 @@ def measure(case: Case, shape: Shape, device: str, peaks: Peaks | None, seconds:
         )
     return {
         "ms_median_p20_p80": milliseconds,
+        "host_ms": None if device == "cpu" else host_ms,
+        "runs_with_gaps": {side: sum(t.gaps for t in runs) for side, runs in times.items()},
         "runs": len(times["ours"]),
         "frames_per_s": shape.frames / median_s,
         "times_real_time": shape.rows * shape.seconds / median_s,
@@ -110,13 +143,14 @@ def measure(case: Case, shape: Shape, device: str, peaks: Peaks | None, seconds:
 def row_of(case: Case, measured: dict) -> str:
     """One line of the table."""
     median, p20, p80 = measured["ms_median_p20_p80"]["ours"]
-    percent = measured["percent_of_floor"]
+    percent, host_ms = measured["percent_of_floor"], measured["host_ms"]
+    host = f"{'' if host_ms is None else format(host_ms['ours'], '.3f'):>8}"
     peers = "  ".join(
         f"{peer} {measured['ms_median_p20_p80'][peer][0]:.3f} ({ratio:.2f})"
         for peer, ratio in measured["speed_over_peer"].items()
     )
     return (
-        f"{case.name:32} {case.dtype:12} {median:9.3f} {p20:9.3f} {p80:9.3f} "
+        f"{case.name:32} {case.dtype:12} {median:9.3f} {p20:9.3f} {p80:9.3f} {host} "
         f"{measured['frames_per_s']:9.3g} {measured['times_real_time']:8.3g} "
         f"{measured['gb_per_s']:7.1f} {measured['tflop_per_s']:8.3f} "
         f"{'' if percent is None else f'{percent:.1f}':>7}  {peers}"

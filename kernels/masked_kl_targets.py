@@ -107,29 +107,44 @@ def masked_kl_targets(
     logits: Tensor, targets: Tensor, row_weights: Tensor, *, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, entropy and agreement (scalars float32), gradient (N, K), dense, or empty."""
-    N, K = logits.shape
     gradient = logits.new_empty(logits.shape if with_gradient else 0)
-    if N == 0:
-        zeros = (logits.new_zeros((), dtype=torch.float32) for _ in range(3))
-        return (*zeros, gradient)
+    partials = partial_sums(logits, targets, row_weights, gradient if with_gradient else None)
+    return *sums_of(partials), gradient
+
+
+def sums_of(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, entropy and agreement of partial sums (n, 3), added in order."""
+    totals = partials.sum(0, dtype=torch.float64)
+    return totals[0].float(), totals[1].float(), totals[2].float()
+
+
+def partial_sums(
+    logits: Tensor, targets: Tensor, row_weights: Tensor, gradient: Tensor | None
+) -> Tensor:
+    """(n, 3) float32: loss, entropy and agreement of each program's rows.
+
+    Writes every row of `gradient` (N, K), any strides, where one is given.
+    """
+    N, K = logits.shape
     tile = config(K)
     n_programs = triton.cdiv(N, tile["BLOCK_T"])
     partials = logits.new_empty((n_programs, 3), dtype=torch.float32)
+    if N == 0:
+        return partials
     with torch.cuda.device_of(logits):
         _masked_kl_targets_fwd_kernel[(n_programs,)](
             logits,
             targets,
             row_weights,
-            gradient if with_gradient else logits,
+            logits if gradient is None else gradient,
             partials,
             N,
             *logits.stride(),
             *targets.stride(),
             *row_weights.stride(),
-            *(gradient.stride() if with_gradient else (0, 0)),
+            *((0, 0) if gradient is None else gradient.stride()),
             K=K,
-            WITH_GRADIENT=with_gradient,
+            WITH_GRADIENT=gradient is not None,
             **tile,
         )
-    totals = partials.sum(0, dtype=torch.float64)
-    return totals[0].float(), totals[1].float(), totals[2].float(), gradient
+    return partials

@@ -9,16 +9,20 @@ kernel, a chunk of rows at a time: memory beside the result does not grow with t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gmm_jepa.ops.mixture import Ensemble, row_chunks
 
-# Posteriors alive at one time: 16 MB in float32, within the L2 cache of a large GPU, and enough
-# rows (4,096 at K = 1,024) that folding the mixtures anew for each chunk costs little.
+# Posteriors of one mixture alive at one time: 16 MB in float32, and enough rows (4,096 at
+# K = 1,024) that folding the mixtures anew for each chunk costs a CPU little.
 TARGET_VALUES = 1 << 22
+# Elsewhere 64 MB: a program makes 128 rows, so 16,384 rows of 1,024 occupy 128 of an H200's 132
+# multiprocessors and 4,096 rows 32; and every chunk costs a dozen launches (2.6 ms for 24,000 rows
+# of masked KL, two mixtures, in chunks of 4,096; plain torch 0.87 ms).
+TARGET_VALUES_ELSEWHERE = 1 << 24
 
 Parameters = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
 
@@ -30,10 +34,16 @@ def parameters_of(ensemble: Ensemble) -> Parameters:
     return log_weights, means, variances, [float(share) / total for share in ensemble.shares]
 
 
-def _posteriors(frames, log_weights, means, variances, temperature, log, precision, dtype):
-    """Posteriors (n, K) of one mixture after the other."""
-    for mixture in zip(log_weights, means, variances):
-        yield torch.ops.gmm_jepa.gmm_posterior(frames, *mixture, temperature, log, precision, dtype)
+def chunks_of(frames: Tensor, n_components: int) -> Iterator[slice]:
+    """Rows of frames (n, D) whose posteriors are made at one time."""
+    on_cpu = frames.device.type == "cpu"
+    values = TARGET_VALUES if on_cpu else TARGET_VALUES_ELSEWHERE
+    return row_chunks(frames.shape[0], n_components, values=values)
+
+
+def _posterior(*arguments) -> Tensor:
+    """As the op `gmm_jepa::gmm_posterior`, of one mixture."""
+    return torch.ops.gmm_jepa.gmm_posterior(*arguments)
 
 
 def mean_of_chunk(
@@ -46,16 +56,24 @@ def mean_of_chunk(
     log: bool,
     precision: str,
 ) -> Tensor:
-    """The mean posterior, or its logarithm, of one chunk (n, D): (n, K)."""
+    """The mean posterior, or its logarithm, of one chunk (n, D): (n, K).
+
+    Two tensors (n, K) are alive at a time, whatever the number of mixtures.
+    """
     dtype = torch.float64 if frames.dtype == torch.float64 else torch.float32
     mean: Tensor | None = None
-    of_each = _posteriors(frames, log_weights, means, variances, temperature, log, precision, dtype)
-    for share, p in zip(shares, of_each):
+    total = 0.0
+    for share, *mixture in zip(shares, log_weights, means, variances):
+        if share == 0.0:
+            continue
+        p = _posterior(frames, *mixture, temperature, log, precision, dtype)
+        total += share
         if log:
-            p = p + (math.log(share) if share else -math.inf)
-            mean = p if mean is None else torch.logaddexp(mean, p)
-        else:
-            mean = p.mul_(share) if mean is None else mean.add_(p, alpha=share)
+            p += math.log(share)
+            mean = p if mean is None else torch.logaddexp(mean, p, out=mean)
+        else:  # the mean so far, moved towards p: one pass, where two products would need two
+            mean = p if mean is None else mean.lerp_(p, share / total)
+        del p  # or it would live on beside the next one
     return mean
 
 
@@ -74,7 +92,7 @@ def gmm_posterior_ensemble(
     """`gmm_posterior` of an ensemble for frames (n, D)."""
     out = frames.new_empty((frames.shape[0], means[0].shape[0]), dtype=out_dtype)
     mixtures = (log_weights, means, variances, shares)
-    for rows in row_chunks(*out.shape, values=TARGET_VALUES):
+    for rows in chunks_of(frames, out.shape[1]):
         out[rows] = mean_of_chunk(frames[rows], *mixtures, temperature, log, precision)
     return out
 
@@ -98,7 +116,7 @@ def _backward(
 ) -> Tensor:
     mixtures = (log_weights, means, variances)
     grad_frames = torch.zeros_like(frames)
-    for rows in row_chunks(*grad.shape, values=TARGET_VALUES):
+    for rows in chunks_of(frames, grad.shape[1]):
         x, g = frames[rows], grad[rows]
         mean = mean_of_chunk(x, *mixtures, shares, temperature, True, precision) if log else None
         for share, *mixture in zip(shares, *mixtures):
@@ -159,9 +177,9 @@ def gmm_topk_ensemble(
     posteriors = frames.new_empty((frames.shape[0], k), dtype=torch.float32)
     indices = frames.new_empty((frames.shape[0], k), dtype=torch.int64)
     mixtures = (log_weights, means, variances, shares)
-    for rows in row_chunks(frames.shape[0], means[0].shape[0], values=TARGET_VALUES):
-        mean = mean_of_chunk(frames[rows], *mixtures, temperature, False, "exact")
-        posteriors[rows], indices[rows] = mean.topk(k, dim=1)
+    for rows in chunks_of(frames, means[0].shape[0]):
+        best = mean_of_chunk(frames[rows], *mixtures, temperature, False, "exact").topk(k, dim=1)
+        posteriors[rows], indices[rows] = best
     return posteriors, indices
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.ops import losses, posterior
-from gmm_jepa.ops.ensemble import TARGET_VALUES, mean_of_chunk
-from gmm_jepa.ops.mixture import Mixture, quadratic, row_chunks
+from gmm_jepa.ops.ensemble import chunks_of, mean_of_chunk
+from gmm_jepa.ops.mixture import Mixture, quadratic
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _OPERANDS_KEPT = 8
@@ -138,21 +138,23 @@ def masked_kl_ensemble(
     """As the op `gmm_jepa::masked_kl_ensemble`: chunk by chunk, mean posteriors, then the KL.
 
     Posteriors are made of all rows, also of those of weight 0: their number is not known here.
+    Beside the gradient, which each chunk writes its rows of, those of two mixtures for one chunk
+    are alive at a time.
     """
     mixtures = (log_weights, means, variances, shares)
     if not _all_covered(logits, frames, row_weights):
         plain = losses._masked_kl_ensemble._init_fn
         return plain(logits, frames, row_weights, *mixtures, temperature, with_gradient)
+    from gmm_jepa.kernels.masked_kl_targets import partial_sums, sums_of
+
     gradient = logits.new_empty(logits.shape if with_gradient else 0)
-    totals = logits.new_zeros(3, dtype=torch.float64)
-    for rows in row_chunks(*logits.shape, values=TARGET_VALUES):
+    parts = [logits.new_zeros((1, 3), dtype=torch.float32)]  # of no rows
+    for rows in chunks_of(frames, logits.shape[1]):
         targets = mean_of_chunk(frames[rows], *mixtures, temperature, False, "fast")
-        *sums, part = masked_kl_targets(logits[rows], targets, row_weights[rows], with_gradient)
-        totals += torch.stack(sums)
-        if with_gradient:
-            gradient[rows] = part
-    loss, entropy, agreement = (total.float() for total in totals)
-    return loss, entropy, agreement, gradient
+        of_rows = gradient[rows] if with_gradient else None
+        parts.append(partial_sums(logits[rows], targets, row_weights[rows], of_rows))
+        del targets  # or they would live on beside the next chunk's
+    return *sums_of(torch.cat(parts)), gradient
 
 
 def masked_kl_targets(

@@ -92,10 +92,10 @@ def test_topk(case, oracle, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_posterior_of_an_ensemble(case, oracle, precision, posteriors_by_kernel, monkeypatch):
+def test_posterior_of_an_ensemble(case, oracle, precision, posteriors_by_kernel, chunks_of_rows):
     """The mean of two mixtures' posteriors, in several chunks."""
     frames, mixture = case.frames, case.mixture
-    monkeypatch.setattr(ensemble, "TARGET_VALUES", 150 * case.logits.shape[1])
+    chunks_of_rows(150, case.logits.shape[1])
     other = mixture._replace(means=mixture.means + 0.2)
     lists = [list(pair) for pair in zip(mixture, other)]
     options = ([0.25, 0.75], 2.0, False, precision, torch.float32)

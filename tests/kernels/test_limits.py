@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from gmm_jepa.ops import triton_attention, triton_gmm
+from gmm_jepa.ops import ensemble, triton_attention, triton_gmm
 from tests import attention_cases
 
 STRIDE = 2**30  # rows 0, 1, 2: the last begins at element 2^31
@@ -74,19 +75,21 @@ def extra_bytes(launch: Callable[[], object], output_bytes: int) -> int:
 @pytest.mark.parametrize(
     "name", ["log-likelihood", "argmax", "KL", "KL, ensemble", "targets", "cross-entropy", "MSE"]
 )
-def test_peak_memory_holds_no_intermediate(draw, name):
+def test_peak_memory_holds_no_intermediate(draw, name, chunks_of_rows):
     frames, mixture, logits, weights = draw(20_000, 512, 40)
     if frames.device.type != "cuda":
         pytest.skip("needs a CUDA device")
     N = frames.shape[0]
     labels, targets = torch.arange(N, device=frames.device) % 512, torch.rand_like(logits)
-    lists = [[p, p + 0.1] for p in mixture]
+    lists = [[p, p + 0.1, p + 0.2] for p in mixture]
+    rows = 6000  # of an ensemble's 20,000, in four chunks
+    chunks_of_rows(rows, 512)
     launch = {
         "log-likelihood": lambda: triton_gmm.gmm_log_likelihood(frames, *mixture, "fast"),
         "argmax": lambda: triton_gmm.gmm_topk(frames, *mixture, 1, 1.0),
         "KL": lambda: triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True),
         "KL, ensemble": lambda: triton_gmm.masked_kl_ensemble(
-            logits, frames, weights, *lists, [0.5, 0.5], 1.0, True
+            logits, frames, weights, *lists, [0.5, 0.25, 0.25], 1.0, True
         ),
         "targets": lambda: triton_gmm.masked_kl_targets(logits, targets, weights, True),
         "cross-entropy": lambda: triton_gmm.masked_cross_entropy(logits, labels, weights, True),
@@ -94,10 +97,29 @@ def test_peak_memory_holds_no_intermediate(draw, name):
     }[name]
     of_rows = name in ("log-likelihood", "argmax")
     extra = extra_bytes(launch, N * 4 if of_rows else logits.numel() * 4)
-    # order, ranks and partial sums: bytes a row; an ensemble holds two posteriors and a gradient
-    # of one chunk
-    chunk = 3 * 4 * triton_gmm.TARGET_VALUES if "ensemble" in name else 0
+    # order, ranks and partial sums: bytes a row; an ensemble holds the posteriors of one chunk
+    # twice, their mean and those of the next of its mixtures
+    chunk = 2 * 4 * rows * 512 if "ensemble" in name else 0
     assert extra < 100 * N + chunk
+
+
+def test_an_ensemble_keeps_two_posteriors_at_a_time(draw, chunks_of_rows, monkeypatch):
+    """The memory test above, where there is no allocator to ask."""
+    frames, mixture, logits, weights = draw(90, 21, 13)
+    lists = [[p, p + 0.1, p + 0.2] for p in mixture]
+    chunks_of_rows(30, 21)
+    made, alive = [], []
+
+    def counted(*arguments) -> torch.Tensor:
+        posteriors = triton_gmm.gmm_posterior(*arguments)
+        made.append(weakref.ref(posteriors))
+        alive.append(sum(of() is not None for of in made))
+        return posteriors
+
+    monkeypatch.setattr(ensemble, "_posterior", counted)
+    options = ([0.5, 0.25, 0.25], 1.0, True)
+    triton_gmm.masked_kl_ensemble(logits, frames, weights, *lists, *options)
+    assert alive == [1, 2, 2] * 3
 
 
 @pytest.mark.gpu

@@ -78,10 +78,10 @@ def test_kl_given_its_own_posteriors(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kl_to_an_ensemble(case, oracle, dtype, posteriors_by_kernel, monkeypatch):
+def test_kl_to_an_ensemble(case, oracle, dtype, posteriors_by_kernel, chunks_of_rows):
     """Two mixtures, in several chunks: the mean of their posteriors is the target."""
     frames, mixture, logits, weights = case
-    monkeypatch.setattr(triton_gmm, "TARGET_VALUES", 64 * logits.shape[1])
+    chunks_of_rows(64, logits.shape[1])
     other = mixture._replace(means=mixture.means + 0.2)
     logits, lists = logits.to(dtype), [list(pair) for pair in zip(mixture, other)]
     got = triton_gmm.masked_kl_ensemble(logits, frames, weights, *lists, [0.25, 0.75], 2.0, True)
@@ -168,17 +168,31 @@ def test_without_gradient_the_scalars_are_the_same(draw):
         assert nothing.numel() == 0
 
 
-def test_strided_rows_are_read_in_place_and_left_alone(draw, oracle):
+def assert_same_of_any_layout(got: tuple, expected: tuple, weights: Tensor) -> None:
+    """Equal but for the order of sums.
+
+    The same bits are promised for the same input. Compiled for other strides, threads hold other
+    values of a row and add them in another order: then the contract between losses is that of
+    each with float64, 1e-5 relative (kernels/README.md), with the terms for what cancels as
+    everywhere in this file. The interpreter adds in one order, whatever the strides.
+    """
+    compiled, unit = weights.is_cuda, float(weights.sum())
+    for a, b in zip(got, expected):
+        atol = (1e-6 if a.ndim else 4e-6) * unit
+        torch.testing.assert_close(
+            a, b, rtol=1e-5 if compiled else 0.0, atol=atol if compiled else 0.0
+        )
+
+
+def test_strided_rows_are_read_in_place_and_left_alone(draw):
     frames, mixture, logits, weights = draw(45, 21, 13)
     wide = torch.full((21, 90), torch.nan, device=logits.device)
     wide[:, ::2] = logits.T
     strided = wide[:, ::2].T
     before = wide.clone()
-    for a, b in zip(
-        triton_gmm.masked_kl(strided, frames, weights, *mixture, 1.0, True),
-        triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True),
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    got = triton_gmm.masked_kl(strided, frames, weights, *mixture, 1.0, True)
+    expected = triton_gmm.masked_kl(logits, frames, weights, *mixture, 1.0, True)
+    assert_same_of_any_layout(got, expected, weights)
     torch.testing.assert_close(wide, before, equal_nan=True, rtol=0, atol=0)
 
 
@@ -205,8 +219,7 @@ def test_gradients_are_dense_whatever_the_logits(draw, loss, layout):
     }[loss]
     got, expected = launch(strided), launch(strided.contiguous())
     assert got[-1].stride() == (21, 1)
-    for a, b in zip(got, expected):
-        assert torch.equal(a, b)
+    assert_same_of_any_layout(got, expected, weights)
 
 
 def test_same_input_same_bits(draw):
