@@ -27,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 import torch
 import triton
 from gmm_jepa.kernels import (
+    depthwise_conv,
     gated_bias_attention,
     gaussian,
     gmm_log_likelihood,
@@ -262,11 +263,29 @@ def attention_cases() -> dict[str, Callable[[], object]]:
     }
 
 
+def depthwise_cases() -> dict[str, Callable[[], object]]:
+    """The conformer's depthwise convolution, forward and backward: name -> launch."""
+
+    def launch(dtype: torch.dtype, channels: int, taps: int) -> None:
+        x = torch.zeros(4, 750, channels, dtype=dtype)
+        weight, bias = torch.zeros(channels, 1, taps), torch.zeros(channels)
+        depthwise_conv.depthwise_conv(x, weight, bias)
+        depthwise_conv.depthwise_conv_backward(x, x, weight)
+
+    return {
+        f"depthwise_conv {str(dtype).removeprefix('torch.')} C={channels} K={taps}": (
+            lambda options=(dtype, channels, taps): launch(*options)
+        )
+        for dtype, channels, taps in ((BF16, C, 31), (F32, C, 31), (BF16, 500, 31), (BF16, C, 63))
+    }
+
+
 # Each entry gives name -> launch on CPU tensors; append yours.
 REGISTRY: list[Callable[[], dict[str, Callable[[], object]]]] = [
     mixture_cases,
     log_mel_cases,
     attention_cases,
+    depthwise_cases,
 ]
 
 

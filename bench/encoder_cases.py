@@ -1,7 +1,8 @@
 """The encoder's operators as measured: forward and gradient, beside plain torch.
 
 Shapes are those of the default conformer: units and DAAM of its first stage (64 channels, 2,000
-frames a second), attention of its blocks (32 heads of 16, 50 frames a second).
+frames a second), attention of its blocks (32 heads of 16, 50 frames a second) and their depthwise
+convolution (512 channels, 31 taps).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gmm_jepa.ops.residual import SLOPE
 
 CHANNELS, HOP_SAMPLES, DILATION = 64, 8, 9
 HEADS, HEAD_DIM = 32, 16
+TAPS = 31
 DROPOUT = 0.1
 
 
@@ -123,6 +125,38 @@ def gated_bias_attention(
 def attention_with_dropout(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
     """`gated_bias_attention` as in training."""
     return gated_bias_attention(shape, device, dtype, DROPOUT)
+
+
+def depthwise_conv(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Against torch's own, as the encoder ran it: two-dimensional and channels-last."""
+    B, T, C = shape.rows, shape.samples // 320, shape.channels
+    weight = torch.randn(C, 1, TAPS, device=device, dtype=dtype) / TAPS**0.5
+    leaves = _leaves(
+        torch.randn(B, T, C, device=device, dtype=dtype),
+        weight,
+        torch.zeros(C, device=device, dtype=dtype),
+    )
+    grad = torch.randn(B, T, C, device=device, dtype=dtype)
+
+    def peer() -> Tensor:
+        x, weight, bias = leaves
+        images, filters = x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2)
+        y = F.conv2d(images, filters, bias, padding=(0, TAPS // 2), groups=C)
+        return y.squeeze(2).transpose(1, 2)
+
+    run = _through(lambda: ops.depthwise_conv(*leaves), leaves, grad)
+    by_torch = _through(peer, leaves, grad)
+    # three passes of a multiply-add a tap; x and y, then x, the gradient and that of x
+    work = flops.Work(3 * 2.0 * TAPS * B * T * C, 5.0 * dtype.itemsize * B * T * C)
+    return Case(
+        "depthwise_conv + gradient",
+        short_name(dtype),
+        run,
+        {"torch": by_torch},
+        lambda: _error(run, by_torch, 1e-3 if dtype == torch.float32 else 5e-2),
+        work,
+        "float32",
+    )
 
 
 def dropout(shape: Shape, device: str) -> Case:

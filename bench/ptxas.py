@@ -64,7 +64,7 @@ def dynamic_shared_bytes(kernel: str) -> int:
         return 0
     warps, steps = int(match[1]), int(match[2])
     depth = 16 * (steps or {8: 16, 4: 32, 2: 64}[warps])
-    return 2 * (warps * 32 * (depth + 8) + 3 * 64 * (160 + 8))
+    return 2 * (warps * 32 * (depth + 8) + 4 * 64 * (160 + 8 + 2))
 
 
 def instructions(binary: Path) -> dict[str, dict[str, int]]:

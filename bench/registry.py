@@ -19,6 +19,7 @@ from bench.cases import (
 from bench.encoder_cases import (
     attention_with_dropout,
     density_attention,
+    depthwise_conv,
     dropout,
     gated_bias_attention,
     residual_unit,
@@ -42,6 +43,7 @@ IN_BOTH_TYPES = (
     masked_mse,
     gated_bias_attention,
     attention_with_dropout,
+    depthwise_conv,
 )
 EVERYWHERE = (
     *IN_BOTH_TYPES,

@@ -24,6 +24,15 @@ def attend(device: str, dtype: torch.dtype, head_dim: int) -> None:
         y.float().sum().backward()
 
 
+def convolve(device: str, dtype: torch.dtype, channels: int) -> None:
+    """The depthwise convolution of rows longer and shorter than a tile, forward and backward."""
+    weight = torch.randn(channels, 1, 31, device=device, requires_grad=True)
+    bias = torch.zeros(channels, device=device, requires_grad=True)
+    for n_frames in (133, 7):
+        x = torch.randn(2, n_frames, channels, device=device, dtype=dtype, requires_grad=True)
+        ops.depthwise_conv(x, weight, bias).float().sum().backward()
+
+
 def main(device: str = "cuda") -> None:
     """Run them and wait."""
     torch.manual_seed(0)
@@ -59,6 +68,8 @@ def main(device: str = "cuda") -> None:
     ops.masked_mse(logits, targets, weights).backward()
     for dtype, head_dim in ((torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 64)):
         attend(device, dtype, head_dim)
+    for dtype, channels in ((torch.float32, 37), (torch.bfloat16, 64), (torch.bfloat16, 100)):
+        convolve(device, dtype, channels)
     ops.ema_update([targets, frames], [targets + 1.0, frames + 1.0], 0.996)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -10,18 +10,19 @@ output touches memory. More than 128 mels are split over programs, which then re
 
 The transform is a matrix product, folded twice. A real signal: with e_n = y_n + y_{N-n} and
 o_n = y_n - y_{N-n}, n = 0..N/2, Re X = sum_n e_n cos(2 pi k n / N) and Im X = -sum_n o_n sin(.).
-That halves the work. Bins k and N/2 - k share their products: cos(2 pi (N/2-k) n / N) is
-(-1)^n cos(2 pi k n / N), and likewise sin with the opposite sign. So with the sums over even and
-odd n apart (A, B of the cosines, C, D of the sines),
+That halves the work. Samples n and N/2 - n share their tables: cos(2 pi k (N/2-n) / N) is
+(-1)^k cos(2 pi k n / N), and likewise sin with the opposite sign. So, n = 0..N/4,
 
-    |X_k|^2       = (A + B)^2 + (C + D)^2
-    |X_{N/2-k}|^2 = (A - B)^2 + (C - D)^2,    k = 0..N/4,
+    Re X_k = sum_n (e_n + e_{N/2-n}) cos,   Im X_k = -sum_n (o_n - o_{N/2-n}) sin,   k even,
+    Re X_k = sum_n (e_n - e_{N/2-n}) cos,   Im X_k = -sum_n (o_n + o_{N/2-n}) sin,   k odd,
 
-which halves it again: 81 k operations a frame at N = 400 (161 k folded once).
+which halves it again: 81 k operations a frame at N = 400 (161 k folded once). Even and odd bins
+are two passes over the samples, so that the sums of 128 bins fit in registers.
 
-Precision: y is scaled by a power of two for each frame and, like the cosines, split into two
+Precision: y is scaled by a power of two for each frame and, like the tables, split into two
 float16 of 11 bits; three products of the parts give 22 bits, those of tf32x3, at twice its rate.
-Powers differ by more than float16 holds within one frame, so the mel product is tf32x3 itself.
+Powers differ by more than float16 holds within one frame, but none is negative: split into two
+bfloat16, as the filters are, they give mel energies to 16 bits.
 
 Source: gmm_jepa.ops.log_mel, torchaudio's MelSpectrogram(center, reflect, power 2); the split is
 that of Ootomo and Yokota, arXiv 2203.03341.
@@ -37,24 +38,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK_M = 128  # mels of one program
+MAX_MELS = 128  # of one program
 SAMPLES_A_STEP = 64  # of the search for a frame's largest sample
 
 
 @triton.jit
-def _windowed(x_ptrs, stride_x_s, start, length, window_ptr, offs_n, N_FFT: tl.constexpr):
-    """y of a tile: (BLOCK_T, BLOCK_N) float32; 0 for n outside 0..N-1 and beyond reflection."""
-    inside = (offs_n >= 0) & (offs_n < N_FFT)
-    window = tl.load(window_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
-    position = start[:, None] + offs_n[None, :]
-    last = (length - 1)[:, None]
-    mirrored = tl.where(position < 0, -position, tl.minimum(position, 2 * last - position))
-    mask = (mirrored >= 0) & (mirrored <= last) & inside[None, :]
-    x = tl.load(x_ptrs[:, None] + mirrored.to(tl.int64) * stride_x_s, mask=mask, other=0)
-    y = x.to(tl.float32)
-    if x_ptrs.dtype.element_ty == tl.int16:
-        y *= 1.0 / 32768.0
-    return y * window[None, :]
+def _windowed(
+    x_ptr, stride_x_s, row_start, start, length, window_ptr, offs_n, weighted, WHOLE: tl.constexpr
+):
+    """y at offs_n of each frame: (BLOCK_T, BLOCK_N) float32; 0 beyond reflection.
+
+    offs_n (BLOCK_N,) lies in the frame; samples that are not `weighted` count 0. Nothing is
+    reflected where the tile is WHOLE. The hints of contiguity hold for some offs_n only: they lay
+    the threads of a warp along n, and widen no load, since no frame's address is known aligned.
+    """
+    weight = tl.load(window_ptr + offs_n, mask=weighted, other=0.0).to(tl.float32)
+    if x_ptr.dtype.element_ty == tl.int16:
+        weight *= 1.0 / 32768.0
+    if WHOLE:
+        first = row_start + start.to(tl.int64) * stride_x_s
+        offsets = first[:, None] + (offs_n.to(tl.int64) * stride_x_s)[None, :]
+        x = tl.load(x_ptr + tl.max_contiguous(offsets, [1, 2]))
+    else:
+        position = start[:, None] + offs_n[None, :]
+        last = (length - 1)[:, None]
+        mirrored = tl.where(position < 0, -position, tl.minimum(position, 2 * last - position))
+        mask = (mirrored >= 0) & (mirrored <= last)
+        offsets = row_start[:, None] + mirrored.to(tl.int64) * stride_x_s
+        offsets = tl.max_contiguous(offsets, [1, 2])
+        x = tl.load(x_ptr + offsets, mask=mask, other=0)
+    return x.to(tl.float32) * weight[None, :]
 
 
 @triton.jit
@@ -67,15 +80,139 @@ def _power_of_two_below(largest):
 
 
 @triton.jit
-def _dot_float16(a, b_ptrs, low_part, total):
-    """total + a @ b to 22 bits: a (T, N) float32, b's high and low float16 parts in memory."""
+def _split(a):
+    """High and low float16 parts of a float32 tile."""
     high = a.to(tl.float16)
-    low = (a - high.to(tl.float32)).to(tl.float16)
+    return high, (a - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _dot_float16(high, low, b_ptrs, low_part, total, small):
+    """total + high @ b_high, and small + the products of a low part: b's two parts in memory."""
     b_high = tl.load(b_ptrs)
-    b_low = tl.load(b_ptrs + low_part)
+    small = tl.dot(low, b_high, small)
+    small = tl.dot(high, tl.load(b_ptrs + low_part), small)
+    return tl.dot(high, b_high, total), small
+
+
+@triton.jit
+def _dot_resident(high, low, high_2, low_2, b_ptrs, b_ptrs_2, low_part, total):
+    """total + [a, a_2] @ [b, b_2]: small products first, since tensor cores cut their sums off."""
+    b_high, b_high_2 = tl.load(b_ptrs), tl.load(b_ptrs_2)
+    total = tl.dot(low, b_high, total)
+    total = tl.dot(low_2, b_high_2, total)
+    total = tl.dot(high, tl.load(b_ptrs + low_part), total)
+    total = tl.dot(high_2, tl.load(b_ptrs_2 + low_part), total)
+    total = tl.dot(high_2, b_high_2, total)
+    return tl.dot(high, b_high, total)
+
+
+@triton.jit
+def _dot_bfloat16(high, low, b_ptrs, mask, total):
+    """total + (high + low) @ b to 16 bits where nothing is negative; b (F, M) in memory."""
+    b = tl.load(b_ptrs, mask=mask, other=0.0).to(tl.float32)
+    b_high = b.to(tl.bfloat16)
+    b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
     total = tl.dot(low, b_high, total)
     total = tl.dot(high, b_low, total)
     return tl.dot(high, b_high, total)
+
+
+@triton.jit
+def _largest(
+    x_ptr,
+    stride_x_s,
+    row_start,
+    start,
+    length,
+    window_ptr,
+    N_FFT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """max_n |y_tn|: (BLOCK_T,). Up to eight steps at once, to have their loads in flight."""
+    STEPS: tl.constexpr = min(8, (N_FFT + BLOCK_S - 1) // BLOCK_S) if WHOLE else 1
+    largest = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
+    for n0 in range(0, N_FFT, STEPS * BLOCK_S):
+        for step in tl.static_range(STEPS):
+            n = n0 + step * BLOCK_S + tl.arange(0, BLOCK_S)
+            weighted = n < N_FFT
+            n = tl.minimum(n, N_FFT - 1)
+            y = _windowed(
+                x_ptr, stride_x_s, row_start, start, length, window_ptr, n, weighted, WHOLE
+            )
+            largest = tl.maximum(largest, tl.abs(y))
+    return tl.max(largest, 1)
+
+
+@triton.jit
+def _four(
+    x_ptr,
+    stride_x_s,
+    row_start,
+    start,
+    length,
+    window_ptr,
+    offs_n,
+    N_FFT: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """y at n, N - n, N/2 - n and N/2 + n: (BLOCK_T, BLOCK_N) each."""
+    n = tl.minimum(offs_n, N_FFT // 4)  # behind it the tables are 0
+    end = N_FFT - tl.maximum(n, 1)
+    left, right = N_FFT // 2 - n, N_FFT // 2 + n
+    once, paired = offs_n >= 0, offs_n > 0  # N - 0 is no sample, N/2 but one
+    y = _windowed(x_ptr, stride_x_s, row_start, start, length, window_ptr, n, once, WHOLE)
+    y_end = _windowed(x_ptr, stride_x_s, row_start, start, length, window_ptr, end, paired, WHOLE)
+    y_left = _windowed(x_ptr, stride_x_s, row_start, start, length, window_ptr, left, once, WHOLE)
+    y_right = _windowed(
+        x_ptr, stride_x_s, row_start, start, length, window_ptr, right, paired, WHOLE
+    )
+    return y, y_end, y_left, y_right
+
+
+@triton.jit
+def _folded(
+    x_ptr,
+    stride_x_s,
+    row_start,
+    start,
+    length,
+    whole,
+    window_ptr,
+    inverse_scale,
+    offs_n,
+    ODD: tl.constexpr,
+    N_FFT: tl.constexpr,
+):
+    """Operands of the even or odd bins: parts of both folds, four (BLOCK_T, BLOCK_N) float16."""
+    if whole:
+        y, y_end, y_left, y_right = _four(
+            x_ptr, stride_x_s, row_start, start, length, window_ptr, offs_n, N_FFT, True
+        )
+    else:
+        y, y_end, y_left, y_right = _four(
+            x_ptr, stride_x_s, row_start, start, length, window_ptr, offs_n, N_FFT, False
+        )
+    if ODD:
+        e = (y + y_end) - (y_left + y_right)
+        o = (y - y_end) + (y_left - y_right)
+    else:
+        e = (y + y_end) + (y_left + y_right)
+        o = (y - y_end) - (y_left - y_right)
+    e_high, e_low = _split(e * inverse_scale[:, None])
+    o_high, o_low = _split(o * inverse_scale[:, None])
+    return e_high, e_low, o_high, o_low
+
+
+@triton.jit
+def _store(out_ptr, offs_t, mask_t, valid, offs_m, mel, scale, floor, N_MELS: tl.constexpr):
+    out = tl.log(mel * scale[:, None] * scale[:, None] + floor)
+    out = tl.where(valid[:, None], out, 0.0)
+    out_ptrs = out_ptr + offs_t[:, None] * N_MELS + offs_m[None, :]
+    mask = mask_t[:, None] & (offs_m < N_MELS)[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_frames", "T", "hop"])
@@ -95,16 +232,19 @@ def _log_mel_fwd_kernel(
     N_FFT: tl.constexpr,
     N_MELS: tl.constexpr,
     N_PAD: tl.constexpr,  # rows of each of the four tables
-    F_PAD: tl.constexpr,  # their columns, bin pairs
+    F_PAD: tl.constexpr,  # their columns, every second bin
     WIDE: tl.constexpr,  # a row of 2^30 samples or more
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_M_MORE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(1) * (BLOCK_M + BLOCK_M_MORE) + tl.arange(0, BLOCK_M)
+    offs_more = tl.program_id(1) * (BLOCK_M + BLOCK_M_MORE) + BLOCK_M
+    offs_more += tl.arange(0, max(1, BLOCK_M_MORE))
     mask_t = offs_t < n_frames
     row = offs_t // T
     start = (offs_t - row * T) * hop  # first right of the frame's centre, then of the frame
@@ -112,76 +252,132 @@ def _log_mel_fwd_kernel(
     valid = (length > 0) & (start <= length)
     length = tl.where(valid, length, 0)
     start -= N_FFT // 2
-    out_ptrs = out_ptr + offs_t[:, None] * N_MELS + offs_m[None, :]
-    mask_out = mask_t[:, None] & (offs_m < N_MELS)[None, :]
+    mel = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    mel_more = tl.zeros((BLOCK_T, max(1, BLOCK_M_MORE)), dtype=tl.float32)
     if tl.max(length, 0) == 0:
-        nothing = tl.zeros((BLOCK_T, BLOCK_M), dtype=out_ptr.dtype.element_ty)
-        tl.store(out_ptrs, nothing, mask=mask_out)
+        _store(out_ptr, offs_t, mask_t, valid, offs_m, mel, length, floor, N_MELS)
+        if BLOCK_M_MORE > 0:
+            _store(out_ptr, offs_t, mask_t, valid, offs_more, mel_more, length, floor, N_MELS)
         return
+    row_start = row * stride_x_b
+    inside = (start >= 0) & (start + N_FFT <= length)
+    whole = tl.min(inside.to(tl.int32), 0) == 1
     if not WIDE:
         start, length = start.to(tl.int32), length.to(tl.int32)
-    x_ptrs = x_ptr + row * stride_x_b
 
-    largest = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for n0 in range(0, N_FFT, BLOCK_S):
-        offs_n = n0 + tl.arange(0, BLOCK_S)
-        y = _windowed(x_ptrs, stride_x_s, start, length, window_ptr, offs_n, N_FFT)
-        largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
+    if whole:
+        largest = _largest(
+            x_ptr, stride_x_s, row_start, start, length, window_ptr, N_FFT, BLOCK_T, BLOCK_S, True
+        )
+    else:
+        largest = _largest(
+            x_ptr, stride_x_s, row_start, start, length, window_ptr, N_FFT, BLOCK_T, BLOCK_S, False
+        )
     scale, inverse_scale = _power_of_two_below(largest)
-
     TABLE: tl.constexpr = N_PAD * F_PAD
-    mel = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-    # hoisting addresses out of the loops costs more registers than it saves instructions:
-    # 548 bytes of spills against 160 at BLOCK_F 64
-    for f0 in tl.range(0, F_PAD, BLOCK_F, disable_licm=True):
-        offs_f = f0 + tl.arange(0, BLOCK_F)
-        cos_even = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-        cos_odd = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-        sin_even = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-        sin_odd = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-        for n0 in tl.range(0, N_PAD, BLOCK_N, disable_licm=True):
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            b_ptrs = basis_ptr + offs_n[:, None] * F_PAD + offs_f[None, :]
-            n = 2 * offs_n  # (BLOCK_N,), past N/2 the tables are 0
-            y = _windowed(x_ptrs, stride_x_s, start, length, window_ptr, n, N_FFT)
-            y_end = _windowed(x_ptrs, stride_x_s, start, length, window_ptr, N_FFT - n, N_FFT)
-            y, y_end = y * inverse_scale[:, None], y_end * inverse_scale[:, None]
-            cos_even = _dot_float16(y + y_end, b_ptrs, 4 * TABLE, cos_even)
-            sin_even = _dot_float16(y - y_end, b_ptrs + 2 * TABLE, 4 * TABLE, sin_even)
-            n = 2 * offs_n + 1
-            y = _windowed(x_ptrs, stride_x_s, start, length, window_ptr, n, N_FFT)
-            y_end = _windowed(x_ptrs, stride_x_s, start, length, window_ptr, N_FFT - n, N_FFT)
-            y, y_end = y * inverse_scale[:, None], y_end * inverse_scale[:, None]
-            cos_odd = _dot_float16(y + y_end, b_ptrs + TABLE, 4 * TABLE, cos_odd)
-            sin_odd = _dot_float16(y - y_end, b_ptrs + 3 * TABLE, 4 * TABLE, sin_odd)
-        re, im = cos_even + cos_odd, sin_even + sin_odd  # bin k
-        mask_m = (offs_m < N_MELS)[None, :]
-        k = offs_f[:, None]
-        mask = mask_m & (k <= N_FFT // 4)
-        filters_ptrs = filters_ptr + k * N_MELS + offs_m[None, :]
-        filters = tl.load(filters_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_F, BLOCK_M)
-        mel = tl.dot(re * re + im * im, filters, mel, input_precision="tf32x3")
-        re, im = cos_even - cos_odd, sin_even - sin_odd  # bin N/2 - k, unless that is k itself
-        k = N_FFT // 2 - k
-        mask = mask_m & (k > N_FFT // 4)
-        filters_ptrs = filters_ptr + k * N_MELS + offs_m[None, :]
-        filters = tl.load(filters_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_F, BLOCK_M)
-        mel = tl.dot(re * re + im * im, filters, mel, input_precision="tf32x3")
+    RESIDENT: tl.constexpr = N_PAD == 2 * BLOCK_N  # operands are kept for all bins
+    HALF: tl.constexpr = N_FFT // 2
+    for odd in tl.static_range(2):
+        table = basis_ptr + 2 * odd * TABLE
+        offs_n = tl.arange(0, BLOCK_N)
+        if RESIDENT:
+            e_high, e_low, o_high, o_low = _folded(
+                x_ptr,
+                stride_x_s,
+                row_start,
+                start,
+                length,
+                whole,
+                window_ptr,
+                inverse_scale,
+                offs_n,
+                odd,
+                N_FFT,
+            )
+            e_high_2, e_low_2, o_high_2, o_low_2 = _folded(
+                x_ptr,
+                stride_x_s,
+                row_start,
+                start,
+                length,
+                whole,
+                window_ptr,
+                inverse_scale,
+                BLOCK_N + offs_n,
+                odd,
+                N_FFT,
+            )
+        for f0 in tl.range(0, F_PAD, BLOCK_F, disable_licm=True):
+            offs_f = f0 + tl.arange(0, BLOCK_F)
+            re = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
+            im = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
+            if RESIDENT:
+                b = table + offs_n[:, None] * F_PAD + offs_f[None, :]
+                b_2 = b + BLOCK_N * F_PAD
+                re = _dot_resident(e_high, e_low, e_high_2, e_low_2, b, b_2, 4 * TABLE, re)
+                b, b_2 = b + TABLE, b_2 + TABLE
+                im = _dot_resident(o_high, o_low, o_high_2, o_low_2, b, b_2, 4 * TABLE, im)
+            else:
+                re_small, im_small = re, im
+                for n0 in tl.range(0, N_PAD, BLOCK_N, disable_licm=True):
+                    e_high, e_low, o_high, o_low = _folded(
+                        x_ptr,
+                        stride_x_s,
+                        row_start,
+                        start,
+                        length,
+                        whole,
+                        window_ptr,
+                        inverse_scale,
+                        n0 + offs_n,
+                        odd,
+                        N_FFT,
+                    )
+                    b = table + (n0 + offs_n)[:, None] * F_PAD + offs_f[None, :]
+                    re, re_small = _dot_float16(e_high, e_low, b, 4 * TABLE, re, re_small)
+                    b += TABLE
+                    im, im_small = _dot_float16(o_high, o_low, b, 4 * TABLE, im, im_small)
+                re, im = re + re_small, im + im_small
+            power = re * re + im * im
+            high = power.to(tl.bfloat16)
+            low = (power - high.to(tl.float32)).to(tl.bfloat16)
+            k = (2 * offs_f + odd)[:, None]
+            b_ptrs = filters_ptr + k * N_MELS
+            mask = (k <= HALF) & (offs_m < N_MELS)[None, :]
+            mel = _dot_bfloat16(high, low, b_ptrs + offs_m[None, :], mask, mel)
+            if BLOCK_M_MORE > 0:
+                mask = (k <= HALF) & (offs_more < N_MELS)[None, :]
+                mel_more = _dot_bfloat16(high, low, b_ptrs + offs_more[None, :], mask, mel_more)
+    _store(out_ptr, offs_t, mask_t, valid, offs_m, mel, scale, floor, N_MELS)
+    if BLOCK_M_MORE > 0:
+        _store(out_ptr, offs_t, mask_t, valid, offs_more, mel_more, scale, floor, N_MELS)
 
-    out = tl.log(mel * scale[:, None] * scale[:, None] + floor)
-    out = tl.where(valid[:, None], out, 0.0)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_out)
 
+def config(n_fft: int, n_mels: int) -> dict[str, int]:
+    """Tile and schedule.
 
-def config(n_mels: int) -> dict[str, int]:
-    """Tile and schedule: of those that compile for sm_90 without spills, the widest in BLOCK_F.
-
-    At the paper's shape BLOCK_F 32 needs 252 registers; 64 spills 160 bytes and 128 spills 728
-    (2 stages); BLOCK_T 128 with BLOCK_F 32 spills 456. Not yet timed on a GPU.
+    Up to n_fft 510 the operands of 64 frames are made once for all even and once for all odd bins
+    and stay in shared memory (RESIDENT); beyond, they are made again for each block of bins.
+    BLOCK_F differs from BLOCK_T, since Triton lays out loads of one shape alike, and would give a
+    thread eight samples in a row, as of the float16 tables. Four warps, since a product of 64 rows
+    is one warp group's: of eight, both groups would make all of it, as Triton keeps chained
+    products within a group. Chosen by what compiles for sm_90 (two programs a multiprocessor), not
+    by a measurement.
     """
-    block_m = max(16, min(MAX_BLOCK_M, triton.next_power_of_2(n_mels)))
-    tile = {"BLOCK_T": 64, "BLOCK_N": 16, "BLOCK_F": 32, "BLOCK_M": block_m}
-    return {**tile, "BLOCK_S": SAMPLES_A_STEP, "num_warps": 8, "num_stages": 3}
+    size = n_fft // 4 + 1
+    resident = size <= 128
+    block_m = max(16, min(MAX_MELS // 2, triton.next_power_of_2(n_mels)))
+    more = min(n_mels, MAX_MELS) - block_m
+    return {
+        "BLOCK_T": 64,
+        "BLOCK_N": max(16, triton.next_power_of_2(size) // 2) if resident else 16,
+        "BLOCK_F": 32 if resident else 64,
+        "BLOCK_M": block_m,
+        "BLOCK_M_MORE": max(16, triton.next_power_of_2(more)) if more > 0 else 0,
+        "BLOCK_S": SAMPLES_A_STEP,
+        "num_warps": 4,
+        "num_stages": 1 if resident else 2,
+    }
 
 
 def table_shape(n_fft: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -195,17 +391,16 @@ def table_shape(n_fft: int, tile: dict[str, int]) -> tuple[int, int]:
 def basis(n_fft: int, n_pad: int, f_pad: int, device: torch.device) -> Tensor:
     """(2, 4, n_pad, f_pad) float16: high and low parts of the folded transform's tables.
 
-    Tables: cosines at n = 2 j, cosines at n = 2 j + 1, sines at n = 2 j, sines at n = 2 j + 1;
-    row j, column k. Zero where n > n_fft / 2 or k > n_fft / 4. The term n = n_fft / 2, which the
-    fold counts twice, is halved.
+    Tables: cosines and sines of bins k = 2 i, cosines and sines of bins k = 2 i + 1; row n,
+    column i. Zero where n > n_fft / 4 or k > n_fft / 2. The term n = n_fft / 4, which the fold
+    counts twice, is halved.
     """
-    j = torch.arange(n_pad)
-    n = torch.stack((2 * j, 2 * j + 1))[:, :, None]  # (2, n_pad, 1)
-    k = torch.arange(f_pad)
+    n = torch.arange(n_pad)[:, None]
+    k = 2 * torch.arange(f_pad) + torch.arange(2)[:, None, None]  # (2, 1, f_pad)
     angle = (2.0 * math.pi / n_fft) * ((n * k) % n_fft).double()
-    tables = torch.cat((angle.cos(), angle.sin()))
-    weight = (n < n_fft // 2).double() + 0.5 * (n == n_fft // 2)
-    tables *= (weight * (k <= n_fft // 4)).repeat(2, 1, 1)
+    weight = (4 * n < n_fft).double() + 0.5 * (4 * n == n_fft)
+    tables = torch.stack((angle.cos(), angle.sin()), 1) * (weight * (k <= n_fft // 2))[:, None]
+    tables = tables.flatten(0, 1)
     high = tables.half()
     return torch.stack((high, (tables - high.double()).half())).to(device)
 
@@ -229,10 +424,11 @@ def log_mel(
     out = waveform.new_empty((B, T, n_mels), dtype=out_dtype)
     if not out.numel():
         return out
-    tile = config(n_mels)
+    tile = config(n_fft, n_mels)
     n_pad, f_pad = table_shape(n_fft, tile)
     tables = basis(n_fft, n_pad, f_pad, waveform.device)
-    grid = (triton.cdiv(B * T, tile["BLOCK_T"]), triton.cdiv(n_mels, tile["BLOCK_M"]))
+    mels = tile["BLOCK_M"] + tile["BLOCK_M_MORE"]
+    grid = (triton.cdiv(B * T, tile["BLOCK_T"]), triton.cdiv(n_mels, mels))
     with torch.cuda.device_of(waveform):
         _log_mel_fwd_kernel[grid](
             waveform,

@@ -30,7 +30,7 @@ Matrix<T> matrix_of(const py::tuple& t) {
 Operands operands_of(const py::tuple& t, int64_t n_dims) {
     const Operands operands{pointer<const uint16_t>(t[0]),
                             pointer<const float>(t[1]),
-                            pointer<const uint8_t>(t[2]),
+                            pointer<const float>(t[2]),
                             pointer<const double>(t[3]),
                             pointer<const double>(t[4]),
                             pointer<const float>(t[5]),

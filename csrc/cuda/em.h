@@ -11,11 +11,12 @@
 namespace gmm_jepa::cuda {
 
 // A mixture packed for the screen (gmm_jepa/ops/cuda_em.py makes it), contiguous, where the frames
-// are. K_padded is K rounded up to kTileComponents, depth is 2 D rounded up to kStepDepth.
+// are. K_padded is K rounded up to kTileComponents, depth is 2 D rounded up to kStepDepth; features
+// stand in the order of feature_position.
 struct Operands {
     const uint16_t* weights;     // (K_padded, depth) bfloat16: slope, -precision / 2 of features
-    const float* bias;           // (K_padded,), minus infinity for what the screen leaves out
-    const uint8_t* always;       // (K_padded,), 1 for components that every frame computes
+    const float* bias;           // (K_padded,), infinity: every frame computes it; minus: none does
+    const float* guess;          // (K_padded,), of guess_steps of the depth; minus infinity: never
     const double* table;         // (K, D, 2): mean, 1 / variance
     const double* constants;     // (K,): log-density of a frame on the mean
     const float* shift;          // (D,)

@@ -94,8 +94,8 @@ class Emulation {
         return log_joint(mixture_.constants[k], tree_sum(parts, kParts));
     }
 
-    // One warp's tile: two sweeps over the components, first for the best, then for all that may
-    // come near it.
+    // One warp's tile: two sweeps over the components, first half of the depth for a guess of the
+    // best, then all of it for what may come near that.
     void screen(int64_t block) {
         const int64_t first = block * kTileFrames;
         const int valid = static_cast<int>(std::min<int64_t>(kTileFrames, n_ - first));
@@ -107,7 +107,8 @@ class Emulation {
                 const float z =
                     standardised(x(first + f, d), mixture_.shift[d], mixture_.inverse_scale[d]);
                 usable[f] &= is_usable(z);
-                features_[size_t(f) * depth_ / 2 + d] = feature_word(z);
+                const size_t row = size_t(operand_row(f)) * depth_ / 2;
+                features_[row + feature_position(d, D_)] = feature_word(z);
             }
         }
         const int tiles = (K_ + kTileComponents - 1) / kTileComponents;
@@ -116,11 +117,12 @@ class Emulation {
         std::fill_n(best, kTileFrames, -static_cast<float>(kInfinity));
         std::fill_n(component, kTileFrames, -1);
         for (int tile = 0; tile < tiles; ++tile) {
-            scores(tile);
+            scores(tile, mixture_.guess, guess_steps(depth_ / kStepDepth));
             for (int f = 0; f < valid; ++f) {
                 for (int c = 0; c < kTileComponents; ++c) {
-                    if (!is_better(scores_[f][c], 0, best[f], 0)) continue;
-                    best[f] = scores_[f][c];
+                    const float score = scores_[operand_row(f)][c];
+                    if (!is_better(score, 0, best[f], 0)) continue;
+                    best[f] = score;
                     component[f] = tile * kTileComponents + c;
                 }
             }
@@ -133,47 +135,68 @@ class Emulation {
             threshold[f] = score_threshold(exact, mode_.margin, *mixture_.gain);
         }
         for (int tile = 0; tile < tiles; ++tile) {
-            scores(tile);
+            scores(tile, mixture_.bias, depth_ / kStepDepth);
             mark(block, tile, threshold, first_bits(valid));
         }
     }
 
-    // scores_ of 32 frames by one tile of components: products of bfloat16, sums in float32.
-    void scores(int tile) {
-        for (int f = 0; f < kTileFrames; ++f) {
-            const uint32_t* words = &features_[size_t(f) * depth_ / 2];
+    // scores_ of 32 rows by one tile of components: products of bfloat16, sums in float32.
+    void scores(int tile, const float* bias, int steps) {
+        for (int row = 0; row < kTileFrames; ++row) {
+            const uint32_t* words = &features_[size_t(row) * depth_ / 2];
             for (int c = 0; c < kTileComponents; ++c) {
                 const int64_t k = int64_t(tile) * kTileComponents + c;
                 const uint16_t* weights = mixture_.weights + k * depth_;
-                float sum = mixture_.bias[k];
-                for (int w = 0; w < depth_ / 2; ++w) {
+                float sum = bias[k];
+                for (int w = 0; w < steps * kStepDepth / 2; ++w) {
                     sum += bits_float(words[w] << 16) * bits_float(uint32_t(weights[2 * w]) << 16);
                     sum += bits_float(words[w] & 0xffff0000u) *
                            bits_float(uint32_t(weights[2 * w + 1]) << 16);
                 }
-                scores_[f][c] = sum;
+                scores_[row][c] = sum;
             }
         }
     }
 
-    // The mask words of one tile, by ballots over the lanes' accumulators.
-    void mark(int64_t block, int tile, const float* threshold, uint32_t valid) {
-        for (int j = 0; j < kTileComponents / 8; ++j) {
-            uint32_t ballots[2][4] = {};
+    // What the lanes of a warp have of the scores of one group of components.
+    Scores part(int group, int lane) const {
+        Scores part;
+        for (int j = 0; j < 4; ++j) {
             for (int half = 0; half < 2; ++half) {
                 for (int i = 0; i < 4; ++i) {
-                    for (int lane = 0; lane < kLanes; ++lane) {
-                        const int f = 16 * half + accumulator_frame(lane, i);
-                        const int c = 8 * j + accumulator_component(lane, i);
-                        ballots[half][i] |= uint32_t(survives(scores_[f][c], threshold[f])) << lane;
+                    const int row = 16 * half + (lane >> 2) + 8 * (i >> 1);
+                    const int c = 8 * j + 2 * (lane & 3) + (i & 1);
+                    part.c[j][half][i] = scores_[row][group * kGroupComponents + c];
+                }
+            }
+        }
+        return part;
+    }
+
+    // The mask words of one tile: every lane's bits, exchanged until each has a component's.
+    void mark(int64_t block, int tile, const float* threshold, uint32_t valid) {
+        for (int group = 0; group < kTileComponents / kGroupComponents; ++group) {
+            uint32_t words[kLanes] = {}, before[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const Scores scores = part(group, lane);
+                for (int n = 0; n < 8; ++n) {
+                    for (int q = 0; q < 4; ++q) {
+                        const bool bit = survives(scores.at(n, q), threshold[(lane & ~3) + q]);
+                        words[lane] |= uint32_t(bit) << (4 * n + q);
                     }
                 }
             }
-            for (int c = 0; c < 8; ++c) {
-                const int k = tile * kTileComponents + 8 * j + c;
-                if (k >= K_) continue;
-                const uint32_t always = mixture_.always[k] ? 0xffffffffu : 0u;
-                word(block, k) = (component_word(ballots, c) | always) & valid;
+            for (int distance = 4; distance; distance /= 2) {
+                std::copy_n(words, kLanes, before);
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    words[lane] = exchange_nibbles(before[lane], before[lane ^ 4 * distance], lane,
+                                                   distance);
+                }
+            }
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const int k = tile * kTileComponents + group * kGroupComponents +
+                              lane_component(lane, lane >> 2);
+                if (k < K_) word(block, k) = words[lane] & valid;
             }
         }
     }

@@ -9,6 +9,11 @@ namespace gmm_jepa::cuda {
 
 constexpr int kRefineWarps = 8;
 constexpr int kMomentWarps = 8;
+// Pairs that a warp refines side by side; how many such sets have their loads under way at the same
+// time, and for how many features each: all of them up to D = 96. Two sets of as much would spill.
+constexpr int kTeams = 32 / kPairLanes;
+constexpr int kRefinePairs = 1;
+constexpr int kRefineRounds = 3;
 
 // Sum of the lanes below this one, and of all.
 __device__ __forceinline__ int places_before(int count, int lane, int& total) {
@@ -24,13 +29,36 @@ __device__ __forceinline__ int places_before(int count, int lane, int& total) {
 
 // What one warp shares between its lanes: a batch of pairs, by component, then by frame.
 struct Batch {
-    double values[kBatch];   // log-densities, then shares
-    uint16_t pairs[kBatch];  // 32 (component - first of the group) + frame
+    double values[kBatch];           // log-densities, then shares
+    uint16_t pairs[kBatch];          // 32 (component - first of the group) + frame
+    uint32_t of_frame[kTileFrames];  // bit i: pair i is the frame's
 };
+
+// Log-densities of the pairs of a batch of n from i on.
+template <typename T>
+__device__ __forceinline__ void refine_pairs(const ChunkView<T>& x, const Operands& mixture,
+                                             int first_frame, int first_component, Batch& batch,
+                                             int i, int n) {
+    const int team = (threadIdx.x & 31) / kPairLanes, lane = threadIdx.x & (kPairLanes - 1);
+    int frames[kRefinePairs], k[kRefinePairs];
+    double joints[kRefinePairs];
+#pragma unroll
+    for (int p = 0; p < kRefinePairs; ++p) {
+        const int pair = batch.pairs[min(i + p * kTeams + team, n - 1)];
+        frames[p] = first_frame + (pair & 31);
+        k[p] = first_component + pair / 32;
+    }
+    log_joints_of<kRefinePairs, kRefineRounds>(x, frames, mixture, k, lane, joints);
+#pragma unroll
+    for (int p = 0; p < kRefinePairs; ++p) {
+        const int mine = i + p * kTeams + team;
+        if (mine < n && !lane) batch.values[mine] = joints[p];
+    }
+}
 
 // One warp: 32 frames, all pairs that the screen left. `likelihoods` gains the sum of log p(x).
 template <typename T>
-__global__ void __launch_bounds__(32 * kRefineWarps, 4)
+__global__ void __launch_bounds__(32 * kRefineWarps, 2)
     em_refine_kernel(const __grid_constant__ ChunkView<T> x,
                      const __grid_constant__ Operands mixture, bool hard, uint32_t* mask,
                      Normaliser* normalisers, double* likelihoods) {
@@ -42,10 +70,14 @@ __global__ void __launch_bounds__(32 * kRefineWarps, 4)
     if (first >= x.n_rows) return;
     uint32_t* words = mask + int64_t(block) * K;
     LogSumExp sum;  // of frame `lane`
+    const auto bits_of = [&](int k) {
+        const uint64_t bits = k < K ? words[k] : 0;
+        return k + 1 < K ? bits | uint64_t(words[k + 1]) << 32 : bits;
+    };
+    uint64_t next = bits_of(2 * lane);
     for (int start = 0; start < K; start += kMaskComponents) {
-        const int k = start + 2 * lane;
-        uint64_t bits = k < K ? words[k] : 0;
-        if (k + 1 < K) bits |= uint64_t(words[k + 1]) << 32;
+        uint64_t bits = next;
+        next = bits_of(start + kMaskComponents + 2 * lane);
         while (true) {
             int n;
             int place = places_before(__popcll(bits), lane, n);
@@ -55,26 +87,28 @@ __global__ void __launch_bounds__(32 * kRefineWarps, 4)
             }
             __syncwarp();
             n = min(n, kBatch);
-            for (int i = 0; i < n; i += 32 / kPairLanes) {
-                const int mine = i + lane / kPairLanes;
-                const int pair = batch.pairs[min(mine, n - 1)];
-                const double value =
-                    log_joint_of(x, first + (pair & 31), mixture, start + pair / 32,
-                                 lane & (kPairLanes - 1));
-                if (mine < n && !(lane & (kPairLanes - 1))) batch.values[mine] = value;
+            batch.of_frame[lane] = 0;
+            for (int i = 0; i < n; i += kRefinePairs * kTeams) {
+                refine_pairs(x, mixture, first, start, batch, i, n);
             }
             __syncwarp();
-            for (int i = 0; i < n; ++i) {
-                const int pair = batch.pairs[i];
-                if ((pair & 31) == lane) sum.see(batch.values[i], start + pair / 32);
+            // Lanes behind the last pair are no frame's.
+            const int owner = lane < n ? batch.pairs[lane] & 31 : 32;
+            const uint32_t peers = __match_any_sync(kAllLanes, owner);
+            if (lane < n) batch.of_frame[owner] = peers;
+            __syncwarp();
+            const uint32_t own = batch.of_frame[lane];
+            for (uint32_t left = own; left; left &= left - 1) {
+                const int i = __ffs(left) - 1;
+                sum.see(batch.values[i], start + batch.pairs[i] / 32);
             }
+            __syncwarp();
             sum.raise();
-            const int owner = batch.pairs[min(lane, n - 1)] & 31;
-            const double largest = __shfl_sync(kAllLanes, sum.largest, owner);
+            const double largest = __shfl_sync(kAllLanes, sum.largest, owner & 31);
             if (lane < n) batch.values[lane] = share(batch.values[lane], largest);
             __syncwarp();
-            for (int i = 0; i < n; ++i) {
-                if ((batch.pairs[i] & 31) == lane) sum.add(batch.values[i]);
+            for (uint32_t left = own; left; left &= left - 1) {
+                sum.add(batch.values[__ffs(left) - 1]);
             }
             __syncwarp();
         }
@@ -137,6 +171,8 @@ struct Moments {
     __device__ __forceinline__ void add(const Frame& frame, int n,
                                         const Normaliser* normalisers, bool hard) {
         double difference[kPairs][kSlots], joint[kPairs];
+        // Asked for here, for it is as far away as the frames. Lane i's is of pair i.
+        const Normaliser normaliser = normalisers[frame(min(lane, n - 1))];
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             const T* values = x.row(frame(min(i, n - 1)));
@@ -155,7 +191,6 @@ struct Moments {
             }
             joint[i] = log_joint(constant, lane_sum<32>(squares));
         }
-        // Lane i takes the exponential of pair i.
         double mine = joint[0];
         if constexpr (kPairs == 2) mine = lane & 1 ? joint[1] : joint[0];
         if constexpr (kPairs == 4) {
@@ -163,7 +198,7 @@ struct Moments {
             mine = lane & 2 ? (lane & 1 ? joint[3] : joint[2]) : low;
         }
         double r = 0.0;
-        if (lane < n) r = hard ? 1.0 : normalisers[frame(lane)].responsibility(mine);
+        if (lane < n) r = hard ? 1.0 : normaliser.responsibility(mine);
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             const double weight = __shfl_sync(kAllLanes, r, i);
@@ -209,9 +244,13 @@ __global__ void __launch_bounds__(32 * kMomentWarps, kSlots > 3 ? 1 : 3)
     const int end = int(blocks * (blockIdx.y + 1) / gridDim.y);
     Moments<T, kSlots, kPairs> moments(x, mixture, k);
     bool any = false;
+    const auto bits_of = [&](int block) {
+        return block < end ? mask[int64_t(block) * K + k] : 0;
+    };
+    uint32_t next = bits_of(begin + lane);
     for (int from = begin; from < end; from += 32) {
-        const int block = from + lane;
-        uint32_t bits = block < end ? mask[int64_t(block) * K + k] : 0;
+        uint32_t bits = next;
+        next = bits_of(from + 32 + lane);
         int n;
         int place = places_before(__popc(bits), lane, n);
         if (!n) continue;

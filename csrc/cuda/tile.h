@@ -17,8 +17,10 @@ namespace gmm_jepa::cuda {
 
 // A warp owns 32 frames: bit i of a mask word is frame i of the 32.
 constexpr int kTileFrames = 32;
-// Components of a tile of the screen: 8 accumulator tiles of mma.m16n8k16.
+// Components of a tile of the screen; a warp takes them in two groups of 32, each of them 4
+// accumulator tiles of mma.m16n8k16.
 constexpr int kTileComponents = 64;
+constexpr int kGroupComponents = 32;
 // Depth of one mma: 8 features, each with its square beside it.
 constexpr int kStepDepth = 16;
 // A sum of squares is taken in 32 parts, part p over features p, p + 32, ..., and the parts are
@@ -80,8 +82,7 @@ GMM_JEPA_BOTH bool is_usable(float z) { return fabsf(z) <= kLargest; }
 
 // The operand of one feature: z in the lower half, z^2 of the rounded z in the upper.
 GMM_JEPA_BOTH uint32_t feature_word(float z) {
-    if (!is_usable(z)) return 0;
-    const uint32_t rounded = bfloat16_bits(z);
+    const uint32_t rounded = bfloat16_bits(is_usable(z) ? z : 0.0f);
     const float z_hat = bits_float(rounded << 16);
     return rounded | (bfloat16_bits(z_hat * z_hat) << 16);
 }
@@ -96,34 +97,47 @@ GMM_JEPA_BOTH float score_threshold(double best, double margin, double gain) {
 // Not a number survives: only what is certainly below is left out.
 GMM_JEPA_BOTH bool survives(float score, float threshold) { return !(score < threshold); }
 
-// mma.m16n8k16 gives a lane four of 16 x 8 values, c[0] to c[3]: their frame and component.
-GMM_JEPA_BOTH int accumulator_frame(int lane, int i) { return (lane >> 2) + 8 * (i >> 1); }
-GMM_JEPA_BOTH int accumulator_component(int lane, int i) { return 2 * (lane & 3) + (i & 1); }
+// Features are packed 0, 2, 4, ..., then 1, 3, 5, ...: the first half of the depth is every other
+// mel bin, which tells the components nearly as well as all of them.
+GMM_JEPA_BOTH int feature_position(int d, int n_dims) {
+    return d % 2 ? (n_dims + 1) / 2 + d / 2 : d / 2;
+}
 
-// A ballot over c[i] holds in bit 4 g + t frame g (of 8) and component 2 t + (i & 1). The eight
-// bits of component pair t, as a byte.
-GMM_JEPA_BOTH uint32_t ballot_frames(uint32_t ballot, int t) {
-    uint32_t bits = (ballot >> t) & 0x11111111u;
-    bits = (bits | (bits >> 3)) & 0x03030303u;
-    bits = (bits | (bits >> 6)) & 0x000f000fu;
-    return (bits | (bits >> 12)) & 0xffu;
+// Steps of the depth that the first sweep takes to guess a frame's best component.
+GMM_JEPA_BOTH constexpr int guess_steps(int steps) { return (steps + 1) / 2; }
+
+// The row of a frame in the 32 x depth operand. A lane of mma.m16n8k16 has values of the rows
+// g = lane / 4, g + 8, g + 16 and g + 24, which so are frames 4 g to 4 g + 3.
+GMM_JEPA_BOTH int operand_row(int frame) { return 8 * (frame & 3) + (frame >> 2); }
+
+// One lane's part of the scores of 32 frames and 32 components. Of accumulator tile j and rows 16
+// h to 16 h + 15, value i is row g + 8 (i >> 1) and component 8 j + 2 (lane & 3) + (i & 1).
+struct Scores {
+    float c[4][2][4];
+
+    // Frame 4 g + q; n-th of the lane's eight components.
+    GMM_JEPA_BOTH float at(int n, int q) const { return c[n >> 1][q >> 1][2 * (q & 1) + (n & 1)]; }
+};
+
+// The n-th of a lane's eight components, of 32.
+GMM_JEPA_BOTH int lane_component(int lane, int n) {
+    return 8 * (n >> 1) + 2 * (lane & 3) + (n & 1);
+}
+
+// A lane's word holds in nibble n bits of its n-th component, for its four frames. Between lanes
+// whose numbers differ in 4 `distance` alone: each keeps half of its nibbles, in place of the
+// others it takes what the other lane gives away. After distances 4, 2 and 1 lane 4 g + t holds
+// the word of component lane_component(t, g): nibble i is what lane 4 i + t had.
+GMM_JEPA_BOTH uint32_t exchange_nibbles(uint32_t mine, uint32_t other, int lane, int distance) {
+    const uint32_t lower = distance == 4 ? 0x0000ffffu : distance == 2 ? 0x00ff00ffu : 0x0f0f0f0fu;
+    const int shift = 4 * distance;
+    return lane & shift ? (mine & ~lower) | ((other >> shift) & lower)
+                        : (mine & lower) | ((other << shift) & ~lower);
 }
 
 // The better of two (score, component); the first component of equals.
 GMM_JEPA_BOTH bool is_better(float score, int component, float than, int than_component) {
     return score > than || (score == than && component < than_component);
-}
-
-// The mask word of one component of an accumulator tile, out of ballots over c[i] of the upper and
-// the lower 16 frames.
-GMM_JEPA_BOTH uint32_t component_word(const uint32_t ballots[2][4], int component) {
-    // Selected, not indexed: a run-time index would move the ballots out of registers.
-    const bool odd = component & 1;
-    const int t = component >> 1;
-    return ballot_frames(odd ? ballots[0][1] : ballots[0][0], t) |
-           ballot_frames(odd ? ballots[0][3] : ballots[0][2], t) << 8 |
-           ballot_frames(odd ? ballots[1][1] : ballots[1][0], t) << 16 |
-           ballot_frames(odd ? ballots[1][3] : ballots[1][2], t) << 24;
 }
 
 // The first n of 32 bits.

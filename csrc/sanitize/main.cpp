@@ -127,14 +127,14 @@ void emulation_round() {
     const int64_t stride_column = any(1, 2), stride_row = stride_column * D + any(0, 3);
     const int64_t padded = round_up(K, cuda::kTileComponents);
     std::vector<uint16_t> weights(padded * depth);
-    std::vector<float> bias(padded, -INFINITY), shift(D), scale(D, 0.5f);
-    std::vector<uint8_t> always(padded);
+    std::vector<float> bias(padded, -INFINITY), guess(bias), shift(D), scale(D, 0.5f);
     std::vector<double> table(2 * K * D), constants(K), gain(1, 0.01);
     for (uint16_t& w : weights) w = uint16_t(cuda::bfloat16_bits(float(0.1 * normal())));
     for (double& t : table) t = std::fabs(normal());
     for (int64_t k = 0; k < K; ++k) {
-        always[k] = any(0, 20) == 0 || k == 0;
-        bias[k] = any(0, 5) ? float(normal()) : -INFINITY;
+        const bool always = any(0, 20) == 0 || k == 0;
+        if (any(0, 5)) guess[k] = float(normal());
+        bias[k] = always ? INFINITY : any(0, 5) ? float(normal()) : -INFINITY;
         constants[k] = normal();
     }
     std::vector<T> frames(N ? (N - 1) * stride_row + (D - 1) * stride_column + 1 : 1);
@@ -142,7 +142,7 @@ void emulation_round() {
         x = static_cast<T>(any(0, 3000) ? 3.0 * normal() : std::pow(10.0, any(0, 30)));
     }
     const Matrix<T> matrix{frames.data(), N, D, stride_row, stride_column};
-    const cuda::Operands operands{weights.data(), bias.data(),  always.data(), table.data(),
+    const cuda::Operands operands{weights.data(), bias.data(),  guess.data(), table.data(),
                                   constants.data(), shift.data(), scale.data(),  gain.data(), K, D};
     std::vector<double> counts(K), first(K * D), second(K * D), likelihood(1);
     const bool hard = any(0, 1);

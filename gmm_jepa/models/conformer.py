@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmm_jepa.models.attention import GatedRelativeBias, attention, gated_bias_attention
 from gmm_jepa.models.config import AGGREGATION_HEADS, ConformerConfig
-from gmm_jepa.models.convolution import FrameConv
+from gmm_jepa.models.convolution import DepthwiseConv
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import FrontEnd
@@ -74,7 +74,7 @@ class ConvolutionModule(nn.Module):
         super().__init__()
         self.norm_in = FrameGroupNorm(dim)
         self.up = nn.Linear(dim, 2 * dim)
-        self.depthwise = FrameConv(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.depthwise = DepthwiseConv(dim, kernel)
         self.norm_out = FrameGroupNorm(dim)
         self.down = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
+
 
 class FrameConv(nn.Module):
     """One-dimensional convolution of frame-major (B, T, C), parameters as in `nn.Conv1d`.
@@ -51,3 +53,16 @@ class FrameConv(nn.Module):
             groups=self.groups,
         )
         return y.squeeze(2).transpose(1, 2)
+
+
+class DepthwiseConv(FrameConv):
+    """One filter of odd length a channel, as many frames out as in, by `ops.depthwise_conv`."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> the same shape; an exported graph holds torch's own convolution."""
+        # While torch.compile traces, is_exporting() is true, too.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        return super().forward(x) if exporting else ops.depthwise_conv(x, self.weight, self.bias)

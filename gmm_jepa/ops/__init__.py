@@ -14,11 +14,13 @@ from gmm_jepa.ops import (
     native_encoder,
     native_losses,
     triton_attention,
+    triton_depthwise,
     triton_gmm,
     triton_log_mel,
 )
 from gmm_jepa.ops.attention import gated_bias_attention
 from gmm_jepa.ops.density import density_attention
+from gmm_jepa.ops.depthwise import depthwise_conv
 from gmm_jepa.ops.dropout import dropout
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
@@ -63,6 +65,7 @@ __all__ = [
     "MaskedLoss",
     "Mixture",
     "density_attention",
+    "depthwise_conv",
     "dropout",
     "em_statistics",
     "ema_update",
@@ -82,6 +85,7 @@ __all__ = [
     "residual_unit",
     "takes_residual_unit",
     "triton_attention",
+    "triton_depthwise",
     "triton_gmm",
     "triton_log_mel",
 ]

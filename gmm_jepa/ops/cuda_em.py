@@ -29,11 +29,14 @@ class Operands(NamedTuple):
     """What the kernels read, in the order of ``Operands`` in csrc/cuda/em.h; all contiguous."""
 
     weights: Tensor
-    """(K padded to 64, 2 D padded to 16) bfloat16: slope and -precision / 2 of each feature"""
+    """(K padded to 64, 2 D padded to 16) bfloat16: slope and -precision / 2 of each feature, in the
+    order of `even_first`"""
     bias: Tensor
-    """(K padded,) float32; minus infinity takes a component out of the screen"""
-    always: Tensor
-    """(K padded,) uint8, 1 where every frame computes the component"""
+    """(K padded,) float32; infinity where every frame computes the component, minus infinity where
+    none does"""
+    guess: Tensor
+    """(K padded,) float32: bias over `guess_dims` features alone, minus infinity where the bias is
+    not finite"""
     table: Tensor
     """(K, D, 2) float64: mean, 1 / variance"""
     constants: Tensor
@@ -67,7 +70,7 @@ def pack(mixture: Mixture) -> Operands:
     mu, precision = (means - shift) * scale, 1.0 / (variances * scale.square())
     precision_hat = precision.to(torch.bfloat16)
     slope = (precision_hat.double() * mu).to(torch.bfloat16)
-    bias, loose, gain = _bound(constants, share, mu, precision, precision_hat, slope)
+    bias, squares, loose, gain = _bound(constants, share, mu, precision, precision_hat, slope)
 
     usable = torch.isfinite(shift) & (inverse_scale > 1e-30) & (inverse_scale < 1e30)
     in_range = torch.maximum(precision, slope.double().abs()).amax(1) < LARGEST_PRECISION
@@ -79,15 +82,27 @@ def pack(mixture: Mixture) -> Operands:
 
     padded = -(-K // TILE_COMPONENTS) * TILE_COMPONENTS
     weights = means.new_zeros(padded, -(-2 * D // STEP_DEPTH) * STEP_DEPTH, dtype=torch.bfloat16)
-    keep = (screened & ~out)[:, None]
-    weights[:K, 0 : 2 * D : 2] = torch.where(keep, slope, 0.0)
-    weights[:K, 1 : 2 * D : 2] = torch.where(keep, -0.5 * precision_hat, 0.0)
-    biases = means.new_full((padded,), -math.inf, dtype=torch.float32)
-    biases[:K] = torch.where(keep[:, 0], lifted, -math.inf).float()
-    always = torch.zeros(padded, dtype=torch.uint8, device=means.device)
-    always[:K] = ~screened & ~out
+    keep = screened & ~out
+    weights[:K, 0 : 2 * D : 2] = torch.where(keep[:, None], even_first(slope), 0.0)
+    weights[:K, 1 : 2 * D : 2] = torch.where(keep[:, None], -0.5 * even_first(precision_hat), 0.0)
+    terms = variances.log() + math.log(2.0 * math.pi) + squares
+    marginal = log_weights - 0.5 * even_first(terms)[:, : guess_dims(D)].sum(1)
+    biases, guess = means.new_full((2, padded), -math.inf, dtype=torch.float32)
+    biases[:K] = torch.where(keep, lifted, torch.where(out, -math.inf, math.inf)).float()
+    guess[:K] = torch.where(keep, marginal, -math.inf).float()
     table = torch.stack((means, 1.0 / variances), 2).contiguous()
-    return Operands(weights, biases, always, table, constants, shift, inverse_scale, gain)
+    return Operands(weights, biases, guess, table, constants, shift, inverse_scale, gain)
+
+
+def even_first(features: Tensor) -> Tensor:
+    """(K, D) in the order of `feature_position` in csrc/cuda/tile.h: 0, 2, 4, ..., 1, 3, 5, ..."""
+    return torch.cat((features[:, ::2], features[:, 1::2]), 1)
+
+
+def guess_dims(D: int) -> int:
+    """How many features, in that order, the first sweep reads: half of the steps of the depth."""
+    steps = -(-2 * D // STEP_DEPTH)
+    return min(D, (steps + 1) // 2 * STEP_DEPTH // 2)
 
 
 def _summation(D: int) -> float:
@@ -106,8 +121,8 @@ def _bound(
     precision: Tensor,
     precision_hat: Tensor,
     slope: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bias (K,), the component's share of the error (K,) and the frames' share of it ().
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bias (K,), its p^ mu^^2 (K, D), the component's share of the error (K,) and the frames' ().
 
     With Q = sum p (z - mu)^2, error <= alpha + beta sqrt(Q) + gamma Q, and 2 beta sqrt(Q) <= theta
     beta^2 + Q / theta, with equality at the usual distance, parts it into the two.
@@ -120,7 +135,8 @@ def _bound(
     mu_hat = slope.double() / p_hat  # infinite or not a number where the precision underflows
     square = (precision * mu.square()).sum(1)
     h = u * square.sqrt() + (precision * (mu_hat - mu).square()).sum(1).sqrt()
-    bias = constants - 0.5 * (p_hat * mu_hat.square()).sum(1)
+    squares = p_hat * mu_hat.square()
+    bias = constants - 0.5 * squares.sum(1)
     alpha = 0.5 * (1.0 + u) * h.square() + 0.5 * of_square * square
     alpha = alpha + nu * (2.0 * bias.abs() + 1.6 * square) + 1e-6
     beta = (1.0 + u) ** 2 * h + (of_square + 2.1 * nu) * square.sqrt()
@@ -128,4 +144,4 @@ def _bound(
     weight = torch.where(torch.isfinite(alpha + beta) & (share > 0.0), share, 0.0)
     mean_beta = (weight * beta.nan_to_num()).sum() / weight.sum()
     theta = torch.where(weight.sum() > 0.0, usual / mean_beta.clamp_min(1e-12), 1.0)
-    return bias, alpha + 0.5 * theta * beta.square(), 2.0 * gamma + 1.0 / theta
+    return bias, squares, alpha + 0.5 * theta * beta.square(), 2.0 * gamma + 1.0 / theta

@@ -1,8 +1,8 @@
 """The native module's kernels in the place of the torch ones on CPUs, and of EM on CUDA devices.
 
 ``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides. Where it was not
-built nothing is registered here, and the operators run on torch alone. Its CUDA part has not run
-on a GPU yet and is left out unless ``GMM_JEPA_CUDA_EM=1`` is set when the package is imported.
+built nothing is registered here, and the operators run on torch alone. ``GMM_JEPA_CUDA_EM=0``
+when the package is imported leaves its CUDA part out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gmm_jepa.ops.em import (
     kmeans_assign_reference,
 )
 from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
+from gmm_jepa.ops.packed import PackedMixtures
 from gmm_jepa.ops.posterior import (
     _log_likelihood,
     _posterior,
@@ -42,6 +43,8 @@ _WIDE = (torch.float32, torch.float64)
 # Both kernels and their emulation are made for mixtures up to this size.
 _MOST_COMPONENTS, _MOST_FEATURES = 8192, 512
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
+
+_packed = PackedMixtures(cuda_em.pack, n_kept=2)
 
 # Every call names the set it runs with; the empty name is the best one.
 _instruction_set = ""
@@ -80,8 +83,8 @@ def cuda_status() -> str:
     if not cuda_architectures():
         return "off: built without nvcc"
     built = f"built for {cuda_architectures()}"
-    if os.environ.get(_CUDA_SWITCH) != "1":
-        return f"off: {built}; not proven on a GPU yet, {_CUDA_SWITCH}=1 turns it on"
+    if os.environ.get(_CUDA_SWITCH) == "0":
+        return f"off: {built}; {_CUDA_SWITCH}=0 is set"
     return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
 
 
@@ -121,7 +124,7 @@ def em_statistics_cuda(
     mixture = (log_weights, means, variances)
     if not hard and not _cuda_covers(K, D):
         return em_statistics_reference(frames, *mixture)
-    x, operands = _frames(frames), cuda_em.pack(cuda_em.Mixture(*mixture))
+    x, operands = _frames(frames), _packed(cuda_em.Mixture(*mixture))
     out = _statistics(K, D, x.device)
     n_bytes = _native.em_workspace_bytes(K, D)
     workspace = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
@@ -352,5 +355,5 @@ if _native is not None:
     _posterior.register_kernel("cpu")(posterior)
     _log_likelihood.register_kernel("cpu")(log_likelihood)
     _topk.register_kernel("cpu")(topk)
-    if cuda_architectures() and os.environ.get(_CUDA_SWITCH) == "1":
+    if cuda_architectures() and os.environ.get(_CUDA_SWITCH) != "0":
         _em_statistics.register_kernel("cuda")(em_statistics_cuda)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 from gmm_jepa.ops import losses, posterior
 from gmm_jepa.ops.ensemble import chunks_of, mean_of_chunk
 from gmm_jepa.ops.mixture import Mixture, quadratic
+from gmm_jepa.ops.packed import PackedMixtures
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
-_OPERANDS_KEPT = 8
 _TOPK_VALUES = 1 << 24  # posteriors alive at one time where k best are asked for: 64 MB
-_operands: OrderedDict[tuple, tuple] = OrderedDict()
 
 
 def available() -> bool:
@@ -190,45 +188,22 @@ def masked_mse(
     return kernel.masked_mse(prediction, target, row_weights, with_gradient=with_gradient)
 
 
-def operand_of(mixture: Mixture, *, exact: bool):
-    """The mixture packed for the kernels (`gmm_jepa.kernels.gaussian.Operand`).
-
-    The last few are kept: folding takes about as long as a kernel on a whole batch. The kept
-    entry holds the mixture's tensors, so their addresses cannot be reused, and their version
-    counters tell when they were written to. Each stream has its own: no stream waits for another.
-    """
+def _pack(mixture: Mixture, exact: bool):
     from gmm_jepa.kernels import gaussian
 
-    key = _key(mixture, exact)
-    if key is None:
-        return _pack(gaussian, mixture, exact)
-    if key not in _operands:
-        _operands[key] = (_pack(gaussian, mixture, exact), mixture)
-        if len(_operands) > _OPERANDS_KEPT:
-            _operands.popitem(last=False)
-    _operands.move_to_end(key)
-    return _operands[key][0]
-
-
-def _key(mixture: Mixture, exact: bool) -> tuple | None:
-    """What a kept operand is known by; None if it must not be kept."""
-    if any(parameter.is_inference() for parameter in mixture):
-        return None  # no version counter: cannot tell whether it is still true
-    stream = None
-    if mixture.means.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return None  # what a graph makes has its values only when the graph runs
-        stream = torch.cuda.current_stream(mixture.means.device).cuda_stream
-    tensors = ((p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in mixture)
-    return (exact, stream, *tensors)
-
-
-def _pack(gaussian, mixture: Mixture, exact: bool):
     log_weights, means, variances = mixture
     constant = log_weights.double() - 0.5 * (2.0 * math.pi * variances.double()).log().sum(1)
     if exact:
         return gaussian.direct_operand(means, variances, constant)
     return gaussian.split_operand(*quadratic(mixture, torch.float32), constant)
+
+
+_packed = PackedMixtures(_pack, n_kept=8)
+
+
+def operand_of(mixture: Mixture, *, exact: bool):
+    """The mixture packed for the kernels (`gmm_jepa.kernels.gaussian.Operand`)."""
+    return _packed(mixture, exact)
 
 
 def _all_covered(*tensors: Tensor) -> bool:

@@ -177,9 +177,15 @@ def oracle() -> Callable[[Tensor, Mixture], Tensor]:
 @pytest.fixture
 def posteriors_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ensemble's posteriors come from the Triton kernel on a CPU, too."""
+    monkeypatch.setattr(ensemble, "_posterior", triton_gmm.gmm_posterior)
 
-    def posteriors(frames, log_weights, means, variances, *options):
-        for mixture in zip(log_weights, means, variances):
-            yield triton_gmm.gmm_posterior(frames, *mixture, *options)
 
-    monkeypatch.setattr(ensemble, "_posteriors", posteriors)
+@pytest.fixture
+def chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Sets how many rows of how many components an ensemble makes the posteriors of at a time."""
+
+    def set_to(n_rows: int, n_components: int) -> None:
+        for name in ("TARGET_VALUES", "TARGET_VALUES_ELSEWHERE"):
+            monkeypatch.setattr(ensemble, name, n_rows * n_components)
+
+    return set_to

@@ -52,7 +52,8 @@ def test_hard_assignment():
 
 @gpu
 @pytest.mark.parametrize(
-    "shape", [(70_001, 3, 2), (3000, 1024, 80), (500, 8192, 40), (90, 70, 200)]
+    "shape",
+    [(70_001, 3, 2), (3000, 1024, 80), (65_600, 130, 80), (500, 8192, 40), (90, 70, 200)],
 )
 def test_shapes(shape):
     frames, mixture = emulation.cases.drawn(*shape)
@@ -75,7 +76,8 @@ def test_a_frame_that_is_not_finite_spoils_its_results():
 
 
 @gpu
-def test_the_operator_uses_it_where_it_is_turned_on():
+@pytest.mark.parametrize(("switch", "used"), [("1", True), ("0", False)])
+def test_the_operator_uses_it_unless_it_is_turned_off(switch, used):
     program = (
         "import torch; from gmm_jepa import ops; from gmm_jepa.ops import native\n"
         "calls = []; plain = native._native.em_statistics_cuda\n"
@@ -83,10 +85,21 @@ def test_the_operator_uses_it_where_it_is_turned_on():
         "m = ops.Mixture(torch.zeros(2), torch.randn(2, 3), torch.ones(2, 3))\n"
         "m = ops.Mixture(*(p.cuda() for p in m))\n"
         "assert ops.em_statistics(torch.randn(9, 3).cuda(), m).counts.isfinite().all()\n"
-        "assert calls\n"
+        f"assert bool(calls) is {used}\n"
     )
-    environment = os.environ | {"GMM_JEPA_CUDA_EM": "1"}
+    environment = os.environ | {"GMM_JEPA_CUDA_EM": switch}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+@gpu
+def test_a_mixture_changed_in_place_is_packed_anew():
+    frames, mixture = emulation.cases.drawn(500, 20, 8)
+    moved = tuple(p.cuda() for p in mixture)
+    native.em_statistics_cuda(frames.cuda(), *moved)
+    moved[1].add_(1.0)
+    got = native.em_statistics_cuda(frames.cuda(), *moved)
+    expected = native.em_statistics(frames, *(p.cpu() for p in moved))
+    emulation.assert_close(tuple(field.cpu() for field in got), expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

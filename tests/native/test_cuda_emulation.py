@@ -48,12 +48,23 @@ def all_unscreened():
     return cases.drawn(64, 9, 5, variance=(1e-12, 1e-11), dtype=torch.float64)
 
 
+def some_unscreened():
+    """Components that are always, never and sometimes computed, at the depth of D = 80."""
+    frames, mixture = cases.drawn(100, 150, 80, variance=(0.5, 60.0))
+    log_weights, variances = mixture.log_weights.clone(), mixture.variances.clone()
+    variances[::17] = 1e-12
+    log_weights[::17] = -60.0  # light: their bound must not loosen that of all frames
+    log_weights[[5, 149]] = -math.inf
+    return frames, mixture._replace(log_weights=log_weights, variances=variances)
+
+
 CASES = cases.CASES | {
     "D_13": small_odd,
     "offset_1e3_D_80": lambda: cases.drawn(200, 100, 80, offset=1000.0),
     "speech_like": speech_like,
     "wide": wide,
     "all_unscreened": all_unscreened,
+    "some_unscreened": some_unscreened,
     "half": lambda: cases.drawn(100, 64, 20, dtype=torch.float16),
 }
 
@@ -120,15 +131,45 @@ def test_the_bound_holds(name):
     K, D = mixture.means.shape
     z = ((frames - operands.shift) * operands.inverse_scale).to(torch.bfloat16)
     square = (z.float() * z.float()).to(torch.bfloat16)
-    features = torch.stack((z, square), 2).flatten(1).double()
+    order = cuda_em.even_first(torch.arange(D)[None])[0]
+    features = torch.stack((z[:, order], square[:, order]), 2).flatten(1).double()
     scores = features @ operands.weights[:K, : 2 * D].double().T + operands.bias[:K]
     joint = cases.log_joint(frames, mixture)
     lowest = joint.amax(1, keepdim=True) - cuda_em.MARGIN_NATS
     threshold = (1.0 + operands.gain) * lowest
-    matters = (joint >= lowest) & ~operands.always[:K].bool()
+    matters = joint >= lowest
     assert (scores >= threshold)[matters].all()
     if name in ("usual", "speech_like"):  # and not by letting everything pass
         assert (scores >= threshold).double().mean() < 0.3
+
+
+def test_which_components_are_screened():
+    _, mixture = some_unscreened()
+    operands = cuda_em.pack(mixture)
+    always = torch.zeros(192, dtype=torch.bool)
+    always[:150:17] = True
+    never = torch.ones(192, dtype=torch.bool)
+    never[:150] = mixture.log_weights == -math.inf
+    assert torch.equal(operands.bias == math.inf, always)
+    assert torch.equal(operands.bias == -math.inf, never)
+    assert torch.equal(operands.guess.isfinite(), ~(always | never))
+
+
+@pytest.mark.parametrize("name", ["usual", "speech_like", "D_13", "offset", "one_feature"])
+def test_the_guess_is_the_marginal_log_density(name):
+    """Of the features that the first sweep reads, up to the screen's rounding."""
+    frames, mixture = CASES[name]()
+    operands = cuda_em.pack(mixture)
+    K, D = mixture.means.shape
+    order = cuda_em.even_first(torch.arange(D)[None])[0][: cuda_em.guess_dims(D)]
+    z = ((frames - operands.shift) * operands.inverse_scale)[:, order].to(torch.bfloat16)
+    features = torch.stack((z, (z.float() * z.float()).to(torch.bfloat16)), 2).flatten(1).double()
+    scores = features @ operands.weights[:K, : 2 * len(order)].double().T + operands.guess[:K]
+    seen = Mixture(mixture.log_weights, mixture.means[:, order], mixture.variances[:, order])
+    joint = cases.log_joint(frames[:, order], seen)
+    best = scores.argmax(1, keepdim=True)
+    lost = joint.amax(1) - joint.gather(1, best)[:, 0]
+    assert lost.max() < 2.0
 
 
 def test_speech(shared):
