@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmm_jepa import ops
+from gmm_jepa.ops.fused import exporting, takes_phases
 
 
 class FrameConv(nn.Module):
@@ -43,6 +44,9 @@ class FrameConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_channels) -> (B, T', out_channels); padding frames of x must be zero."""
+        same = self.stride == 1 and 2 * self.padding == self.dilation * (self.weight.shape[2] - 1)
+        if same and takes_phases(x, self.dilation):
+            return self.by_phases(x)
         y = F.conv2d(
             x.transpose(1, 2).unsqueeze(2),
             self.weight.unsqueeze(2),
@@ -54,6 +58,20 @@ class FrameConv(nn.Module):
         )
         return y.squeeze(2).transpose(1, 2)
 
+    def by_phases(self, x: Tensor) -> Tensor:
+        """`forward` without a dilation, of a convolution that keeps the number of frames.
+
+        Frames a dilation apart are neighbours in an image of T / dilation rows, which is the same
+        memory, so a filter of one column does it.
+        """
+        (B, T, C), d = x.shape, self.dilation
+        n_rows = -(-T // d)
+        rows = F.pad(x, (0, 0, 0, n_rows * d - T)).reshape(B, n_rows, d, C)
+        padding = (self.weight.shape[2] // 2, 0)
+        image, weight = rows.permute(0, 3, 1, 2), self.weight.unsqueeze(3)
+        y = F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups)
+        return y.permute(0, 2, 3, 1).reshape(B, n_rows * d, -1)[:, :T]
+
 
 class DepthwiseConv(FrameConv):
     """One filter of odd length a channel, as many frames out as in, by `ops.depthwise_conv`."""
@@ -63,6 +81,4 @@ class DepthwiseConv(FrameConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> the same shape; an exported graph holds torch's own convolution."""
-        # While torch.compile traces, is_exporting() is true, too.
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        return super().forward(x) if exporting else ops.depthwise_conv(x, self.weight, self.bias)
+        return super().forward(x) if exporting() else ops.depthwise_conv(x, self.weight, self.bias)

@@ -1,7 +1,7 @@
-"""Where one operator of a CPU does what elsewhere a model composes of plain torch.
+"""Which of several forms of one thing a device takes: the models do not ask for devices.
 
-On other devices a compiler fuses the plain form; without the native module it is the faster one;
-an exported graph holds no ops of this package.
+Where a CPU has one operator, other devices compose plain torch, which a compiler fuses; without the
+native module that is the faster form, too. An exported graph holds no ops of this package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from torch import Tensor
 
 has_native = False
 """Set where the native module registers its kernels."""
+
+WIDE_DILATION = 16
+"""Six calls of the kernel that cuDNN falls back on, `conv2d_grouped_direct`, took 112 of the 269 ms
+of a compiled training step on an H200; the calls that its fast kernels lack are those of dilations
+25, 27 and 125. Without a dilation not measured yet. oneDNN has fast kernels for all."""
 
 _composes = False
 
@@ -29,6 +34,11 @@ def exporting() -> bool:
 def takes_one_op(x: Tensor) -> bool:
     """Whether x is on a CPU with native kernels, and neither export nor `composed` is under way."""
     return has_native and x.device.type == "cpu" and not (_composes or exporting())
+
+
+def takes_phases(x: Tensor, dilation: int) -> bool:
+    """Whether a convolution of x is to run on frames a dilation apart as neighbours."""
+    return x.device.type == "cuda" and dilation >= WIDE_DILATION and not exporting()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,21 @@ def test_frame_conv_is_conv1d(options: dict[str, int]) -> None:
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2))
 
 
+@pytest.mark.parametrize("n_frames", [1, 4, 5, 21, 60])
+def test_phases_are_the_dilated_convolution(n_frames: int) -> None:
+    conv = FrameConv(4, 4, 3, dilation=5, padding=5).double()
+    x = torch.randn(2, n_frames, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (x, conv.weight, conv.bias)
+    plain, phases = conv(x), conv.by_phases(x)
+    torch.testing.assert_close(phases, plain)
+    cotangent = torch.randn_like(plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(phases, leaves, cotangent),
+        torch.autograd.grad(plain, leaves, cotangent),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("stride", [2, 3, 5, 8])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stem_is_two_convolutions(stride: int, masked: bool) -> None:
