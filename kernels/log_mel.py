@@ -7,6 +7,7 @@ waveform (B, S) float32, bf16, float16 or int16 (divided by 32,768), any strides
 int64; out (B, T, n_mels) float32, bf16 or float16, frames past a row's valid ones 0. N is even.
 Frames of all rows form one list, of which a program takes BLOCK_T; nothing but waveform, tables and
 output touches memory. More than 128 mels are split over programs, which then repeat the transform.
+N beyond 510 is left to `log_mel_large.py`.
 
 The transform is a matrix product, folded twice. A real signal: with e_n = y_n + y_{N-n} and
 o_n = y_n - y_{N-n}, n = 0..N/2, Re X = sum_n e_n cos(2 pi k n / N) and Im X = -sum_n o_n sin(.).
@@ -17,7 +18,7 @@ That halves the work. Samples n and N/2 - n share their tables: cos(2 pi k (N/2-
     Re X_k = sum_n (e_n - e_{N/2-n}) cos,   Im X_k = -sum_n (o_n + o_{N/2-n}) sin,   k odd,
 
 which halves it again: 81 k operations a frame at N = 400 (161 k folded once). Even and odd bins
-are two passes over the samples, so that the sums of 128 bins fit in registers.
+are two passes over the samples; the folded samples of a pass stay in shared memory for all bins.
 
 Precision: y is scaled by a power of two for each frame and, like the tables, split into two
 float16 of 11 bits; three products of the parts give 22 bits, those of tf32x3, at twice its rate.
@@ -38,6 +39,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .log_mel_large import log_mel_large
+
+SIZE = 128  # rows and columns of a table of the transform: n = 0..N/4, every second bin
+MAX_N_FFT = 4 * SIZE - 2  # even, N/4 < SIZE
 MAX_MELS = 128  # of one program
 SAMPLES_A_STEP = 64  # of the search for a frame's largest sample
 
@@ -87,16 +92,7 @@ def _split(a):
 
 
 @triton.jit
-def _dot_float16(high, low, b_ptrs, low_part, total, small):
-    """total + high @ b_high, and small + the products of a low part: b's two parts in memory."""
-    b_high = tl.load(b_ptrs)
-    small = tl.dot(low, b_high, small)
-    small = tl.dot(high, tl.load(b_ptrs + low_part), small)
-    return tl.dot(high, b_high, total), small
-
-
-@triton.jit
-def _dot_resident(high, low, high_2, low_2, b_ptrs, b_ptrs_2, low_part, total):
+def _dot(high, low, high_2, low_2, b_ptrs, b_ptrs_2, low_part, total):
     """total + [a, a_2] @ [b, b_2]: small products first, since tensor cores cut their sums off."""
     b_high, b_high_2 = tl.load(b_ptrs), tl.load(b_ptrs_2)
     total = tl.dot(low, b_high, total)
@@ -231,11 +227,9 @@ def _log_mel_fwd_kernel(
     stride_x_s,
     N_FFT: tl.constexpr,
     N_MELS: tl.constexpr,
-    N_PAD: tl.constexpr,  # rows of each of the four tables
-    F_PAD: tl.constexpr,  # their columns, every second bin
+    SIZE: tl.constexpr,  # rows of each of the four tables, and columns, every second bin
     WIDE: tl.constexpr,  # a row of 2^30 samples or more
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_M_MORE: tl.constexpr,
@@ -274,70 +268,47 @@ def _log_mel_fwd_kernel(
             x_ptr, stride_x_s, row_start, start, length, window_ptr, N_FFT, BLOCK_T, BLOCK_S, False
         )
     scale, inverse_scale = _power_of_two_below(largest)
-    TABLE: tl.constexpr = N_PAD * F_PAD
-    RESIDENT: tl.constexpr = N_PAD == 2 * BLOCK_N  # operands are kept for all bins
+    TABLE: tl.constexpr = SIZE * SIZE
+    BLOCK_N: tl.constexpr = SIZE // 2  # two tiles hold the samples of all products
     HALF: tl.constexpr = N_FFT // 2
     for odd in tl.static_range(2):
         table = basis_ptr + 2 * odd * TABLE
         offs_n = tl.arange(0, BLOCK_N)
-        if RESIDENT:
-            e_high, e_low, o_high, o_low = _folded(
-                x_ptr,
-                stride_x_s,
-                row_start,
-                start,
-                length,
-                whole,
-                window_ptr,
-                inverse_scale,
-                offs_n,
-                odd,
-                N_FFT,
-            )
-            e_high_2, e_low_2, o_high_2, o_low_2 = _folded(
-                x_ptr,
-                stride_x_s,
-                row_start,
-                start,
-                length,
-                whole,
-                window_ptr,
-                inverse_scale,
-                BLOCK_N + offs_n,
-                odd,
-                N_FFT,
-            )
-        for f0 in tl.range(0, F_PAD, BLOCK_F, disable_licm=True):
+        e_high, e_low, o_high, o_low = _folded(
+            x_ptr,
+            stride_x_s,
+            row_start,
+            start,
+            length,
+            whole,
+            window_ptr,
+            inverse_scale,
+            offs_n,
+            odd,
+            N_FFT,
+        )
+        e_high_2, e_low_2, o_high_2, o_low_2 = _folded(
+            x_ptr,
+            stride_x_s,
+            row_start,
+            start,
+            length,
+            whole,
+            window_ptr,
+            inverse_scale,
+            BLOCK_N + offs_n,
+            odd,
+            N_FFT,
+        )
+        for f0 in tl.range(0, SIZE, BLOCK_F, disable_licm=True):
             offs_f = f0 + tl.arange(0, BLOCK_F)
             re = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
             im = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-            if RESIDENT:
-                b = table + offs_n[:, None] * F_PAD + offs_f[None, :]
-                b_2 = b + BLOCK_N * F_PAD
-                re = _dot_resident(e_high, e_low, e_high_2, e_low_2, b, b_2, 4 * TABLE, re)
-                b, b_2 = b + TABLE, b_2 + TABLE
-                im = _dot_resident(o_high, o_low, o_high_2, o_low_2, b, b_2, 4 * TABLE, im)
-            else:
-                re_small, im_small = re, im
-                for n0 in tl.range(0, N_PAD, BLOCK_N, disable_licm=True):
-                    e_high, e_low, o_high, o_low = _folded(
-                        x_ptr,
-                        stride_x_s,
-                        row_start,
-                        start,
-                        length,
-                        whole,
-                        window_ptr,
-                        inverse_scale,
-                        n0 + offs_n,
-                        odd,
-                        N_FFT,
-                    )
-                    b = table + (n0 + offs_n)[:, None] * F_PAD + offs_f[None, :]
-                    re, re_small = _dot_float16(e_high, e_low, b, 4 * TABLE, re, re_small)
-                    b += TABLE
-                    im, im_small = _dot_float16(o_high, o_low, b, 4 * TABLE, im, im_small)
-                re, im = re + re_small, im + im_small
+            b = table + offs_n[:, None] * SIZE + offs_f[None, :]
+            b_2 = b + BLOCK_N * SIZE
+            re = _dot(e_high, e_low, e_high_2, e_low_2, b, b_2, 4 * TABLE, re)
+            b, b_2 = b + TABLE, b_2 + TABLE
+            im = _dot(o_high, o_low, o_high_2, o_low_2, b, b_2, 4 * TABLE, im)
             power = re * re + im * im
             high = power.to(tl.bfloat16)
             low = (power - high.to(tl.float32)).to(tl.bfloat16)
@@ -353,50 +324,36 @@ def _log_mel_fwd_kernel(
         _store(out_ptr, offs_t, mask_t, valid, offs_more, mel_more, scale, floor, N_MELS)
 
 
-def config(n_fft: int, n_mels: int) -> dict[str, int]:
-    """Tile and schedule.
+def config(n_mels: int) -> dict[str, int]:
+    """Tile and schedule: only such as ran on one H200 (n_fft 400) and were right.
 
-    Up to n_fft 510 the operands of 64 frames are made once for all even and once for all odd bins
-    and stay in shared memory (RESIDENT); beyond, they are made again for each block of bins.
+    There, ms for 24,032 and for 384,256 frames: this tile 0.196 and 2.47; two stages 0.226 and
+    2.66; three programs a multiprocessor (168 registers) 0.233 and 2.83; BLOCK_T 128 with eight
+    warps 0.215 and 2.52, with two stages too 0.191 and 2.25, in 210 KB of shared memory, so not
+    used; BLOCK_M 128 for 80 mels 0.323 and 3.91. BLOCK_F 64 gave NaN, for a reason not found: its
+    PTX is right where it is emulated (kernels/README.md). So run a tile on a GPU before use. For
+    that reason, too, smaller n_fft have the tables of 510: the loops over blocks stay the same.
+
     BLOCK_F differs from BLOCK_T, since Triton lays out loads of one shape alike, and would give a
     thread eight samples in a row, as of the float16 tables. Four warps, since a product of 64 rows
     is one warp group's: of eight, both groups would make all of it, as Triton keeps chained
-    products within a group. Chosen by what compiles for sm_90 (two programs a multiprocessor), not
-    by a measurement.
+    products within a group.
     """
-    size = n_fft // 4 + 1
-    resident = size <= 128
-    block_m = max(16, min(MAX_MELS // 2, triton.next_power_of_2(n_mels)))
-    more = min(n_mels, MAX_MELS) - block_m
-    return {
-        "BLOCK_T": 64,
-        "BLOCK_N": max(16, triton.next_power_of_2(size) // 2) if resident else 16,
-        "BLOCK_F": 32 if resident else 64,
-        "BLOCK_M": block_m,
-        "BLOCK_M_MORE": max(16, triton.next_power_of_2(more)) if more > 0 else 0,
-        "BLOCK_S": SAMPLES_A_STEP,
-        "num_warps": 4,
-        "num_stages": 1 if resident else 2,
-    }
-
-
-def table_shape(n_fft: int, tile: dict[str, int]) -> tuple[int, int]:
-    """(N_PAD, F_PAD): n_fft // 4 + 1 rows and columns, padded to whole blocks."""
-    size = n_fft // 4 + 1
-    n_blocks, f_blocks = triton.cdiv(size, tile["BLOCK_N"]), triton.cdiv(size, tile["BLOCK_F"])
-    return n_blocks * tile["BLOCK_N"], f_blocks * tile["BLOCK_F"]
+    block_m, more = (64, 16) if n_mels <= 80 else (MAX_MELS, 0)
+    tile = {"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_M": block_m, "BLOCK_M_MORE": more}
+    return {**tile, "BLOCK_S": SAMPLES_A_STEP, "num_warps": 4, "num_stages": 1}
 
 
 @functools.lru_cache(maxsize=16)
-def basis(n_fft: int, n_pad: int, f_pad: int, device: torch.device) -> Tensor:
-    """(2, 4, n_pad, f_pad) float16: high and low parts of the folded transform's tables.
+def basis(n_fft: int, device: torch.device) -> Tensor:
+    """(2, 4, SIZE, SIZE) float16: high and low parts of the folded transform's tables.
 
     Tables: cosines and sines of bins k = 2 i, cosines and sines of bins k = 2 i + 1; row n,
     column i. Zero where n > n_fft / 4 or k > n_fft / 2. The term n = n_fft / 4, which the fold
     counts twice, is halved.
     """
-    n = torch.arange(n_pad)[:, None]
-    k = 2 * torch.arange(f_pad) + torch.arange(2)[:, None, None]  # (2, 1, f_pad)
+    n = torch.arange(SIZE)[:, None]
+    k = 2 * torch.arange(SIZE) + torch.arange(2)[:, None, None]  # (2, 1, SIZE)
     angle = (2.0 * math.pi / n_fft) * ((n * k) % n_fft).double()
     weight = (4 * n < n_fft).double() + 0.5 * (4 * n == n_fft)
     tables = torch.stack((angle.cos(), angle.sin()), 1) * (weight * (k <= n_fft // 2))[:, None]
@@ -420,13 +377,14 @@ def log_mel(
     The tables of a transform size are made once for each device and kept.
     """
     (B, S), n_fft, n_mels = waveform.shape, window.shape[0], filters.shape[1]
+    if n_fft > MAX_N_FFT:
+        options = {"hop": hop, "floor": floor, "out_dtype": out_dtype}
+        return log_mel_large(waveform, lengths_samples, window, filters, **options)
     T = S // hop + 1
     out = waveform.new_empty((B, T, n_mels), dtype=out_dtype)
     if not out.numel():
         return out
-    tile = config(n_fft, n_mels)
-    n_pad, f_pad = table_shape(n_fft, tile)
-    tables = basis(n_fft, n_pad, f_pad, waveform.device)
+    tile = config(n_mels)
     mels = tile["BLOCK_M"] + tile["BLOCK_M_MORE"]
     grid = (triton.cdiv(B * T, tile["BLOCK_T"]), triton.cdiv(n_mels, mels))
     with torch.cuda.device_of(waveform):
@@ -434,7 +392,7 @@ def log_mel(
             waveform,
             lengths_samples.contiguous(),
             window.contiguous(),
-            tables,
+            basis(n_fft, waveform.device),
             filters.contiguous(),
             out,
             B * T,
@@ -444,8 +402,7 @@ def log_mel(
             *waveform.stride(),
             N_FFT=n_fft,
             N_MELS=n_mels,
-            N_PAD=n_pad,
-            F_PAD=f_pad,
+            SIZE=SIZE,
             WIDE=S >= 1 << 30,
             **tile,
         )

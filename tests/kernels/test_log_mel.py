@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -17,13 +19,17 @@ from torch import Tensor
 from gmm_jepa import InputError, LogMelSpec, ops
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from gmm_jepa.kernels.log_mel import basis, log_mel  # noqa: E402
+from gmm_jepa.kernels import log_mel as kept  # noqa: E402
+from gmm_jepa.kernels import log_mel_large  # noqa: E402
+from gmm_jepa.kernels.log_mel import SIZE, basis, log_mel  # noqa: E402
 
+from .guard_pages import guarded, run_in_child  # noqa: E402
 from .interpreter import mend_the_interpreter  # noqa: E402
 
 mend_the_interpreter()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = 1e-6
+MODULE = "tests.kernels.test_log_mel"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
@@ -61,8 +67,11 @@ CASES = {
     "int16": Case((2500, 900), dtype=torch.int16),
     "bfloat16": Case((2500, 900), dtype=torch.bfloat16),
     "float16": Case((2500, 900), dtype=torch.float16),
+    "n_fft_510": Case((2500,), n_fft=510, hop=160),
     "n_fft_512": Case((2500,), n_fft=512, hop=160),
     "n_fft_1024_128_mels": Case((1500,), n_fft=1024, hop=256, n_mels=128),
+    "n_fft_128": Case((2500,), n_fft=128, hop=64, n_mels=23),
+    "128_mels": Case((1500,), n_mels=128),
     "n_fft_402_23_mels": Case((2500, 401), n_fft=402, hop=131, n_mels=23),
     "hop_beyond_n_fft": Case((3001,), hop=577),
     "more_mels_than_a_program": Case((900,), n_mels=131),
@@ -192,12 +201,11 @@ def test_empty(shape):
     assert (got == 0).all()
 
 
-@pytest.mark.parametrize("n_fft", [2, 6, 8, 400])
+@pytest.mark.parametrize("n_fft", [2, 6, 8, 400, 510])
 def test_tables_hold_22_bits_of_the_transform(n_fft):
     """High and low part together against cosines and sines in float64."""
-    size = n_fft // 4 + 1
-    high, low = basis(n_fft, size, size, torch.device("cpu")).double()
-    n, i = torch.arange(size)[:, None], torch.arange(size)
+    high, low = basis(n_fft, torch.device("cpu")).double()
+    n, i = torch.arange(SIZE)[:, None], torch.arange(SIZE)
     weight = (4 * n < n_fft) + 0.5 * (4 * n == n_fft)
     for odd in (0, 1):
         k = 2 * i + odd
@@ -205,6 +213,61 @@ def test_tables_hold_22_bits_of_the_transform(n_fft):
         for table, exact in ((2 * odd, angle.cos()), (2 * odd + 1, angle.sin())):
             error = (high + low)[table] - weight * exact * (k <= n_fft // 2)
             assert error.abs().max() < 2.0**-23
+
+
+@pytest.mark.parametrize("n_fft", [512, 1024])
+def test_large_tables_hold_22_bits_of_the_transform(n_fft):
+    size = n_fft // 4 + 1
+    high, low = log_mel_large.basis(n_fft, size, size, torch.device("cpu")).double()
+    k = torch.arange(size)
+    for odd in (0, 1):
+        n = 2 * torch.arange(size)[:, None] + odd
+        weight = (2 * n < n_fft) + 0.5 * (2 * n == n_fft)
+        angle = 2 * math.pi * (n * k).double() / n_fft
+        for table, exact in ((odd, angle.cos()), (2 + odd, angle.sin())):
+            assert ((high + low)[table] - weight * exact).abs().max() < 2.0**-23
+
+
+def run_guarded(*names: str) -> None:
+    """In a process of its own: each case's inputs, tables and output between guard pages."""
+    new_empty, tables = Tensor.new_empty, (kept.basis, log_mel_large.basis)
+    for name in names:
+        case, window, filters = CASES[name], *_front_end(CASES[name])
+        inputs = (_batch(case), torch.tensor(case.lengths), window, filters)
+        expected = log_mel(*inputs, hop=case.hop, floor=FLOOR)
+        for at_end in (False, True):
+            between = partial(guarded, at_end=at_end)
+            kept.basis, log_mel_large.basis = (
+                lambda *sizes, make=make, between=between: between(make(*sizes)) for make in tables
+            )
+            Tensor.new_empty = lambda *a, between=between, **k: between(new_empty(*a, **k))
+            got = log_mel(*map(between, inputs), hop=case.hop, floor=FLOOR)
+            Tensor.new_empty = new_empty
+            kept.basis, log_mel_large.basis = tables
+            assert torch.equal(got, expected), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer's work on a GPU")
+def test_touches_nothing_beside_its_arguments():
+    names = (
+        "ragged_and_empty",
+        "too_short_to_reflect",
+        "nothing_to_reflect_in_a_program",
+        "int16",
+        "n_fft_512",
+        "n_fft_1024_128_mels",
+        "n_fft_128",
+        "n_fft_402_23_mels",
+        "more_mels_than_a_program",
+    )
+    child = run_in_child(f"{MODULE}:run_guarded", *names)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("side", ["begin", "end"])
+def test_guard_pages_end_a_process_that_reads_beside(side):
+    child = run_in_child("tests.kernels.guard_pages:read_beside", side)
+    assert child.returncode == -signal.SIGSEGV
 
 
 @needs_cuda
