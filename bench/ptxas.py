@@ -27,8 +27,8 @@ FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{TARGET},cod
 # What float32 frames of D = 80 meet.
 PAPER = (
     "em_screen_kernel<float, 8, 10>",
-    "em_refine_kernel<float>",
-    "em_moments_kernel<float, 3, 4>",
+    "em_refine_kernel<float, 80>",
+    "em_moments_kernel<float, 3, 4, 80>",
     "em_likelihood_kernel",
     "em_finish_kernel",
 )
@@ -58,7 +58,10 @@ def plain(symbol: str) -> str:
 
 
 def dynamic_shared_bytes(kernel: str) -> int:
-    """Of a screen kernel at the widest frames it takes; as `screen_shared_bytes` in screen.cuh."""
+    """Of a screen kernel at the widest frames it takes, as `screen_shared_bytes` in screen.cuh; of
+    a refinement, as `RefineShared` in refine.cuh."""
+    if kernel.startswith("em_refine_kernel"):
+        return 8 * (256 * (16 + 2) + 768 * 4 + 32 * (8 + 2))
     match = re.fullmatch(r"em_screen_kernel<\w+, (\d+), (\d+)>", kernel)
     if not match:
         return 0
@@ -130,13 +133,13 @@ def main() -> int:
     lines = [
         line for source in sorted(REPOSITORY.glob("csrc/cuda/*.cu")) for line in kernels(source)
     ]
-    print(f"{'kernel (* K = 1,024, D = 80)':34} regs  spills  stack  shared KiB  mma  local")
+    print(f"{'kernel (* K = 1,024, D = 80)':38} regs  spills  stack  shared KiB  mma  local")
     for line in sorted(lines, key=lambda line: (not line["paper"], line["kernel"])):
         shared = (line["static_shared_bytes"] + line["dynamic_shared_bytes"]) / 1024
         spills = line["spill_store_bytes"] + line["spill_load_bytes"]
         name = f"{line['kernel']} *" if line["paper"] else line["kernel"]
         print(
-            f"{name:34} {line['registers']:4}  {spills:6}  {line['stack_bytes']:5}  "
+            f"{name:38} {line['registers']:4}  {spills:6}  {line['stack_bytes']:5}  "
             f"{shared:10.1f}  {line.get('mma', ''):3}  {line.get('local', ''):5}"
         )
     if not options.dry:

@@ -23,6 +23,16 @@ __device__ __forceinline__ void wait_copy_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Parameters on their way through the first-level cache: there for the next pair of the component,
+// and the first to make room, so that the frames stay.
+__device__ __forceinline__ double2 load_passing(const double2* global) {
+    double2 value;
+    asm("ld.global.nc.L1::evict_first.v2.f64 {%0, %1}, [%2];"
+        : "=d"(value.x), "=d"(value.y)
+        : "l"(global));
+    return value;
+}
+
 // Four 8 x 8 tiles of 16-bit values; lanes 8 i to 8 i + 7 give the rows of tile i.
 __device__ __forceinline__ void load_tiles(uint32_t (&tiles)[4], const void* row) {
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -51,6 +61,18 @@ __device__ __forceinline__ double lane_sum(double value) {
         value += __shfl_xor_sync(kAllLanes, value, offset);
     }
     return value;
+}
+
+// Sum of the lanes below this one, and of all.
+__device__ __forceinline__ int places_before(int count, int lane, int& total) {
+    int sum = count;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    total = __shfl_sync(kAllLanes, sum, 31);
+    return sum - count;
 }
 
 }  // namespace gmm_jepa::cuda

@@ -7,11 +7,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "moments.cuh"
 #include "refine.cuh"
 #include "screen.cuh"
 
 namespace gmm_jepa::cuda {
 namespace {
+
+// Features that kernels of their own are made for: those of a log-mel frame.
+constexpr int kUsualDims = 80;
 
 // Codes that mean that this machine cannot run CUDA at all, not that something went wrong.
 bool is_no_device(cudaError_t code) {
@@ -52,6 +56,8 @@ struct Workspace {
         zeroed = used;
         normalisers = take<Normaliser>(frames);
         mask = take<uint32_t>(frames / kTileFrames * K);
+        members = take<uint32_t>(frames / kTileFrames * K);
+        stride = frames / kTileFrames;
     }
 
     template <typename V>
@@ -66,7 +72,8 @@ struct Workspace {
     Partials partials;
     double* likelihoods;
     Normaliser* normalisers;
-    uint32_t* mask;
+    uint32_t *mask, *members;  // (tiles, K) of the screen, (K, tiles) of the refinement
+    int64_t stride;            // tiles of a chunk
 };
 
 template <typename T, int kWarps, int kFixedSteps>
@@ -98,28 +105,54 @@ void screen(const ChunkView<T>& x, const Operands& mixture, double margin, uint3
     }
 }
 
-template <typename T, int kSlots, int kPairs>
-void moments(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+template <typename T, int kFixedDims>
+void refine(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+            cudaStream_t stream) {
+    const auto kernel = em_refine_kernel<T, kFixedDims>;
+    constexpr int kBytes = sizeof(RefineShared);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+          "shared memory of em_refine_kernel");
+    const int blocks = (x.n_rows + kBlockFrames - 1) / kBlockFrames;
+    kernel<<<blocks, 32 * kRefineWarps, kBytes, stream>>>(x, mixture, hard, space.mask,
+                                                          space.members, space.stride,
+                                                          space.normalisers, space.likelihoods);
+    check(cudaGetLastError(), "em_refine_kernel");
+}
+
+template <typename T>
+void refine(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+            cudaStream_t stream) {
+    if (mixture.n_dims == kUsualDims && x.stride_column == 1) {
+        refine<T, kUsualDims>(x, mixture, hard, space, stream);
+    } else {
+        refine<T, 0>(x, mixture, hard, space, stream);
+    }
+}
+
+template <typename T, int kSlots, int kPairs, int kFixedDims>
+void moments(const ChunkView<T>& x, const Operands& mixture, const Workspace& space,
              cudaStream_t stream) {
     const int K = int(mixture.n_components);
-    const dim3 grid((K + kMomentWarps - 1) / kMomentWarps, n_segments(K));
-    em_moments_kernel<T, kSlots, kPairs><<<grid, 32 * kMomentWarps, 0, stream>>>(
-        x, mixture, hard, space.mask, space.normalisers, space.partials);
+    const dim3 grid(K, n_segments(K));
+    em_moments_kernel<T, kSlots, kPairs, kFixedDims><<<grid, 32, 0, stream>>>(
+        x, mixture, space.members, space.stride, space.normalisers, space.partials);
     check(cudaGetLastError(), "em_moments_kernel");
 }
 
 template <typename T>
-void moments(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+void moments(const ChunkView<T>& x, const Operands& mixture, const Workspace& space,
              cudaStream_t stream) {
     const int64_t D = mixture.n_dims;
-    if (D <= 32) {
-        moments<T, 1, 4>(x, mixture, hard, space, stream);
+    if (D == kUsualDims && x.stride_column == 1) {
+        moments<T, 3, 4, kUsualDims>(x, mixture, space, stream);
+    } else if (D <= 32) {
+        moments<T, 1, 4, 0>(x, mixture, space, stream);
     } else if (D <= 96) {
-        moments<T, 3, 4>(x, mixture, hard, space, stream);
+        moments<T, 3, 4, 0>(x, mixture, space, stream);
     } else if (D <= 256) {
-        moments<T, 8, 2>(x, mixture, hard, space, stream);
+        moments<T, 8, 2, 0>(x, mixture, space, stream);
     } else {
-        moments<T, 16, 1>(x, mixture, hard, space, stream);
+        moments<T, 16, 1, 0>(x, mixture, space, stream);
     }
 }
 
@@ -152,11 +185,8 @@ void em_statistics(const Matrix<T>& frames, const Operands& mixture, const Mode&
         const ChunkView<T> x{frames.data + start * frames.stride_row, frames.stride_row,
                              frames.stride_column, n};
         screen(x, mixture, mode.margin, space.mask, stream);
-        const int rows = kRefineWarps * kTileFrames;
-        em_refine_kernel<<<(n + rows - 1) / rows, 32 * kRefineWarps, 0, stream>>>(
-            x, mixture, mode.hard, space.mask, space.normalisers, space.likelihoods);
-        check(cudaGetLastError(), "em_refine_kernel");
-        moments(x, mixture, mode.hard, space, stream);
+        refine(x, mixture, mode.hard, space, stream);
+        moments(x, mixture, space, stream);
     }
     em_likelihood_kernel<<<1, 256, 0, stream>>>(space.likelihoods, int(chunk / kTileFrames),
                                                 out.log_likelihood);

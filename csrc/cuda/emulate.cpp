@@ -30,9 +30,11 @@ class Emulation {
           K_(static_cast<int>(mixture.n_components)),
           D_(static_cast<int>(mixture.n_dims)),
           depth_(depth_of(D_)),
-          chunk_(chunk_frames(K_)),
+          chunk_(std::min(chunk_frames(K_), round_up(frames.n_rows, kBlockFrames))),
           segments_(n_segments(K_)),
-          mask_(chunk_ / kTileFrames * K_),
+          stride_(chunk_ / kTileFrames),
+          mask_(stride_ * K_),
+          members_(stride_ * K_),
           normalisers_(chunk_),
           likelihoods_(chunk_ / kTileFrames),
           counts_(size_t(segments_) * K_),
@@ -43,14 +45,12 @@ class Emulation {
         for (int64_t start = 0; start < frames_.n_rows; start += chunk_) {
             start_ = start;
             n_ = std::min(chunk_, frames_.n_rows - start);
-            const int64_t blocks = (n_ + kTileFrames - 1) / kTileFrames;
-            for (int64_t block = 0; block < blocks; ++block) {
-                screen(block);
-                refine(block);
-            }
+            const int64_t tiles = (n_ + kTileFrames - 1) / kTileFrames;
+            for (int64_t tile = 0; tile < tiles; ++tile) screen(tile);
+            for (int64_t first = 0; first < n_; first += kBlockFrames) refine(first);
             for (int segment = 0; segment < segments_; ++segment) {
-                const int64_t first = blocks * segment / segments_;
-                const int64_t last = blocks * (segment + 1) / segments_;
+                const int first = segment_start(tiles, segment, segments_);
+                const int last = segment_start(tiles, segment + 1, segments_);
                 for (int k = 0; k < K_; ++k) add_pairs(segment, k, first, last);
             }
         }
@@ -82,7 +82,9 @@ class Emulation {
   private:
     const T& x(int64_t frame, int d) const { return frames_(start_ + frame, d); }
 
-    uint32_t& word(int64_t block, int k) { return mask_[block * K_ + k]; }
+    uint32_t& word(int64_t tile, int k) { return mask_[tile * K_ + k]; }
+
+    uint32_t& member_word(int64_t tile, int k) { return members_[k * stride_ + tile]; }
 
     double log_joint_of(int64_t frame, int k) const {
         const double* row = &mixture_.table[size_t(k) * D_ * 2];
@@ -94,10 +96,10 @@ class Emulation {
         return log_joint(mixture_.constants[k], tree_sum(parts, kParts));
     }
 
-    // One warp's tile: two sweeps over the components, first half of the depth for a guess of the
+    // One warp's tile: two sweeps over the components, first part of the depth for a guess of the
     // best, then all of it for what may come near that.
-    void screen(int64_t block) {
-        const int64_t first = block * kTileFrames;
+    void screen(int64_t frame_tile) {
+        const int64_t first = frame_tile * kTileFrames;
         const int valid = static_cast<int>(std::min<int64_t>(kTileFrames, n_ - first));
         features_.assign(size_t(kTileFrames) * depth_ / 2, 0);
         bool usable[kTileFrames] = {};
@@ -136,7 +138,7 @@ class Emulation {
         }
         for (int tile = 0; tile < tiles; ++tile) {
             scores(tile, mixture_.bias, depth_ / kStepDepth);
-            mark(block, tile, threshold, first_bits(valid));
+            mark(frame_tile, tile, threshold, first_bits(valid));
         }
     }
 
@@ -174,7 +176,7 @@ class Emulation {
     }
 
     // The mask words of one tile: every lane's bits, exchanged until each has a component's.
-    void mark(int64_t block, int tile, const float* threshold, uint32_t valid) {
+    void mark(int64_t frame_tile, int tile, const float* threshold, uint32_t valid) {
         for (int group = 0; group < kTileComponents / kGroupComponents; ++group) {
             uint32_t words[kLanes] = {}, before[kLanes];
             for (int lane = 0; lane < kLanes; ++lane) {
@@ -196,46 +198,80 @@ class Emulation {
             for (int lane = 0; lane < kLanes; ++lane) {
                 const int k = tile * kTileComponents + group * kGroupComponents +
                               lane_component(lane, lane >> 2);
-                if (k < K_) word(block, k) = words[lane] & valid;
+                if (k < K_) word(frame_tile, k) = words[lane] & valid;
             }
         }
     }
 
-    // One warp: batches of at most kBatch pairs by component, then by frame.
-    void refine(int64_t block) {
-        LogSumExp sums[kTileFrames];
-        for (int start = 0; start < K_; start += kMaskComponents) {
-            std::vector<std::pair<int, int>> pairs;
-            for (int k = start; k < std::min(K_, start + kMaskComponents); ++k) {
-                for (int f = 0; f < kTileFrames; ++f) {
-                    if (word(block, k) >> f & 1u) pairs.push_back({k, f});
+    using Pair = std::pair<int, int>;  // component, frame of the block
+
+    // Of the components from `start` on that a warp takes at a time, by component, then by frame.
+    std::vector<Pair> pairs_of(int64_t first, int start) {
+        std::vector<Pair> pairs;
+        const int64_t n = std::min<int64_t>(kBlockFrames, n_ - first);
+        for (int k = start; k < std::min(K_, start + kRefineComponents); ++k) {
+            for (int f = 0; f < n; ++f) {
+                const int64_t frame = first + f;
+                if (word(frame / kTileFrames, k) >> f % kTileFrames & 1u) pairs.push_back({k, f});
+            }
+        }
+        return pairs;
+    }
+
+    // One block: each warp's components, then the frames' sums over warps, then who stays.
+    void refine(int64_t first) {
+        constexpr int kStride = kRefineWarps * kRefineComponents;
+        std::vector<LogSumExp> sums(kBlockFrames);
+        std::vector<float> remembered[kRefineWarps];
+        for (int warp = 0; warp < kRefineWarps; ++warp) {
+            std::vector<LogSumExp> own(kBlockFrames);
+            for (int start = kRefineComponents * warp; start < K_; start += kStride) {
+                const std::vector<Pair> pairs = pairs_of(first, start);
+                for (size_t i = 0; i < pairs.size(); i += kBatch) {
+                    const size_t n = std::min<size_t>(kBatch, pairs.size() - i);
+                    batch(first, &pairs[i], n, own, remembered[warp]);
                 }
             }
-            for (size_t from = 0; from < pairs.size(); from += kBatch) {
-                batch(block, &pairs[from], std::min<size_t>(kBatch, pairs.size() - from), sums);
-            }
+            for (int f = 0; f < kBlockFrames; ++f) sums[f].merge(own[f]);
         }
-        double lanes[kLanes] = {};
-        for (int f = 0; f < std::min<int64_t>(kTileFrames, n_ - block * kTileFrames); ++f) {
-            normalisers_[block * kTileFrames + f] = sums[f].normaliser();
+        double lanes[kBlockFrames] = {}, cuts[kBlockFrames] = {};
+        for (int f = 0; f < std::min<int64_t>(kBlockFrames, n_ - first); ++f) {
+            normalisers_[first + f] = sums[f].normaliser(mode_.hard);
             lanes[f] = sums[f].value(mode_.hard);
+            cuts[f] = lanes[f] + kLogNegligible;
         }
-        likelihoods_[block] += tree_sum(lanes, kLanes);
-        if (!mode_.hard) return;
-        for (int k = 0; k < K_; ++k) {
-            uint32_t owners = 0;
-            for (int f = 0; f < kTileFrames; ++f) owners |= uint32_t(sums[f].component == k) << f;
-            word(block, k) &= owners;
+        for (int tile = 0; tile < kBlockTiles; ++tile) {
+            likelihoods_[first / kTileFrames + tile] +=
+                tree_sum(lanes + tile * kTileFrames, kLanes);
+            for (int k = 0; k < K_; ++k) member_word(first / kTileFrames + tile, k) = 0;
+        }
+        for (int warp = 0; warp < kRefineWarps; ++warp) {
+            size_t place = 0;
+            for (int start = kRefineComponents * warp; start < K_; start += kStride) {
+                for (const auto& [k, f] : pairs_of(first, start)) {
+                    const bool known = place < kRemembered;
+                    const bool stays = mode_.hard
+                                           ? sums[f].component == k
+                                           : !known || !is_negligible(remembered[warp][place],
+                                                                      cuts[f]);
+                    const int64_t frame = first + f;
+                    member_word(frame / kTileFrames, k) |= uint32_t(stays) << f % kTileFrames;
+                    ++place;
+                }
+            }
         }
     }
 
-    void batch(int64_t block, const std::pair<int, int>* pairs, size_t n, LogSumExp* sums) const {
+    void batch(int64_t first, const Pair* pairs, size_t n, std::vector<LogSumExp>& sums,
+               std::vector<float>& remembered) const {
         double values[kBatch];
         for (size_t i = 0; i < n; ++i) {
-            values[i] = log_joint_of(block * kTileFrames + pairs[i].second, pairs[i].first);
+            const auto& [k, f] = pairs[i];
+            values[i] = log_joint_of(first + f, k);
+            remembered.push_back(static_cast<float>(values[i]));
+            sums[f].see(values[i], k);
         }
-        for (size_t i = 0; i < n; ++i) sums[pairs[i].second].see(values[i], pairs[i].first);
-        for (int f = 0; f < kTileFrames; ++f) sums[f].raise();
+        for (size_t i = 0; i < n; ++i) sums[pairs[i].second].raise();
         for (size_t i = 0; i < n; ++i) {
             LogSumExp& sum = sums[pairs[i].second];
             sum.add(share(values[i], sum.largest));
@@ -243,17 +279,15 @@ class Emulation {
     }
 
     // One warp: a component over the frames of one segment of the chunk.
-    void add_pairs(int segment, int k, int64_t first_block, int64_t last_block) {
+    void add_pairs(int segment, int k, int first_tile, int last_tile) {
         const double* row = &mixture_.table[size_t(k) * D_ * 2];
         std::vector<double> first(D_), second(D_);
         double count = 0.0;
-        for (int64_t block = first_block; block < last_block; ++block) {
+        for (int tile = first_tile; tile < last_tile; ++tile) {
             for (int f = 0; f < kTileFrames; ++f) {
-                if (!(word(block, k) >> f & 1u)) continue;
-                const int64_t frame = block * kTileFrames + f;
-                const double r =
-                    mode_.hard ? 1.0
-                               : normalisers_[frame].responsibility(log_joint_of(frame, k));
+                if (!(member_word(tile, k) >> f & 1u)) continue;
+                const int64_t frame = int64_t(tile) * kTileFrames + f;
+                const double r = normalisers_[frame].responsibility(log_joint_of(frame, k));
                 count += r;
                 for (int d = 0; d < D_; ++d) {
                     add_moments(r, x(frame, d) - row[2 * d], first[d], second[d]);
@@ -274,9 +308,10 @@ class Emulation {
     int K_, D_, depth_;
     int64_t chunk_, start_ = 0, n_ = 0;
     int segments_;
+    int64_t stride_;
     std::vector<uint32_t> features_;
     float scores_[kTileFrames][kTileComponents];
-    std::vector<uint32_t> mask_;
+    std::vector<uint32_t> mask_, members_;
     std::vector<Normaliser> normalisers_;
     std::vector<double> likelihoods_;
     std::vector<double> counts_, first_, second_;

@@ -1,41 +1,48 @@
-// What follows the screen: exact log-densities of the pairs it left, each frame's log-sum-exp, and
-// the moments of each component. Float64 throughout: an H200 does half as many of these operations
-// a second as in float32, and the loads of parameters take longer than either.
+// What follows the screen: exact log-densities of the pairs it left, and each frame's log-sum-exp.
+// Float64 throughout: an H200 does half as many of these operations a second as in float32, and the
+// loads of parameters take longer than either.
 #pragma once
 
 #include "screen.cuh"
 
 namespace gmm_jepa::cuda {
 
-constexpr int kRefineWarps = 8;
-constexpr int kMomentWarps = 8;
 // Pairs that a warp refines side by side; how many such sets have their loads under way at the same
 // time, and for how many features each: all of them up to D = 96. Two sets of as much would spill.
 constexpr int kTeams = 32 / kPairLanes;
 constexpr int kRefinePairs = 1;
 constexpr int kRefineRounds = 3;
 
-// Sum of the lanes below this one, and of all.
-__device__ __forceinline__ int places_before(int count, int lane, int& total) {
-    int sum = count;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, offset);
-        if (lane >= offset) sum += other;
-    }
-    total = __shfl_sync(kAllLanes, sum, 31);
-    return sum - count;
-}
-
 // What one warp shares between its lanes: a batch of pairs, by component, then by frame.
 struct Batch {
-    double values[kBatch];           // log-densities, then shares
-    uint16_t pairs[kBatch];          // 32 (component - first of the group) + frame
-    uint32_t of_frame[kTileFrames];  // bit i: pair i is the frame's
+    double values[kBatch];   // log-densities, then shares
+    uint16_t pairs[kBatch];  // kBlockFrames (component - first of the group) + frame
+};
+
+// What the warps of a block know. After the frames' sums are known, row 0 has the results: in
+// `largest` what a log-density must reach, the best component.
+struct RefineShared {
+    struct alignas(16) Sum {
+        double largest, sum;
+    };
+    Sum sums[kRefineWarps][kBlockFrames];
+    uint16_t components[kRefineWarps][kBlockFrames];
+    float remembered[kRefineWarps][kRemembered];
+    Batch batches[kRefineWarps];
+
+    __device__ LogSumExp load(int warp, int frame) const {
+        const Sum& from = sums[warp][frame];
+        return {from.largest, from.sum, components[warp][frame], from.largest};
+    }
+
+    __device__ void store(int warp, int frame, const LogSumExp& sum) {
+        sums[warp][frame] = {sum.largest, sum.sum};
+        components[warp][frame] = sum.component;
+    }
 };
 
 // Log-densities of the pairs of a batch of n from i on.
-template <typename T>
+template <int kFixedDims, typename T>
 __device__ __forceinline__ void refine_pairs(const ChunkView<T>& x, const Operands& mixture,
                                              int first_frame, int first_component, Batch& batch,
                                              int i, int n) {
@@ -45,10 +52,10 @@ __device__ __forceinline__ void refine_pairs(const ChunkView<T>& x, const Operan
 #pragma unroll
     for (int p = 0; p < kRefinePairs; ++p) {
         const int pair = batch.pairs[min(i + p * kTeams + team, n - 1)];
-        frames[p] = first_frame + (pair & 31);
-        k[p] = first_component + pair / 32;
+        frames[p] = first_frame + pair % kBlockFrames;
+        k[p] = first_component + pair / kBlockFrames;
     }
-    log_joints_of<kRefinePairs, kRefineRounds>(x, frames, mixture, k, lane, joints);
+    log_joints_of<kRefinePairs, kRefineRounds, kFixedDims>(x, frames, mixture, k, lane, joints);
 #pragma unroll
     for (int p = 0; p < kRefinePairs; ++p) {
         const int mine = i + p * kTeams + team;
@@ -56,28 +63,77 @@ __device__ __forceinline__ void refine_pairs(const ChunkView<T>& x, const Operan
     }
 }
 
-// One warp: 32 frames, all pairs that the screen left. `likelihoods` gains the sum of log p(x).
-template <typename T>
-__global__ void __launch_bounds__(32 * kRefineWarps, 2)
-    em_refine_kernel(const __grid_constant__ ChunkView<T> x,
-                     const __grid_constant__ Operands mixture, bool hard, uint32_t* mask,
-                     Normaliser* normalisers, double* likelihoods) {
-    __shared__ Batch batches[kRefineWarps];
-    Batch& batch = batches[threadIdx.x / 32];
-    const int lane = threadIdx.x & 31, K = int(mixture.n_components);
-    const int block = blockIdx.x * kRefineWarps + threadIdx.x / 32;
-    const int first = block * kTileFrames;
-    if (first >= x.n_rows) return;
-    uint32_t* words = mask + int64_t(block) * K;
-    LogSumExp sum;  // of frame `lane`
-    const auto bits_of = [&](int k) {
-        const uint64_t bits = k < K ? words[k] : 0;
-        return k + 1 < K ? bits | uint64_t(words[k + 1]) << 32 : bits;
-    };
-    uint64_t next = bits_of(2 * lane);
-    for (int start = 0; start < K; start += kMaskComponents) {
-        uint64_t bits = next;
-        next = bits_of(start + kMaskComponents + 2 * lane);
+// Adds a batch of n log-densities to the sums of their frames, each in the order of the batch.
+__device__ __forceinline__ void add_batch(RefineShared& shared, int first_component, int n) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    Batch& batch = shared.batches[warp];
+    const int frame = batch.pairs[min(lane, n - 1)] % kBlockFrames;
+    const double value = batch.values[min(lane, n - 1)];
+    // Lanes behind the last pair are no frame's; the first lane of a frame has its sum.
+    const uint32_t peers = __match_any_sync(kAllLanes, lane < n ? frame : kBlockFrames + lane);
+    const bool leads = lane < n && !(peers & first_bits(lane));
+    LogSumExp sum;
+    if (leads) {
+        sum = shared.load(warp, frame);
+        for (uint32_t left = peers; left; left &= left - 1) {
+            const int i = __ffs(left) - 1;
+            sum.see(batch.values[i], first_component + batch.pairs[i] / kBlockFrames);
+        }
+        sum.raise();
+        shared.sums[warp][frame].largest = sum.largest;
+    }
+    __syncwarp();
+    if (lane < n) batch.values[lane] = share(value, shared.sums[warp][frame].largest);
+    __syncwarp();
+    if (leads) {
+        for (uint32_t left = peers; left; left &= left - 1) {
+            sum.add(batch.values[__ffs(left) - 1]);
+        }
+        shared.store(warp, frame, sum);
+    }
+    __syncwarp();
+}
+
+// The mask words of one block, 8 components and 8 tiles of frames at a time: lane l has component
+// l / 4 of the group and the tiles 2 (l % 4) and 2 (l % 4) + 1.
+struct BlockWords {
+    __device__ BlockWords(const uint32_t* mask, int n_components, int n_rows)
+        : K(n_components),
+          lane(threadIdx.x & 31),
+          tile(int(blockIdx.x) * kBlockTiles + 2 * (lane & 3)),
+          left((n_rows + kTileFrames - 1) / kTileFrames - tile),
+          low(mask + int64_t(left > 0 ? tile : 0) * K),
+          high(mask + int64_t(left > 1 ? tile + 1 : 0) * K) {}
+
+    // What is not there is some word that is, so that nothing waits for it before `bits`.
+    __device__ uint2 load(int first_component) const {
+        const int k = min(first_component + lane / 4, K - 1);
+        return make_uint2(low[k], high[k]);
+    }
+
+    __device__ uint64_t bits(uint2 loaded, int first_component) const {
+        if (first_component + lane / 4 >= K || left < 1) return 0;
+        return left > 1 ? loaded.x | uint64_t(loaded.y) << 32 : loaded.x;
+    }
+
+    int K, lane, tile, left;  // `left` tiles from its first one on
+    const uint32_t *low, *high;
+};
+
+// All pairs of one warp: its components, the frames of the block.
+template <int kFixedDims, typename T>
+__device__ __forceinline__ void refine_components(const ChunkView<T>& x, const Operands& mixture,
+                                                  const BlockWords& words,
+                                                  RefineShared& shared) {
+    constexpr int kStride = kRefineWarps * kRefineComponents;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int first = int(blockIdx.x) * kBlockFrames;
+    Batch& batch = shared.batches[warp];
+    int seen = 0;
+    uint2 next = words.load(kRefineComponents * warp);
+    for (int start = kRefineComponents * warp; start < words.K; start += kStride) {
+        uint64_t bits = words.bits(next, start);
+        next = words.load(start + kStride);
         while (true) {
             int n;
             int place = places_before(__popcll(bits), lane, n);
@@ -87,222 +143,75 @@ __global__ void __launch_bounds__(32 * kRefineWarps, 2)
             }
             __syncwarp();
             n = min(n, kBatch);
-            batch.of_frame[lane] = 0;
             for (int i = 0; i < n; i += kRefinePairs * kTeams) {
-                refine_pairs(x, mixture, first, start, batch, i, n);
+                refine_pairs<kFixedDims>(x, mixture, first, start, batch, i, n);
             }
             __syncwarp();
-            // Lanes behind the last pair are no frame's.
-            const int owner = lane < n ? batch.pairs[lane] & 31 : 32;
-            const uint32_t peers = __match_any_sync(kAllLanes, owner);
-            if (lane < n) batch.of_frame[owner] = peers;
-            __syncwarp();
-            const uint32_t own = batch.of_frame[lane];
-            for (uint32_t left = own; left; left &= left - 1) {
-                const int i = __ffs(left) - 1;
-                sum.see(batch.values[i], start + batch.pairs[i] / 32);
+            if (lane < n && seen + lane < kRemembered) {
+                shared.remembered[warp][seen + lane] = static_cast<float>(batch.values[lane]);
             }
-            __syncwarp();
-            sum.raise();
-            const double largest = __shfl_sync(kAllLanes, sum.largest, owner & 31);
-            if (lane < n) batch.values[lane] = share(batch.values[lane], largest);
-            __syncwarp();
-            for (uint32_t left = own; left; left &= left - 1) {
-                sum.add(batch.values[__ffs(left) - 1]);
-            }
-            __syncwarp();
+            seen += n;
+            add_batch(shared, start, n);
         }
-    }
-    const bool is_there = first + lane < x.n_rows;
-    const double value = is_there ? sum.value(hard) : 0.0;
-    if (is_there) normalisers[first + lane] = sum.normaliser();
-    const double total = lane_sum<32>(value);
-    if (!lane) likelihoods[block] += total;
-    if (!hard) return;
-    for (int start = 0; start < K; start += 32) {
-        const int k = start + lane;
-        uint32_t word = k < K ? words[k] : 0;
-        for (uint32_t left = __ballot_sync(kAllLanes, word != 0); left; left &= left - 1) {
-            const int other = __ffs(left) - 1;
-            const uint32_t owners =
-                __ballot_sync(kAllLanes, is_there && sum.component == start + other);
-            if (lane == other) word &= owners;
-        }
-        if (k < K) words[k] = word;
     }
 }
 
-// Sums of each segment of the chunks, (segments, K) and (segments, K, D), about the means.
-struct Partials {
-    double* counts;
-    double* first;
-    double* second;
-};
-
-// What a warp knows of the frames of its segment that its component has a part in.
-struct Members {
-    uint16_t frames[32 * kTileFrames];
-};
-
-// One warp: a component over one segment of a chunk, kPairs frames at a time; lanes hold features.
-template <typename T, int kSlots, int kPairs>
-struct Moments {
-    static_assert(kPairs == 1 || kPairs == 2 || kPairs == 4, "one lane a pair");
-
-    __device__ Moments(const ChunkView<T>& frames, const Operands& mixture, int component)
-        : x(frames),
-          D(int(mixture.n_dims)),
-          lane(threadIdx.x & 31),
-          k(component),
-          constant(mixture.constants[component]) {
-        const double2* row = reinterpret_cast<const double2*>(mixture.table) + int64_t(k) * D;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-            const int d = lane + 32 * s;
-            const double2 parameters = d < D ? __ldg(row + d) : make_double2(0.0, 0.0);
-            mean[s] = parameters.x;
-            precision[s] = parameters.y;
-            first[s] = second[s] = 0.0;
-        }
-    }
-
-    // Adds up to kPairs frames, `n` of them there; frame(i) is the i-th.
-    template <typename Frame>
-    __device__ __forceinline__ void add(const Frame& frame, int n,
-                                        const Normaliser* normalisers, bool hard) {
-        double difference[kPairs][kSlots], joint[kPairs];
-        // Asked for here, for it is as far away as the frames. Lane i's is of pair i.
-        const Normaliser normaliser = normalisers[frame(min(lane, n - 1))];
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const T* values = x.row(frame(min(i, n - 1)));
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                const int d = lane + 32 * s;
-                difference[i][s] = d < D ? double(values[d * x.stride_column]) - mean[s] : 0.0;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            double squares = 0.0;
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                squares = add_square(squares, difference[i][s], 0.0, precision[s]);
-            }
-            joint[i] = log_joint(constant, lane_sum<32>(squares));
-        }
-        double mine = joint[0];
-        if constexpr (kPairs == 2) mine = lane & 1 ? joint[1] : joint[0];
-        if constexpr (kPairs == 4) {
-            const double low = lane & 1 ? joint[1] : joint[0];
-            mine = lane & 2 ? (lane & 1 ? joint[3] : joint[2]) : low;
-        }
-        double r = 0.0;
-        if (lane < n) r = hard ? 1.0 : normaliser.responsibility(mine);
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const double weight = __shfl_sync(kAllLanes, r, i);
-            if (i >= n) continue;  // a pair computed again, for want of another
-            count += weight;
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                add_moments(weight, difference[i][s], first[s], second[s]);
-            }
-        }
-    }
-
-    __device__ void write(const Partials& out, int segment, int K) const {
-        const int64_t at = int64_t(segment) * K + k;
-        if (!lane) out.counts[at] += count;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-            const int d = lane + 32 * s;
-            if (d >= D) continue;
-            out.first[at * D + d] += first[s];
-            out.second[at * D + d] += second[s];
-        }
-    }
-
-    const ChunkView<T>& x;
-    int D, lane, k;
-    double constant, count = 0.0;
-    double mean[kSlots], precision[kSlots], first[kSlots], second[kSlots];
-};
-
-template <typename T, int kSlots, int kPairs>
-__global__ void __launch_bounds__(32 * kMomentWarps, kSlots > 3 ? 1 : 3)
-    em_moments_kernel(const __grid_constant__ ChunkView<T> x,
-                      const __grid_constant__ Operands mixture, bool hard, const uint32_t* mask,
-                      const Normaliser* normalisers, const __grid_constant__ Partials out) {
-    __shared__ Members shared[kMomentWarps];
-    uint16_t* members = shared[threadIdx.x / 32].frames;
-    const int lane = threadIdx.x & 31, K = int(mixture.n_components);
-    const int k = blockIdx.x * kMomentWarps + threadIdx.x / 32;
-    if (k >= K) return;
-    const int64_t blocks = (x.n_rows + kTileFrames - 1) / kTileFrames;
-    const int begin = int(blocks * blockIdx.y / gridDim.y);
-    const int end = int(blocks * (blockIdx.y + 1) / gridDim.y);
-    Moments<T, kSlots, kPairs> moments(x, mixture, k);
-    bool any = false;
-    const auto bits_of = [&](int block) {
-        return block < end ? mask[int64_t(block) * K + k] : 0;
-    };
-    uint32_t next = bits_of(begin + lane);
-    for (int from = begin; from < end; from += 32) {
-        uint32_t bits = next;
-        next = bits_of(from + 32 + lane);
+// The warp's words once more, without the pairs that have no weight or, for a hard assignment, are
+// not of the best component; `members` is (K, tiles of a chunk).
+__device__ __forceinline__ void write_members(const BlockWords& words, bool hard,
+                                              const RefineShared& shared, uint32_t* members,
+                                              int64_t stride) {
+    constexpr int kStride = kRefineWarps * kRefineComponents;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    int seen = 0;
+    uint2 next = words.load(kRefineComponents * warp);
+    for (int start = kRefineComponents * warp; start < words.K; start += kStride) {
+        const uint64_t bits = words.bits(next, start);
+        next = words.load(start + kStride);
+        const int k = start + lane / 4;
         int n;
-        int place = places_before(__popc(bits), lane, n);
-        if (!n) continue;
-        any = true;
-        for (; bits; ++place, bits &= bits - 1) {
-            members[place] = uint16_t(lane * kTileFrames + __ffs(bits) - 1);
+        int place = seen + places_before(__popcll(bits), lane, n);
+        seen += n;
+        uint64_t kept = bits;
+        for (uint64_t left = bits; left; left &= left - 1, ++place) {
+            const int bit = __ffsll(left) - 1, frame = 64 * (lane & 3) + bit;
+            const bool stays = hard ? shared.components[0][frame] == k
+                                    : place >= kRemembered ||
+                                          !is_negligible(shared.remembered[warp][place],
+                                                         shared.sums[0][frame].largest);
+            if (!stays) kept &= ~(uint64_t(1) << bit);
         }
-        __syncwarp();
-        for (int i = 0; i < n; i += kPairs) {
-            const auto frame = [&](int j) { return from * kTileFrames + members[i + j]; };
-            moments.add(frame, min(kPairs, n - i), normalisers, hard);
-        }
-        __syncwarp();
+        if (k < words.K) *reinterpret_cast<uint64_t*>(members + k * stride + words.tile) = kept;
     }
-    if (any) moments.write(out, blockIdx.y, K);
 }
 
-// The sum of n values by one block, in a fixed order.
-__global__ void __launch_bounds__(256)
-    em_likelihood_kernel(const double* values, int n, double* total) {
-    __shared__ double parts[8];
-    double sum = 0.0;
-    for (int i = threadIdx.x; i < n; i += 256) sum += values[i];
-    sum = lane_sum<32>(sum);
-    if (!(threadIdx.x & 31)) parts[threadIdx.x / 32] = sum;
+// One block: 256 frames, all pairs that the screen left. `likelihoods` gains the sum of log p(x).
+template <typename T, int kFixedDims>
+__global__ void __launch_bounds__(32 * kRefineWarps, 2)
+    em_refine_kernel(const __grid_constant__ ChunkView<T> x,
+                     const __grid_constant__ Operands mixture, bool hard, const uint32_t* mask,
+                     uint32_t* members, int64_t stride, Normaliser* normalisers,
+                     double* likelihoods) {
+    static_assert(kBlockFrames == 32 * kRefineWarps, "one thread a frame");
+    extern __shared__ __align__(16) unsigned char bytes[];
+    RefineShared& shared = *reinterpret_cast<RefineShared*>(bytes);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int mine = int(threadIdx.x), frame = int(blockIdx.x) * kBlockFrames + mine;
+    const BlockWords words(mask, int(mixture.n_components), x.n_rows);
+    for (int i = lane; i < kBlockFrames; i += 32) shared.store(warp, i, LogSumExp());
+    __syncwarp();
+    refine_components<kFixedDims>(x, mixture, words, shared);
     __syncthreads();
-    if (threadIdx.x) return;
-    for (int i = 1; i < 8; ++i) sum += parts[i];
-    *total = isfinite(sum) ? sum : sum - sum;
-}
-
-// One block a component: segments become statistics about zero, not a number if any frame is not.
-__global__ void __launch_bounds__(128)
-    em_finish_kernel(const __grid_constant__ Operands mixture,
-                     const __grid_constant__ Partials partials, int segments,
-                     const __grid_constant__ Statistics out) {
-    const int K = int(mixture.n_components), D = int(mixture.n_dims), k = blockIdx.x;
-    const double spoil = *out.log_likelihood - *out.log_likelihood;  // zero or not a number
-    double count = 0.0;
-    for (int s = 0; s < segments; ++s) count += partials.counts[int64_t(s) * K + k];
-    if (!threadIdx.x) out.counts[k] = count + spoil;
-    for (int d = threadIdx.x; d < D; d += blockDim.x) {
-        double first = 0.0, second = 0.0;
-        for (int s = 0; s < segments; ++s) {
-            first += partials.first[(int64_t(s) * K + k) * D + d];
-            second += partials.second[(int64_t(s) * K + k) * D + d];
-        }
-        const int64_t at = int64_t(k) * D + d;
-        const double mean = mixture.table[2 * at];
-        out.first[at] = first_about_zero(count, mean, first) + spoil;
-        out.second[at] = second_about_zero(count, mean, first, second) + spoil;
-    }
+    LogSumExp sum = shared.load(0, mine);
+    for (int i = 1; i < kRefineWarps; ++i) sum.merge(shared.load(i, mine));
+    const bool is_there = frame < x.n_rows;
+    const double value = is_there ? sum.value(hard) : 0.0;
+    if (is_there) normalisers[frame] = sum.normaliser(hard);
+    const double total = lane_sum<32>(value);
+    if (!lane) likelihoods[blockIdx.x * kBlockTiles + warp] += total;
+    shared.store(0, mine, {value + kLogNegligible, 0.0, sum.component});
+    __syncthreads();
+    write_members(words, hard, shared, members, stride);
 }
 
 }  // namespace gmm_jepa::cuda

@@ -1,7 +1,7 @@
 // The screen: which components may matter for which frames.
 //
 // A warp owns 32 frames, a block kWarps of them; tiles of 64 components stream through shared
-// memory. Two sweeps: the first, over half of the depth, guesses each frame's best component, whose
+// memory. Two sweeps: the first, over part of the depth, guesses each frame's best component, whose
 // exact log-density gives the threshold; the second compares and leaves one bit a pair.
 #pragma once
 
@@ -40,22 +40,27 @@ inline size_t screen_shared_bytes(int warps, int n_dims) {
 
 // The exact log-densities of kPairs frames under a component each, by kPairLanes adjacent lanes, of
 // which this is `lane`. A lane has kRounds of 4 features of each pair on their way at a time.
-template <int kPairs, int kRounds, typename T>
+// kFixedDims: the features where they are adjacent and their number is known, a multiple of
+// kPairLanes, else 0.
+template <int kPairs, int kRounds, int kFixedDims = 0, typename T>
 __device__ __forceinline__ void log_joints_of(const ChunkView<T>& x, const int (&frames)[kPairs],
                                               const Operands& mixture, const int (&k)[kPairs],
                                               int lane, double (&joints)[kPairs]) {
     constexpr int kLaneParts = kParts / kPairLanes, kLoads = kRounds * kLaneParts;
-    const int D = static_cast<int>(mixture.n_dims);
-    const int64_t hop = kPairLanes * x.stride_column;
+    static_assert(kFixedDims % kPairLanes == 0, "as many features in every lane");
+    const int D = kFixedDims ? kFixedDims : static_cast<int>(mixture.n_dims);
+    const int64_t stride = kFixedDims ? 1 : x.stride_column, hop = kPairLanes * stride;
+    const int own = kFixedDims ? 0 : lane;  // which features are there does not depend on the lane
     const double2* rows[kPairs];
     const T* features[kPairs];
-    double parts[kPairs][kLaneParts] = {};
+    double parts[kPairs][kLaneParts] = {}, constants[kPairs];
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
         rows[p] = reinterpret_cast<const double2*>(mixture.table) + int64_t(k[p]) * D + lane;
-        features[p] = x.row(frames[p]) + lane * x.stride_column;
+        features[p] = x.row(frames[p]) + lane * stride;
+        constants[p] = __ldg(mixture.constants + k[p]);
     }
-    for (int start = lane; start < D; start += kRounds * kParts) {
+    for (int start = own; start < D; start += kRounds * kParts) {
         double2 parameters[kPairs][kLoads];
         T values[kPairs][kLoads];
 #pragma unroll
@@ -63,7 +68,7 @@ __device__ __forceinline__ void log_joints_of(const ChunkView<T>& x, const int (
 #pragma unroll
             for (int i = 0; i < kLoads; ++i, features[p] += hop) {
                 if (start + i * kPairLanes >= D) continue;
-                parameters[p][i] = __ldg(rows[p] + i * kPairLanes);
+                parameters[p][i] = load_passing(rows[p] + i * kPairLanes);
                 values[p][i] = __ldg(features[p]);
             }
             rows[p] += kRounds * kParts;
@@ -82,7 +87,7 @@ __device__ __forceinline__ void log_joints_of(const ChunkView<T>& x, const int (
     for (int p = 0; p < kPairs; ++p) {
         // 16 apart, then 8
         const double sum = (parts[p][0] + parts[p][2]) + (parts[p][1] + parts[p][3]);
-        joints[p] = log_joint(__ldg(mixture.constants + k[p]), lane_sum<kPairLanes>(sum));
+        joints[p] = log_joint(constants[p], lane_sum<kPairLanes>(sum));
     }
 }
 

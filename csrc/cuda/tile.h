@@ -28,25 +28,47 @@ constexpr int kStepDepth = 16;
 // four parts each, and in the moments, where 32 lanes have one each.
 constexpr int kParts = 32;
 constexpr int kPairLanes = 8;
-// Pairs (frame, component) refined between two updates of a frame's sum.
+// The refinement: a block of 8 warps has 256 frames, 8 mask words a component. Its warps take
+// groups of 8 components in turns, so that a block reads a component's parameters once.
+constexpr int kRefineWarps = 8;
+constexpr int kBlockTiles = 8;
+constexpr int kBlockFrames = kBlockTiles * kTileFrames;
+constexpr int kRefineComponents = 8;
+// Pairs (frame, component) refined between two updates of the frames' sums.
 constexpr int kBatch = 32;
-// Components whose mask words a warp reads at a time, two a lane.
-constexpr int kMaskComponents = 64;
+// Log-densities that a warp remembers until the frames' sums are known, 370 to 450 in the mean. The
+// pairs beyond stay, negligible or not.
+constexpr int kRemembered = 768;
+// Log of the weight below which a pair leaves the statistics: 1e-14.
+constexpr double kLogNegligible = -32.236191301916641;
+// Tiles whose words a warp of the moments reads at a time, two a lane: 2,048 frames. Segments begin
+// at an even tile.
+constexpr int kMomentTiles = 64;
+// No component, above all that there are.
+constexpr uint16_t kNone = 0xffff;
 // Beyond this z^2 times a precision may leave float32's range; such a frame is computed directly.
 constexpr float kLargest = 1e12f;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Frames between two launches. Their masks (128 B each at K = 1,024) and values (320 B at D = 80)
-// stay in the second-level cache: 8 + 21 MB.
+// Frames between two launches: 32 MB of mask words for each of the two masks. At K = 1,024 that is
+// 262,144 frames or four blocks of the refinement for each place on an H200: with less, all would
+// wait for the slowest.
 GMM_JEPA_BOTH int64_t chunk_frames(int64_t n_components) {
-    return n_components <= 8192 ? 65536 : 8192;
+    const int64_t n = (int64_t(1) << 28) / n_components / kBlockFrames * kBlockFrames;
+    return n < 262144 ? n : 262144;
 }
 
-// A chunk's moments are added up in this many parts, each in the order of its frames.
+// A chunk's moments are added up in this many parts, each in the order of its frames: 8,192 frames
+// at K = 1,024, for a component may have ten times as many as others, and one warp has them all.
 GMM_JEPA_BOTH int n_segments(int64_t n_components) {
-    const int64_t n = 8192 / n_components;
-    return static_cast<int>(n < 2 ? 2 : n > 64 ? 64 : n);
+    const int64_t n = 32768 / n_components;
+    return static_cast<int>(n < 4 ? 4 : n > 256 ? 256 : n);
+}
+
+// First tile of a segment; that of segment `segments` is the end, or a tile behind it.
+GMM_JEPA_BOTH int segment_start(int64_t n_tiles, int segment, int segments) {
+    return static_cast<int>(2 * ((n_tiles + 1) / 2 * segment / segments));
 }
 
 GMM_JEPA_BOTH int depth_of(int n_dims) {
@@ -97,14 +119,18 @@ GMM_JEPA_BOTH float score_threshold(double best, double margin, double gain) {
 // Not a number survives: only what is certainly below is left out.
 GMM_JEPA_BOTH bool survives(float score, float threshold) { return !(score < threshold); }
 
-// Features are packed 0, 2, 4, ..., then 1, 3, 5, ...: the first half of the depth is every other
-// mel bin, which tells the components nearly as well as all of them.
+// Features are packed 0, 2, 4, ..., then 1, 5, 9, ..., then 3, 7, 11, ...: whatever part of the
+// depth comes first, it is spread over all mel bins. Neighbours resemble each other, and what has
+// more of them than its share tells the components worse, not better.
 GMM_JEPA_BOTH int feature_position(int d, int n_dims) {
-    return d % 2 ? (n_dims + 1) / 2 + d / 2 : d / 2;
+    if (d % 2 == 0) return d / 2;
+    return (n_dims + 1) / 2 + (d % 4 == 1 ? 0 : (n_dims + 2) / 4) + d / 4;
 }
 
-// Steps of the depth that the first sweep takes to guess a frame's best component.
-GMM_JEPA_BOTH constexpr int guess_steps(int steps) { return (steps + 1) / 2; }
+// Steps of the depth that the first sweep takes to guess a frame's best component, 7 of 10. Pairs
+// that survive, a frame of bench.cuda_em: 19.8 after 5 steps (722 of one frame), 13.8 after 6, 11.7
+// after 7, 11.0 after all; on speech 13.8, 13.9, 13.8, 13.7.
+GMM_JEPA_BOTH constexpr int guess_steps(int steps) { return (2 * steps + 2) / 3; }
 
 // The row of a frame in the 32 x depth operand. A lane of mma.m16n8k16 has values of the rows
 // g = lane / 4, g + 8, g + 16 and g + 24, which so are frames 4 g to 4 g + 3.
@@ -172,12 +198,14 @@ struct alignas(16) Normaliser {
 struct LogSumExp {
     double largest = -kInfinity;
     double sum = 0.0;
-    int component = -1;  // the first one at `largest`
+    uint16_t component = kNone;  // the first one at `largest`
+    double pending = largest;
 
+    // Components in their order.
     GMM_JEPA_BOTH void see(double value, int k) {
-        if (value > pending || (value == pending && component < 0)) {
+        if (value > pending || (value == pending && component == kNone)) {
             pending = value;
-            component = k;
+            component = static_cast<uint16_t>(k);
         }
     }
 
@@ -189,15 +217,32 @@ struct LogSumExp {
 
     GMM_JEPA_BOTH void add(double part) { sum += part; }
 
+    // Takes in the same frame's sum over other components.
+    GMM_JEPA_BOTH void merge(const LogSumExp& other) {
+        const bool equal = other.largest == largest && other.component < component;
+        if (other.largest > largest || equal) component = other.component;
+        pending = other.largest > largest ? other.largest : largest;
+        raise();
+        sum += other.sum * share(other.largest, largest);
+    }
+
     GMM_JEPA_BOTH double value(bool hard) const {
         return hard && sum == sum ? largest : largest + log(sum);
     }
 
     // Kept apart: where log-densities are huge, their sum with a logarithm would lose the latter.
-    GMM_JEPA_BOTH Normaliser normaliser() const { return {largest, 1.0 / sum}; }
-
-    double pending = -kInfinity;
+    // Of a hard assignment the best component alone is left, and its share of itself is one.
+    GMM_JEPA_BOTH Normaliser normaliser(bool hard) const {
+        return {largest, hard ? 1.0 : 1.0 / sum};
+    }
 };
+
+// Whether a log-density lies below `cut`; it was rounded, so what lies near stays. So does not a
+// number, for it must reach the statistics.
+GMM_JEPA_BOTH bool is_negligible(float rounded, double cut) {
+    const double value = rounded;
+    return value + 0x1p-23 * fabs(value) < cut;
+}
 
 // ---- moments about the component's own mean ----
 

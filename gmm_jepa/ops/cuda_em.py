@@ -95,14 +95,14 @@ def pack(mixture: Mixture) -> Operands:
 
 
 def even_first(features: Tensor) -> Tensor:
-    """(K, D) in the order of `feature_position` in csrc/cuda/tile.h: 0, 2, 4, ..., 1, 3, 5, ..."""
-    return torch.cat((features[:, ::2], features[:, 1::2]), 1)
+    """(K, D) as `feature_position` in csrc/cuda/tile.h has them: 0, 2, ..., 1, 5, ..., 3, 7, ..."""
+    return torch.cat((features[:, ::2], features[:, 1::4], features[:, 3::4]), 1)
 
 
 def guess_dims(D: int) -> int:
-    """How many features, in that order, the first sweep reads: half of the steps of the depth."""
+    """How many features, in that order, the first sweep reads: two thirds of the steps."""
     steps = -(-2 * D // STEP_DEPTH)
-    return min(D, (steps + 1) // 2 * STEP_DEPTH // 2)
+    return min(D, (2 * steps + 2) // 3 * STEP_DEPTH // 2)
 
 
 def _summation(D: int) -> float:

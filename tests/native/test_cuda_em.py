@@ -53,7 +53,7 @@ def test_hard_assignment():
 @gpu
 @pytest.mark.parametrize(
     "shape",
-    [(70_001, 3, 2), (3000, 1024, 80), (65_600, 130, 80), (500, 8192, 40), (90, 70, 200)],
+    [(270_001, 3, 2), (3000, 1024, 80), (65_600, 130, 80), (500, 8192, 40), (90, 70, 200)],
 )
 def test_shapes(shape):
     frames, mixture = emulation.cases.drawn(*shape)

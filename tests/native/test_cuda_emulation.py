@@ -58,6 +58,16 @@ def some_unscreened():
     return frames, mixture._replace(log_weights=log_weights, variances=variances)
 
 
+def crowded():
+    """Every pair matters: more of them in a warp than the refinement remembers."""
+    return cases.drawn(600, 70, 5, variance=(50.0, 90.0))
+
+
+def columns_first():
+    frames, mixture = cases.drawn(200, 90, 80)
+    return frames.T.contiguous().T, mixture
+
+
 CASES = cases.CASES | {
     "D_13": small_odd,
     "offset_1e3_D_80": lambda: cases.drawn(200, 100, 80, offset=1000.0),
@@ -66,6 +76,9 @@ CASES = cases.CASES | {
     "all_unscreened": all_unscreened,
     "some_unscreened": some_unscreened,
     "half": lambda: cases.drawn(100, 64, 20, dtype=torch.float16),
+    "crowded": crowded,
+    "columns_first_D_80": columns_first,
+    "float64_D_80": lambda: cases.drawn(300, 90, 80, dtype=torch.float64),
 }
 
 
@@ -105,7 +118,7 @@ def test_hard_assignment_of_a_tie_goes_to_the_first():
 
 
 def test_chunks_and_segments_add_up():
-    frames, mixture = cases.drawn(70_001, 3, 2)
+    frames, mixture = cases.drawn(270_001, 3, 2)
     assert_statistics(frames, mixture)
 
 
