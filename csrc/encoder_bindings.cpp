@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "losses.h"
 #include "residual.h"
+#include "snake.h"
 
 namespace gmm_jepa {
 namespace {
@@ -27,10 +28,11 @@ void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames) {
     }
 }
 
-// shape: B, T, C, dilation, address of lengths or 0
+// shape: B, T, C, dilation, address of lengths or 0, whether narrow
 ResidualShape residual_shape(const py::tuple& t) {
     const ResidualShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
-                              t[3].cast<int64_t>(), pointer<const int64_t>(t[4].cast<uintptr_t>())};
+                              t[3].cast<int64_t>(), pointer<const int64_t>(t[4].cast<uintptr_t>()),
+                              t[5].cast<bool>()};
     if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 || shape.dilation < 1) {
         throw std::invalid_argument("shape: expected sizes, and a dilation of at least 1");
     }
@@ -65,6 +67,43 @@ void residual_backward_at(const py::tuple& shape, const py::tuple& weights, uint
     const py::gil_scoped_release release;
     residual_backward(sizes, parameters, pointer<const float>(x), pointer<const float>(hidden),
                       pointer<const float>(grad), gradients, table, n_threads);
+}
+
+// shape: B, T, C, address of lengths or 0
+SnakeShape snake_shape(const py::tuple& t, const Kernels& table) {
+    const SnakeShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
+                           pointer<const int64_t>(t[3].cast<uintptr_t>())};
+    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 ||
+        shape.n_channels % table.lanes) {
+        throw std::invalid_argument("shape: expected sizes, and channels that fill vectors");
+    }
+    check_lengths(shape.lengths, shape.n_rows, shape.n_frames);
+    return shape;
+}
+
+void snake_at(const py::tuple& shape, uintptr_t x, bool is_bfloat16, uintptr_t a, uintptr_t out,
+              int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const SnakeShape sizes = snake_shape(shape, table);
+    const auto run = [&](const auto* values) {
+        snake(sizes, values, pointer<const float>(a), pointer<float>(out), table, n_threads);
+    };
+    const py::gil_scoped_release release;
+    is_bfloat16 ? run(pointer<const uint16_t>(x)) : run(pointer<const float>(x));
+}
+
+void snake_backward_at(const py::tuple& shape, uintptr_t x, bool is_bfloat16, uintptr_t a,
+                       uintptr_t grad, uintptr_t grad_x, uintptr_t grad_a, int n_threads,
+                       const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const SnakeShape sizes = snake_shape(shape, table);
+    const auto run = [&](const auto* values, auto* gradient) {
+        snake_backward(sizes, values, pointer<const float>(a), pointer<const float>(grad), gradient,
+                       pointer<float>(grad_a), table, n_threads);
+    };
+    const py::gil_scoped_release release;
+    is_bfloat16 ? run(pointer<const uint16_t>(x), pointer<uint16_t>(grad_x))
+                : run(pointer<const float>(x), pointer<float>(grad_x));
 }
 
 // shape: B, T, C, address of lengths or 0
@@ -241,6 +280,11 @@ void define_encoder(py::module_& module) {
     module.def("residual_backward", &residual_backward_at, py::arg("shape"), py::arg("weights"),
                py::arg("x"), py::arg("hidden"), py::arg("grad"), py::arg("out"),
                py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("snake", &snake_at, py::arg("shape"), py::arg("x"), py::arg("is_bfloat16"),
+               py::arg("a"), py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("snake_backward", &snake_backward_at, py::arg("shape"), py::arg("x"),
+               py::arg("is_bfloat16"), py::arg("a"), py::arg("grad"), py::arg("grad_x"),
+               py::arg("grad_a"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("density_attention", &density_attention_at, py::arg("shape"),
                py::arg("parameters"), py::arg("x"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

@@ -25,18 +25,23 @@ struct LogMelPlan {
 
 // c (n_rows, n_panels panels) = bias + sum over taps and k of a(row, tap, k) b(tap, k), or c += the
 // same without the bias. a(row, tap, k) is a[row * stride_a + tap * stride_tap + k * stride_k];
-// b holds, panel after panel, rows of one panel's columns. n_rows is rounded up to the tile's rows:
-// a is read and c written that far.
-struct Products {
-    const float* a;
+// b holds, panel after panel, rows of one panel's columns. A word is a float, or a pair of bfloat16
+// neighbours in k, whose products are summed in float32; strides and n_k count words. n_rows is
+// rounded up to the tile's rows: a is read and c written that far.
+template <typename Word>
+struct ProductsOf {
+    const Word* a;
     ptrdiff_t stride_a, stride_k, stride_tap;
-    const float* b;
+    const Word* b;
     const float* bias;  // (n_panels panels,); not read when accumulating
     float* c;
     ptrdiff_t stride_c;
     int n_rows, n_panels, n_taps, n_k;
     bool accumulate;
+    bool half_panels = false;  // a panel has `lanes` columns, not `product_columns`
 };
+using Products = ProductsOf<float>;
+using PairProducts = ProductsOf<uint32_t>;
 
 // Of one chunk of density-adaptive attention.
 constexpr int kDensityGaussians = 4;
@@ -138,6 +143,29 @@ struct Kernels {
     int product_rows;     // of a register tile
     int product_columns;  // of a panel
     void (*products)(const Products& operands);
+    void (*pair_products)(const PairProducts& operands);  // null where the set has none
+
+    // Between the products of a residual unit, on runs of n values: leaky ReLU; x + y; `grad` through
+    // the leaky ReLU of `at`, with `added` where it is not null; sums of n columns, added to.
+    void (*activate_rows)(const float* x, ptrdiff_t n, float* out);
+    void (*add_rows)(const float* x, const float* y, ptrdiff_t n, float* out);
+    void (*leaky_gradient_rows)(const float* at, const float* grad, const float* added, ptrdiff_t n,
+                                float* out);
+    void (*sum_rows)(const float* rows, ptrdiff_t n_rows, int n, float* sums);
+    // Null without pair_products, n a multiple of `lanes`: to bfloat16, two a word, after a leaky
+    // ReLU if asked for; and words of equal places in two such rows of n, zero for a null one.
+    void (*round_rows)(const float* x, ptrdiff_t n, bool activate, uint32_t* out);
+    void (*pair_rows)(const uint32_t* first, const uint32_t* second, ptrdiff_t n, uint32_t* out);
+
+    // x + sin(a x)^2 / a of rows of channels that fill vectors, x float32 or bfloat16. Backward writes
+    // grad_x and, summed over these rows, grad_a.
+    void (*snake_float)(const float* x, const float* a, int n_rows, int n_channels, float* out);
+    void (*snake_bfloat16)(const uint16_t* x, const float* a, int n_rows, int n_channels,
+                           float* out);
+    void (*snake_backward_float)(const float* x, const float* a, const float* grad, int n_rows,
+                                 int n_channels, float* grad_x, float* grad_a);
+    void (*snake_backward_bfloat16)(const uint16_t* x, const float* a, const float* grad,
+                                    int n_rows, int n_channels, uint16_t* grad_x, float* grad_a);
 
     // x + x softmax(log-density) over n >= 2 frames, `stride` floats apart, of `lanes` channels;
     // `scratch` holds n lanes floats. Backward writes grad_x and adds to the gradients of offsets,

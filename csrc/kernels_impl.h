@@ -134,16 +134,44 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 #include "log_mel_kernel.h"
 #include "products_kernel.h"
 #include "density_kernel.h"
+#include "rows_kernel.h"
+#include "snake_kernel.h"
 #include "dropout_kernel.h"
 #include "attention_kernel.h"
 #include "loss_kernel.h"
 
 const gmm_jepa::Kernels kTable = {
-    GMM_JEPA_NAME,   kLanes,           kScreen<GMM_JEPA_NARROW>, kScreen<Float32>,
-    find,            at_least,         distances,                moments<float>,
-    moments<double>, log_mel,          GMM_JEPA_PRODUCT_ROWS,    kProductLanes,
-    products,        density_forward,  density_backward,         softmax_row,
-    softmax_row_backward, dropout,     kl_row,                   cross_entropy_row,
+    GMM_JEPA_NAME,
+    kLanes,
+    kScreen<GMM_JEPA_NARROW>,
+    kScreen<Float32>,
+    find,
+    at_least,
+    distances,
+    moments<float>,
+    moments<double>,
+    log_mel,
+    GMM_JEPA_PRODUCT_ROWS,
+    kProductLanes,
+    products<float>,
+    kPairProducts,
+    activate_rows,
+    add_rows,
+    leaky_gradient_rows,
+    sum_rows,
+    kRoundRows,
+    kPairRows,
+    snake<float>,
+    snake<uint16_t>,
+    snake_backward<float>,
+    snake_backward<uint16_t>,
+    density_forward,
+    density_backward,
+    softmax_row,
+    softmax_row_backward,
+    dropout,
+    kl_row,
+    cross_entropy_row,
     squared_error_row,
 };
 

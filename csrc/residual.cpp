@@ -3,74 +3,23 @@
 #include "residual.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "convolution_windows.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
 namespace {
 
-constexpr int kTaps = 3;
-constexpr float kSlope = 0.1f;
 constexpr int kBlockFloats = 16384;  // of a block's frames: 64 KB
-constexpr int kMostRows = 16;        // that products may go beyond a matrix
-
-inline float activated(float value) { return std::max(value, kSlope * value); }
-
-// Weights (C_out, C_in, 3) in panels, for products of windows: rows by tap and input channel.
-class Panels {
-  public:
-    Panels(const Kernels& kernels, int n_channels)
-        : columns_(kernels.product_columns),
-          n_panels_((n_channels + columns_ - 1) / columns_),
-          n_channels_(n_channels) {}
-
-    int n_panels() const { return n_panels_; }
-    int width() const { return n_panels_ * columns_; }
-
-    // `transposed` is the adjoint: inputs and outputs change places, taps run backwards.
-    std::vector<float> packed(const float* weight, bool transposed) const {
-        const int C = n_channels_;
-        std::vector<float> out(size_t(width()) * kTaps * C);
-        float* row = out.data();
-        for (int first = 0; first < C; first += columns_) {
-            const int n = std::min(columns_, C - first);
-            for (int tap = 0; tap < kTaps; ++tap) {
-                for (int k = 0; k < C; ++k, row += columns_) {
-                    const float* from = transposed
-                                            ? weight + (size_t(k) * C + first) * kTaps + 2 - tap
-                                            : weight + (size_t(first) * C + k) * kTaps + tap;
-                    const size_t step = transposed ? kTaps : size_t(kTaps) * C;
-                    for (int c = 0; c < n; ++c) row[c] = from[c * step];
-                }
-            }
-        }
-        return out;
-    }
-
-    std::vector<float> padded(const float* bias) const {
-        std::vector<float> out(width());
-        if (bias) std::copy_n(bias, n_channels_, out.begin());
-        return out;
-    }
-
-    // A row of C values to its place in panels of n_rows rows.
-    void put_row(const float* values, int row, int n_rows, float* to) const {
-        for (int c = 0; c < n_channels_; c += columns_) {
-            std::copy_n(values + c, std::min(columns_, n_channels_ - c), to + size_t(row) * columns_);
-            to += size_t(n_rows) * columns_;
-        }
-    }
-
-  private:
-    int columns_, n_panels_, n_channels_;
-};
 
 struct Block {
     int64_t row, start;
     int n;  // frames
 };
 
+template <typename Word>
 class Residual {
   public:
     Residual(const ResidualShape& shape, const Kernels& kernels)
@@ -94,61 +43,36 @@ class Residual {
     }
 
   protected:
-    // Frames of a block and what three taps `dilation` apart reach around them. Frame
-    // start + r + (tap - 1) dilation is row r + tap * stride(): one run of rows where taps are near,
-    // one of each tap where they are far.
-    class Window {
-      public:
-        Window(const Residual& owner, int64_t dilation)
-            : dilation_(dilation), n_channels_(owner.shape_.n_channels) {
-            const int64_t most = owner.block_ + 2;
-            rows_.resize((most + 2 * std::min(dilation, most) + kMostRows) * n_channels_);
-        }
+    Window<Word> window(int64_t dilation) const {
+        return {kernels_, shape_.n_channels, block_, dilation};
+    }
 
-        // n frames from `start` on; zero where the row has none, and from `stop` on. `source(t)`
-        // points to the channels of frame t.
-        template <bool kActivate, typename Source>
-        void fill(int64_t start, int n, int64_t stop, const Source& source) {
-            stride_ = std::min<int64_t>(dilation_, n);
-            if (stride_ == dilation_) {
-                return copy<kActivate>(start - dilation_, n + 2 * dilation_, stop, source,
-                                       rows_.data());
-            }
-            for (int tap = 0; tap < kTaps; ++tap) {
-                copy<kActivate>(start + (tap - 1) * dilation_, n, stop, source,
-                                &rows_[tap * stride_ * n_channels_]);
-            }
-        }
+    // Frames of a row of a tensor (B, T, C).
+    Frames frames(const float* x, int64_t row) const {
+        return {x + row * shape_.n_frames * shape_.n_channels, 0, shape_.n_channels};
+    }
 
-        const float* rows() const { return rows_.data(); }
-        int64_t stride() const { return stride_; }
-
-      private:
-        template <bool kActivate, typename Source>
-        void copy(int64_t start, int64_t n, int64_t stop, const Source& source, float* to) const {
-            for (int64_t t = start; t < start + n; ++t, to += n_channels_) {
-                if (t < 0 || t >= stop) {
-                    std::fill_n(to, n_channels_, 0.0f);
-                    continue;
-                }
-                const float* from = source(t);
-                for (int c = 0; c < n_channels_; ++c) {
-                    to[c] = kActivate ? activated(from[c]) : from[c];
-                }
-            }
-        }
-
-        int64_t dilation_, stride_ = 0;
-        int n_channels_;
-        std::vector<float> rows_;
-    };
+    // A tile's rows may go beyond the block's.
+    std::vector<float> scratch() const {
+        return std::vector<float>((block_ + 2 + kMostRows) * panels_.width());
+    }
 
     // to (n, width) = convolution of a window with packed weights.
-    void convolve(const Window& window, const std::vector<float>& weights,
+    void convolve(const Window<Word>& window, const std::vector<Word>& weights,
                   const std::vector<float>& bias, int n, float* to) const {
-        const int C = shape_.n_channels;
-        kernels_.products({window.rows(), C, 1, window.stride() * C, weights.data(), bias.data(), to,
-                           panels_.width(), n, panels_.n_panels(), kTaps, C, false});
+        const int words = window.row_words();
+        multiply(kernels_, {window.tap_rows(0), words, 1, window.stride() * words, weights.data(),
+                            bias.data(), to, panels_.width(), n, panels_.n_panels(), kTaps, words,
+                            false, panels_.is_half()});
+    }
+
+    // Calls run(values in a row of C, values in a row of `width`, how many) for runs that are dense
+    // in both: all n rows where the two are the same.
+    template <typename Run>
+    void over_runs(int64_t n, const Run& run) const {
+        const int C = shape_.n_channels, width = panels_.width();
+        if (C == width) return run(int64_t(0), int64_t(0), n * C);
+        for (int64_t t = 0; t < n; ++t) run(t * C, t * width, int64_t(C));
     }
 
     const ResidualShape& shape_;
@@ -157,74 +81,89 @@ class Residual {
     int64_t block_, blocks_a_row_;
 };
 
-class Forward : Residual {
+template <typename Word>
+class Forward : Residual<Word> {
+    using Base = Residual<Word>;
+    using Base::block_, Base::kernels_, Base::panels_, Base::shape_;
+
   public:
     Forward(const ResidualShape& shape, const ResidualWeights& weights, const Kernels& kernels)
-        : Residual(shape, kernels),
-          weights1_(panels_.packed(weights.weight1, false)),
-          weights2_(panels_.packed(weights.weight2, false)),
+        : Base(shape, kernels),
           bias1_(panels_.padded(weights.bias1)),
-          bias2_(panels_.padded(weights.bias2)) {}
+          bias2_(panels_.padded(weights.bias2)) {
+        panels_.pack(weights.weight1, false, &weights1_);
+        panels_.pack(weights.weight2, false, &weights2_);
+    }
 
     void run(const float* x, float* hidden, float* out, int n_threads) const {
         parallel(n_threads, [&](int thread) {
-            Window near(*this, shape_.dilation), between(*this, 1);
-            std::vector<float> made((block_ + 2 + kMostRows) * panels_.width());
-            const Share share(n_blocks(), thread, n_threads);
+            Window<Word> near = this->window(shape_.dilation), between = this->window(1);
+            std::vector<float> made = this->scratch();
+            const Share share(this->n_blocks(), thread, n_threads);
             for (int64_t i = share.first; i < share.last; ++i) {
-                unit(block(i), x, hidden, out, near, between, made.data());
+                unit(this->block(i), x, hidden, out, near, between, made.data());
             }
         });
     }
 
   private:
-    void unit(const Block& block, const float* x, float* hidden, float* out, Window& window,
-              Window& between, float* made) const {
+    void unit(const Block& block, const float* x, float* hidden, float* out, Window<Word>& window,
+              Window<Word>& between, float* made) const {
         const int C = shape_.n_channels, width = panels_.width();
-        const int64_t T = shape_.n_frames, stop = length(block.row), first = block.row * T;
-        window.fill<true>(block.start - 1, block.n + 2, T,
-                          [&](int64_t t) { return x + (first + t) * C; });
-        convolve(window, weights1_, bias1_, block.n + 2, made);
-        const auto made_at = [&](int64_t t) { return made + (t - block.start + 1) * width; };
-        for (int64_t t = block.start; hidden && t < block.start + block.n; ++t) {
-            std::copy_n(made_at(t), C, hidden + (first + t) * C);
+        const int64_t T = shape_.n_frames, stop = this->length(block.row);
+        const int64_t at = (block.row * T + block.start) * C;
+        window.fill(block.start - 1, block.n + 2, T, this->frames(x, block.row), true);
+        this->convolve(window, weights1_, bias1_, block.n + 2, made);
+        if (hidden) {
+            this->over_runs(block.n, [&](int64_t i, int64_t j, int64_t n) {
+                std::copy_n(made + width + j, n, hidden + at + i);
+            });
         }
-        between.fill<true>(block.start, block.n, stop, made_at);
-        convolve(between, weights2_, bias2_, block.n, made);
-        for (int t = 0; t < block.n; ++t) {
-            const int64_t at = (first + block.start + t) * C;
-            const float keep = block.start + t < stop ? 1.0f : 0.0f;
-            for (int c = 0; c < C; ++c) out[at + c] = x[at + c] + keep * made[int64_t(t) * width + c];
-        }
+        between.fill(block.start, block.n, stop, {made, block.start - 1, width}, true);
+        this->convolve(between, weights2_, bias2_, block.n, made);
+        const int64_t n_real = std::clamp<int64_t>(stop - block.start, 0, block.n);
+        this->over_runs(n_real, [&](int64_t i, int64_t j, int64_t n) {
+            kernels_.add_rows(x + at + i, made + j, n, out + at + i);
+        });
+        std::copy(x + at + n_real * C, x + at + block.n * C, out + at + n_real * C);
     }
 
-    std::vector<float> weights1_, weights2_, bias1_, bias2_;
+    std::vector<Word> weights1_, weights2_;
+    std::vector<float> bias1_, bias2_;
 };
 
 // Gradients of one convolution's weights, summed by one thread.
+template <typename Word>
 class WeightSums {
   public:
-    WeightSums(int n_channels, int width, int64_t most_frames)
-        : n_channels_(n_channels),
-          width_(width),
+    WeightSums(const Kernels& kernels, const Panels& panels, int n_channels, int64_t most_frames)
+        : kernels_(kernels),
+          panels_(panels),
+          n_channels_(n_channels),
+          width_(panels.width()),
           stride_rows_(n_channels + kMostRows),
-          weight_(size_t(kTaps) * stride_rows_ * width),
-          bias_(width),
-          grads_(size_t(most_frames) * width),
-          zeros_(width) {}
+          weight_(size_t(kTaps) * stride_rows_ * width_),
+          bias_(width_),
+          grads_(size_t(most_frames + 1) * width_) {
+        if (kValues<Word> == 2) pairs_.resize(size_t(most_frames + 1) / 2 * n_channels + kMostRows);
+    }
 
-    // inputs: rows of a window whose taps lie `stride` rows apart; grads (n, C).
-    void add(const Kernels& kernels, const Panels& panels, const float* inputs, int64_t stride,
-             const float* grads, int n) {
+    // Windows of the convolution's input, and of n gradients (n, C) of its output, of which n_real
+    // are not zero.
+    void add(const Window<Word>& inputs, const Window<Word>& window, const float* grads,
+             int64_t n_real, int n) {
         const int C = n_channels_;
-        for (int t = 0; t < n; ++t, grads += C) {
-            for (int c = 0; c < C; ++c) bias_[c] += grads[c];
-            panels.put_row(grads, t, n, grads_.data());
+        kernels_.sum_rows(grads, n_real, C, bias_.data());
+        const Word* b = window.tap_rows(1);
+        if (kValues<Word> == 2 || width_ != C || panels_.n_panels() > 1) {
+            panels_.put_rows(b, n, grads_.data());
+            b = grads_.data();
         }
         for (int tap = 0; tap < kTaps; ++tap) {
-            kernels.products({inputs + tap * stride * C, 1, C, 0, grads_.data(), zeros_.data(),
-                              &weight_[size_t(tap) * stride_rows_ * width_], width_, C,
-                              panels.n_panels(), 1, n, true});
+            const Word* a = side_by_side(inputs.tap_rows(tap), n);
+            multiply(kernels_, {a, 1, C, 0, b, nullptr, &weight_[size_t(tap) * stride_rows_ * width_],
+                                width_, C, panels_.n_panels(), 1,
+                                (n + kValues<Word> - 1) / kValues<Word>, true, panels_.is_half()});
         }
     }
 
@@ -245,46 +184,66 @@ class WeightSums {
     }
 
   private:
+    // n rows as words of C columns, each word with its neighbours in time.
+    const float* side_by_side(const float* rows, int) { return rows; }
+    const uint32_t* side_by_side(const uint32_t* rows, int n) {
+        const int row = n_channels_ / 2;
+        uint32_t* to = pairs_.data();
+        for (int t = 0; t < n; t += 2, rows += 2 * row, to += n_channels_) {
+            kernels_.pair_rows(rows, t + 1 < n ? rows + row : nullptr, n_channels_, to);
+        }
+        return pairs_.data();
+    }
+
+    const Kernels& kernels_;
+    const Panels& panels_;
     int n_channels_, width_, stride_rows_;
     std::vector<float> weight_, bias_;  // (3, stride_rows, width), (width,)
-    std::vector<float> grads_;          // panels of (frames, columns)
-    std::vector<float> zeros_;
+    std::vector<Word> grads_;           // panels of (frames, columns)
+    std::vector<uint32_t> pairs_;       // (pairs of frames, C)
 };
 
-class Backward : Residual {
+template <typename Word>
+class Backward : Residual<Word> {
+    using Base = Residual<Word>;
+    using Base::block_, Base::kernels_, Base::panels_, Base::shape_;
+
   public:
     Backward(const ResidualShape& shape, const ResidualWeights& weights, const Kernels& kernels)
-        : Residual(shape, kernels),
-          weights1_(panels_.packed(weights.weight1, true)),
-          weights2_(panels_.packed(weights.weight2, true)),
-          zero_(panels_.padded(nullptr)) {}
+        : Base(shape, kernels), zero_(panels_.padded(nullptr)) {
+        panels_.pack(weights.weight1, true, &weights1_);
+        panels_.pack(weights.weight2, true, &weights2_);
+    }
 
     void run(const float* x, const float* hidden, const float* grad, const ResidualGradients& out,
              int n_threads) const {
         const int C = shape_.n_channels;
-        std::vector<float> grad_hidden(size_t(shape_.n_rows) * shape_.n_frames * C);
-        std::vector<WeightSums> sums1, sums2;
+        // Every value is written before it is read.
+        const std::unique_ptr<float[]> grad_hidden(
+            new float[size_t(shape_.n_rows) * shape_.n_frames * C]);
+        std::vector<WeightSums<Word>> sums1, sums2;
         for (int thread = 0; thread < n_threads; ++thread) {
-            sums1.emplace_back(C, panels_.width(), block_);
-            sums2.emplace_back(C, panels_.width(), block_);
+            sums1.emplace_back(kernels_, panels_, C, block_);
+            sums2.emplace_back(kernels_, panels_, C, block_);
         }
         // Gradients of the hidden values are needed a dilation away: a pass of their own.
         parallel(n_threads, [&](int thread) {
-            Window grads(*this, 1), inputs(*this, 1);
-            std::vector<float> made((block_ + kMostRows) * panels_.width());
-            const Share share(n_blocks(), thread, n_threads);
+            Window<Word> grads = this->window(1), inputs = this->window(1);
+            std::vector<float> made = this->scratch();
+            const Share share(this->n_blocks(), thread, n_threads);
             for (int64_t i = share.first; i < share.last; ++i) {
-                outer(block(i), hidden, grad, grad_hidden.data(), grads, inputs, sums2[thread],
+                outer(this->block(i), hidden, grad, grad_hidden.get(), grads, inputs, sums2[thread],
                       made.data());
             }
         });
         parallel(n_threads, [&](int thread) {
-            Window grads(*this, shape_.dilation), inputs(*this, shape_.dilation);
-            std::vector<float> made((block_ + kMostRows) * panels_.width());
-            const Share share(n_blocks(), thread, n_threads);
+            Window<Word> grads = this->window(shape_.dilation);
+            Window<Word> inputs = this->window(shape_.dilation);
+            std::vector<float> made = this->scratch();
+            const Share share(this->n_blocks(), thread, n_threads);
             for (int64_t i = share.first; i < share.last; ++i) {
-                inner(block(i), x, grad, grad_hidden.data(), out.x, grads, inputs, sums1[thread],
-                      made.data());
+                inner(this->block(i), x, grad, grad_hidden.get(), out.x, grads, inputs,
+                      sums1[thread], made.data());
             }
         });
         const size_t n_weights = size_t(C) * C * kTaps;
@@ -292,55 +251,47 @@ class Backward : Residual {
         std::fill_n(out.weight2, n_weights, 0.0f);
         std::fill_n(out.bias1, C, 0.0f);
         std::fill_n(out.bias2, C, 0.0f);
-        for (const WeightSums& sums : sums1) sums.add_to(out.weight1, out.bias1);
-        for (const WeightSums& sums : sums2) sums.add_to(out.weight2, out.bias2);
+        for (const auto& sums : sums1) sums.add_to(out.weight1, out.bias1);
+        for (const auto& sums : sums2) sums.add_to(out.weight2, out.bias2);
     }
 
   private:
     // Through the second convolution: grad_hidden, and the sums of its weights.
     void outer(const Block& block, const float* hidden, const float* grad, float* grad_hidden,
-               Window& grads, Window& inputs, WeightSums& sums, float* made) const {
-        const int C = shape_.n_channels, width = panels_.width();
-        const int64_t stop = length(block.row), first = block.row * shape_.n_frames;
-        grads.fill<false>(block.start, block.n, stop,
-                          [&](int64_t t) { return grad + (first + t) * C; });
-        convolve(grads, weights2_, zero_, block.n, made);
-        for (int t = 0; t < block.n; ++t) {
-            const int64_t at = (first + block.start + t) * C;
-            const float keep = block.start + t < stop ? 1.0f : 0.0f;
-            for (int c = 0; c < C; ++c) {
-                const float slope = hidden[at + c] > 0.0f ? keep : kSlope * keep;
-                grad_hidden[at + c] = slope * made[int64_t(t) * width + c];
-            }
-        }
-        inputs.fill<true>(block.start, block.n, stop,
-                          [&](int64_t t) { return hidden + (first + t) * C; });
-        sums.add(kernels_, panels_, inputs.rows(), inputs.stride(),
-                 grads.rows() + grads.stride() * C, block.n);
+               Window<Word>& grads, Window<Word>& inputs, WeightSums<Word>& sums,
+               float* made) const {
+        const int C = shape_.n_channels;
+        const int64_t stop = this->length(block.row);
+        const int64_t at = (block.row * shape_.n_frames + block.start) * C;
+        grads.fill(block.start, block.n, stop, this->frames(grad, block.row), false);
+        this->convolve(grads, weights2_, zero_, block.n, made);
+        const int64_t n_real = std::clamp<int64_t>(stop - block.start, 0, block.n);
+        this->over_runs(n_real, [&](int64_t i, int64_t j, int64_t n) {
+            kernels_.leaky_gradient_rows(hidden + at + i, made + j, nullptr, n,
+                                         grad_hidden + at + i);
+        });
+        std::fill(grad_hidden + at + n_real * C, grad_hidden + at + block.n * C, 0.0f);
+        inputs.fill(block.start, block.n, stop, this->frames(hidden, block.row), true);
+        sums.add(inputs, grads, grad + at, n_real, block.n);
     }
 
     // Through the first convolution.
     void inner(const Block& block, const float* x, const float* grad, const float* grad_hidden,
-               float* grad_x, Window& grads, Window& inputs, WeightSums& sums, float* made) const {
-        const int C = shape_.n_channels, width = panels_.width();
-        const int64_t T = shape_.n_frames, first = block.row * T;
-        grads.fill<false>(block.start, block.n, T,
-                          [&](int64_t t) { return grad_hidden + (first + t) * C; });
-        convolve(grads, weights1_, zero_, block.n, made);
-        for (int t = 0; t < block.n; ++t) {
-            const int64_t at = (first + block.start + t) * C;
-            for (int c = 0; c < C; ++c) {
-                const float slope = x[at + c] > 0.0f ? 1.0f : kSlope;
-                grad_x[at + c] = grad[at + c] + slope * made[int64_t(t) * width + c];
-            }
-        }
-        inputs.fill<true>(block.start, block.n, T,
-                          [&](int64_t t) { return x + (first + t) * C; });
-        sums.add(kernels_, panels_, inputs.rows(), inputs.stride(),
-                 grads.rows() + grads.stride() * C, block.n);
+               float* grad_x, Window<Word>& grads, Window<Word>& inputs, WeightSums<Word>& sums,
+               float* made) const {
+        const int64_t T = shape_.n_frames;
+        const int64_t at = (block.row * T + block.start) * shape_.n_channels;
+        grads.fill(block.start, block.n, T, this->frames(grad_hidden, block.row), false);
+        this->convolve(grads, weights1_, zero_, block.n, made);
+        this->over_runs(block.n, [&](int64_t i, int64_t j, int64_t n) {
+            kernels_.leaky_gradient_rows(x + at + i, made + j, grad + at + i, n, grad_x + at + i);
+        });
+        inputs.fill(block.start, block.n, T, this->frames(x, block.row), true);
+        sums.add(inputs, grads, grad_hidden + at, block.n, block.n);
     }
 
-    std::vector<float> weights1_, weights2_, zero_;
+    std::vector<Word> weights1_, weights2_;
+    std::vector<float> zero_;
 };
 
 int threads_for(const ResidualShape& shape, int n_threads) {
@@ -348,19 +299,30 @@ int threads_for(const ResidualShape& shape, int n_threads) {
     return static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + work / kBlockFloats));
 }
 
+// Pairs of bfloat16 where they are wanted and possible: channels fill whole vectors.
+bool takes_pairs(const ResidualShape& shape, const Kernels& kernels) {
+    return shape.narrow && kernels.pair_products && shape.n_channels % kernels.lanes == 0;
+}
+
 }  // namespace
 
 void residual_forward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
                       float* hidden, float* out, const Kernels& kernels, int n_threads) {
-    const Forward forward(shape, weights, kernels);
-    forward.run(x, hidden, out, threads_for(shape, n_threads));
+    const auto run = [&](const auto& forward) {
+        forward.run(x, hidden, out, threads_for(shape, n_threads));
+    };
+    takes_pairs(shape, kernels) ? run(Forward<uint32_t>(shape, weights, kernels))
+                                : run(Forward<float>(shape, weights, kernels));
 }
 
 void residual_backward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
                        const float* hidden, const float* grad, const ResidualGradients& out,
                        const Kernels& kernels, int n_threads) {
-    const Backward backward(shape, weights, kernels);
-    backward.run(x, hidden, grad, out, threads_for(shape, n_threads));
+    const auto run = [&](const auto& backward) {
+        backward.run(x, hidden, grad, out, threads_for(shape, n_threads));
+    };
+    takes_pairs(shape, kernels) ? run(Backward<uint32_t>(shape, weights, kernels))
+                                : run(Backward<float>(shape, weights, kernels));
 }
 
 }  // namespace gmm_jepa

@@ -7,11 +7,13 @@
 namespace gmm_jepa {
 
 // Frame-major, contiguous, float32. Rows b have lengths[b] real frames, the first; null: all.
+// `narrow`: what is multiplied may be rounded to bfloat16, where the set has such products.
 struct ResidualShape {
     int64_t n_rows, n_frames;
     int n_channels;
     int64_t dilation;
     const int64_t* lengths;
+    bool narrow;
 };
 
 // Convolutions of three taps, C -> C, as torch has them: weight (C, C, 3) by output, input, tap.

@@ -58,7 +58,9 @@ struct Bfloat16 : FloatSums {
     static Sum add(Sum sum, uint32_t feature, const uint32_t* weights) {
         const __m512i w = _mm512_loadu_si512(weights);
         const __m512i f = _mm512_set1_epi32(static_cast<int>(feature));
-        return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)f, (__m512bh)w);
+        // GCC 12 moves the sums of the intrinsic to memory and back.
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(f), "v"(w));
+        return sum;
     }
 };
 #endif

@@ -8,6 +8,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -21,6 +22,7 @@
 #include "posterior.h"
 #include "residual.h"
 #include "screened_mixture.h"
+#include "snake.h"
 
 using namespace gmm_jepa;
 
@@ -197,14 +199,17 @@ std::vector<int64_t> drawn_lengths(int64_t n, int64_t least, int64_t most) {
 }
 
 void residual_round(const Kernels& kernels) {
-    const int64_t B = any(0, 3), T = any(1, 300), C = any(1, 70), n = B * T * C;
+    const bool narrow = any(0, 1);
+    const int64_t B = any(0, 3), T = any(1, 300), C = narrow ? 16 * any(1, 5) : any(1, 70);
+    const int64_t n = B * T * C;
     const std::vector<int64_t> lengths = drawn_lengths(B, 0, T);
     const std::vector<float> x = drawn(n), grad = drawn(n), weight1 = drawn(3 * C * C),
                              weight2 = drawn(3 * C * C), bias1 = drawn(C), bias2 = drawn(C);
     const float nan = NAN;
     std::vector<float> hidden(n, nan), out(n, nan), grad_x(n, nan), grad_weight1(3 * C * C, nan),
         grad_bias1(C, nan), grad_weight2(3 * C * C, nan), grad_bias2(C, nan);
-    const ResidualShape shape{B, T, int(C), any(1, 140), any(0, 1) ? lengths.data() : nullptr};
+    const ResidualShape shape{B,      T, int(C), any(1, 140), any(0, 1) ? lengths.data() : nullptr,
+                              narrow};
     const ResidualWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
     const int threads = static_cast<int>(any(1, 4));
     residual_forward(shape, weights, x.data(), any(0, 1) ? hidden.data() : nullptr, out.data(),
@@ -218,6 +223,25 @@ void residual_round(const Kernels& kernels) {
     demand_finite(grad_x, "gradient of a residual unit", kernels);
     for (const auto* gradient : {&grad_weight1, &grad_bias1, &grad_weight2, &grad_bias2}) {
         demand_finite(*gradient, "gradient of its weights", kernels);
+    }
+}
+
+template <typename T>
+void snake_round(const Kernels& kernels) {
+    const int64_t B = any(0, 3), n_frames = any(1, 600), C = 16 * any(1, 4), n = B * n_frames * C;
+    const std::vector<int64_t> lengths = drawn_lengths(B, 0, n_frames);
+    const std::vector<float> grad = drawn(n), a(C, 0.7f);
+    std::vector<T> x(n), grad_x(n);
+    for (T& value : x) value = static_cast<T>(any(0, 0x7f7f));  // any finite bfloat16
+    std::vector<float> out(n, NAN), grad_a(C, NAN);
+    const SnakeShape shape{B, n_frames, int(C), any(0, 1) ? lengths.data() : nullptr};
+    const int threads = static_cast<int>(any(1, 4));
+    snake(shape, x.data(), a.data(), out.data(), kernels, threads);
+    snake_backward(shape, x.data(), a.data(), grad.data(), grad_x.data(), grad_a.data(), kernels,
+                   threads);
+    if (std::is_same_v<T, float>) {
+        demand_finite(out, "snake", kernels);
+        demand_finite(grad_a, "gradient of a snake", kernels);
     }
 }
 
@@ -306,6 +330,8 @@ int main() {
             log_mel_round<float>(kernels(name.c_str()));
             log_mel_round<int16_t>(kernels(name.c_str()));
             residual_round(kernels(name.c_str()));
+            snake_round<float>(kernels(name.c_str()));
+            snake_round<uint16_t>(kernels(name.c_str()));
             density_round(kernels(name.c_str()));
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));

@@ -16,6 +16,7 @@ from gmm_jepa.models.convolution import DepthwiseConv
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
 from gmm_jepa.models.frontend import FrontEnd
+from gmm_jepa.models.linear import Linear
 from gmm_jepa.models.padding import (
     FrameGroupNorm,
     FrameMask,
@@ -29,8 +30,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
+        self.up = Linear(dim, 4 * dim)
+        self.down = Linear(4 * dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,8 +45,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self,
@@ -73,10 +74,10 @@ class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int, dropout: float) -> None:
         super().__init__()
         self.norm_in = FrameGroupNorm(dim)
-        self.up = nn.Linear(dim, 2 * dim)
+        self.up = Linear(dim, 2 * dim)
         self.depthwise = DepthwiseConv(dim, kernel)
         self.norm_out = FrameGroupNorm(dim)
-        self.down = nn.Linear(dim, dim)
+        self.down = Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
@@ -121,10 +122,10 @@ class LayerAggregation(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim).requires_grad_(False)
-        self.out_proj = nn.Linear(dim, dim).requires_grad_(False)
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim).requires_grad_(False)
+        self.out_proj = Linear(dim, dim).requires_grad_(False)
 
     def forward(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
         """Layers, each (B, T, D) with zero padding -> weighted sum (B, T, D), weights (B, L)."""

@@ -10,6 +10,7 @@ from gmm_jepa import ops
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.daam import DensityAttention
+from gmm_jepa.models.linear import Linear
 from gmm_jepa.models.padding import (
     FrameMask,
     at_least_float32,
@@ -28,11 +29,13 @@ class Snake(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> the same shape and dtype."""
+    def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
+        """(B, T, C), finite -> the same with zero padding; float32 where `ops.snake` makes it."""
         a = F.softplus(self.alpha) + 0.01
+        if ops.takes_float32(x):
+            return ops.snake(x, a.float(), lengths_frames=None if mask is None else mask.lengths)
         a = a.to(x.dtype)
-        return x + (a * x).sin().square() / a
+        return zero_padding(x + (a * x).sin().square() / a, mask)
 
 
 class ResidualBlock(nn.Module):
@@ -48,7 +51,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, C) with zero padding -> the same."""
         for dilated, plain in zip(self.dilated, self.plain):
-            if ops.takes_residual_unit(x):
+            if ops.takes_float32(x):
                 x = ops.residual_unit(
                     x,
                     dilated.weight,
@@ -91,7 +94,7 @@ class Stage(nn.Module):
 
     def refine(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """What follows the strided convolution: (B, T, C) -> the same with zero padding."""
-        x = zero_padding(self.snake(x), mask)
+        x = self.snake(x, mask)
         for block in self.residual:
             x = block(x, mask)
         return x if self.daam is None else self.daam(x, mask)
@@ -108,7 +111,7 @@ class FrontEnd(nn.Module):
             Stage(c_in, c_out, stride, blocks=config.residual_blocks, daam=config.daam)
             for c_in, c_out, stride in zip(config.channels, config.channels[1:], config.strides)
         )
-        self.projection = nn.Linear(config.channels[-1], config.code_dim)
+        self.projection = Linear(config.channels[-1], config.code_dim)
 
     def forward(
         self, waveform: Tensor, lengths_samples: Tensor | None

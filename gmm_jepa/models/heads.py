@@ -10,6 +10,7 @@ from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.conformer import ConformerBlock
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.layer_norm import LayerNorm
+from gmm_jepa.models.linear import Linear
 from gmm_jepa.models.padding import FrameMask, zero_padding
 from gmm_jepa.models.transformer import TransformerConfig
 
@@ -20,8 +21,8 @@ class ClusterBlock(nn.Module):
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = LayerNorm(dim)
-        self.up = nn.Linear(dim, dim)
-        self.down = nn.Linear(dim, dim)
+        self.up = Linear(dim, dim)
+        self.down = Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,11 +36,11 @@ class ClusterHead(nn.Module):
     def __init__(self, code_dim: int, n_clusters: int, dropout: float = 0.1) -> None:
         super().__init__()
         width = 2 * code_dim
-        self.in_proj = nn.Linear(code_dim, width)
+        self.in_proj = Linear(code_dim, width)
         self.in_norm = LayerNorm(width)
         self.blocks = nn.ModuleList(ClusterBlock(width, dropout) for _ in range(3))
         self.out_norm = LayerNorm(width)
-        self.out_proj = nn.Linear(width, n_clusters)
+        self.out_proj = Linear(width, n_clusters)
 
     def forward(self, z: Tensor) -> Tensor:
         """Frames (..., D) -> logits (..., K); each frame for itself."""
@@ -60,8 +61,8 @@ class FramePredictor(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.code_dim, config.code_dim)
-        self.out_proj = nn.Linear(config.code_dim, config.code_dim)
+        self.in_proj = Linear(config.code_dim, config.code_dim)
+        self.out_proj = Linear(config.code_dim, config.code_dim)
 
     def forward(self, z: Tensor, mask: FrameMask | None, bias: nn.Module | None) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding; no attention, so `bias` is not used."""
@@ -73,9 +74,9 @@ class Predictor(nn.Module):
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.code_dim, config.code_dim)
+        self.in_proj = Linear(config.code_dim, config.code_dim)
         self.block = ConformerBlock(config)
-        self.out_proj = nn.Linear(config.code_dim, config.code_dim)
+        self.out_proj = Linear(config.code_dim, config.code_dim)
 
     def forward(self, z: Tensor, mask: FrameMask | None, bias: GatedRelativeBias | None) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding; `bias` is the online encoder's own."""

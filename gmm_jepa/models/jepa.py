@@ -13,6 +13,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.models.build import EncoderConfig, build_encoder
 from gmm_jepa.models.encoder import EncoderOutput, hide
 from gmm_jepa.models.heads import ClusterHead, build_predictor
+from gmm_jepa.models.linear import Linear
 from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.models.transformer import TransformerConfig
 
@@ -49,7 +50,7 @@ class JepaModel(nn.Module):
         if cluster_head == "mlp":
             self.cluster_head = ClusterHead(config.code_dim, n_clusters, config.dropout)
         elif cluster_head == "linear":
-            self.cluster_head = nn.Linear(config.code_dim, n_clusters)
+            self.cluster_head = Linear(config.code_dim, n_clusters)
         self.mask_token = nn.Parameter(0.02 * torch.randn(config.code_dim))
         if predicts and isinstance(config, TransformerConfig):
             # Published checkpoints hold it and nothing uses it: kept, so that they come back whole.

@@ -24,6 +24,8 @@ from gmm_jepa.ops.depthwise import depthwise_conv
 from gmm_jepa.ops.dropout import dropout
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
+from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.linear import linear, takes_linear
 from gmm_jepa.ops.log_mel import log_mel
 from gmm_jepa.ops.losses import (
     MaskedLoss,
@@ -34,7 +36,8 @@ from gmm_jepa.ops.losses import (
 )
 from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
-from gmm_jepa.ops.residual import residual_unit, takes_residual_unit
+from gmm_jepa.ops.residual import residual_unit
+from gmm_jepa.ops.snake import snake
 
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
 # is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
@@ -56,6 +59,8 @@ for _device in ("cpu", "cuda"):
         "masked_kl_ensemble",
         "masked_kl_targets",
         "masked_mse",
+        "residual_unit",
+        "residual_unit_backward",
     ):
         torch.library.register_autocast(f"gmm_jepa::{_name}", _device, torch.float32)
 
@@ -74,6 +79,7 @@ __all__ = [
     "gmm_posterior",
     "gmm_topk",
     "kmeans_assign",
+    "linear",
     "log_mel",
     "masked_cross_entropy",
     "masked_kl",
@@ -83,7 +89,9 @@ __all__ = [
     "native_encoder",
     "native_losses",
     "residual_unit",
-    "takes_residual_unit",
+    "snake",
+    "takes_float32",
+    "takes_linear",
     "triton_attention",
     "triton_depthwise",
     "triton_gmm",

@@ -36,6 +36,19 @@ def takes_one_op(x: Tensor) -> bool:
     return has_native and x.device.type == "cpu" and not (_composes or exporting())
 
 
+def takes_float32(x: Tensor) -> bool:
+    """`takes_one_op`, by an op that gives float32: x is that already, or autocast wants bfloat16.
+
+    What follows under autocast narrows its own operands; kept wide in between they cost nothing.
+    """
+    if not takes_one_op(x):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        narrow = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return narrow and x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.float32
+
+
 def takes_phases(x: Tensor, dilation: int) -> bool:
     """Whether a convolution of x is to run on frames a dilation apart as neighbours."""
     return x.device.type == "cuda" and dilation >= WIDE_DILATION and not exporting()

@@ -29,6 +29,12 @@ from gmm_jepa.ops.residual import (
     residual_unit_backward_reference,
     residual_unit_reference,
 )
+from gmm_jepa.ops.snake import (
+    _snake,
+    _snake_backward,
+    snake_backward_reference,
+    snake_reference,
+)
 
 
 def gated_bias_attention(
@@ -248,18 +254,19 @@ def residual_unit(
     lengths_frames: Tensor | None,
     dilation: int,
     keep_hidden: bool,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x + conv(lrelu(conv(lrelu(x)))) in float32, and what the first convolution made."""
+    """x + conv(lrelu(conv(lrelu(x)))), and what the first convolution made, both float32."""
     tensors = (x, weight1, bias1, weight2, bias2)
     if not _is_residual(*tensors):
-        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden)
+        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden, narrow)
     x, *parameters = (t.contiguous() for t in tensors)
     out = torch.empty_like(x)
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
     lengths = _lengths(lengths_frames)
     call(
         "residual_forward",
-        (*x.shape, dilation, _address(lengths)),
+        (*x.shape, dilation, _address(lengths), narrow),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
@@ -278,17 +285,18 @@ def residual_unit_backward(
     bias2: Tensor,
     lengths_frames: Tensor | None,
     dilation: int,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the parameters of `residual_unit`."""
     tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
     if not _is_residual(*tensors):
-        return residual_unit_backward_reference(*tensors, lengths_frames, dilation)
+        return residual_unit_backward_reference(*tensors, lengths_frames, dilation, narrow)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
     lengths = _lengths(lengths_frames)
     call(
         "residual_backward",
-        (*x.shape, dilation, _address(lengths)),
+        (*x.shape, dilation, _address(lengths), narrow),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
         hidden.data_ptr(),
@@ -303,6 +311,50 @@ def _is_residual(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.numel() for t in tensors)
 
 
+def snake(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
+    """x + sin(a x)^2 / a of float32 or bfloat16, in float32."""
+    if not _is_snake(x, a):
+        return snake_reference(x, a, lengths_frames)
+    x, a, lengths = x.contiguous(), a.contiguous(), _lengths(lengths_frames)
+    out = torch.empty_like(x, dtype=torch.float32)
+    call(
+        "snake",
+        (*x.shape, _address(lengths)),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        a.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def snake_backward(
+    grad: Tensor, x: Tensor, a: Tensor, lengths_frames: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and a of `snake`."""
+    if not _is_snake(x, a):
+        return snake_backward_reference(grad, x, a, lengths_frames)
+    x, a, lengths = x.contiguous(), a.contiguous(), _lengths(lengths_frames)
+    grad = grad.float().contiguous()
+    out = torch.empty_like(x), torch.empty_like(a)
+    call(
+        "snake_backward",
+        (*x.shape, _address(lengths)),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        a.data_ptr(),
+        grad.data_ptr(),
+        *(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_snake(x: Tensor, a: Tensor) -> bool:
+    """Channels that fill the vectors of every instruction set."""
+    types = x.dtype in (torch.float32, torch.bfloat16) and a.dtype == torch.float32
+    return types and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
 if instruction_sets():
     fused.has_native = True
     _attention.register_kernel("cpu")(gated_bias_attention)
@@ -312,3 +364,5 @@ if instruction_sets():
     _dropout.register_kernel("cpu")(dropout)
     _unit.register_kernel("cpu")(residual_unit)
     _unit_backward.register_kernel("cpu")(residual_unit_backward)
+    _snake.register_kernel("cpu")(snake)
+    _snake_backward.register_kernel("cpu")(snake_backward)

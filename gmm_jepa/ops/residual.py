@@ -12,16 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.fused import takes_one_op
+from gmm_jepa.ops.fused import takes_float32
 
 SLOPE = 0.1
 """Of the leaky ReLU."""
-
-
-def takes_residual_unit(x: Tensor) -> bool:
-    """Whether `residual_unit` is the way to go for x: float32 on a CPU, not under autocast."""
-    narrow = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    return takes_one_op(x) and not narrow
 
 
 def residual_unit(
@@ -35,6 +29,9 @@ def residual_unit(
     lengths_frames: Tensor | None = None,
 ) -> Tensor:
     """x + conv2(lrelu(conv1(lrelu(x)))), with zeros for what a convolution makes of padding.
+
+    Under autocast to bfloat16 x is taken as float32 and stays so; what is multiplied is rounded to
+    bfloat16, on the way back too, where the processor has products of it.
 
     Args:
         x: (B, T, C) float; frames beyond a row's length are zero.
@@ -53,9 +50,10 @@ def residual_unit(
     """
     parameters = (weight1, bias1, weight2, bias2)
     _check(x, parameters, dilation, lengths_frames)
+    narrow = takes_float32(x) and torch.is_autocast_enabled("cpu")
     wanted = any(tensor.requires_grad for tensor in (x, *parameters))
     keep_hidden = torch.is_grad_enabled() and wanted
-    return _unit(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden)[0]
+    return _unit(x, *parameters, lengths_frames, dilation, keep_hidden, narrow)[0]
 
 
 def _check(
@@ -88,10 +86,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tens
     return y.transpose(1, 2)
 
 
-def _real(lengths_frames: Tensor | None, x: Tensor) -> Tensor | float:
-    """(B, T, 1), one on real frames and zero on padding."""
-    if lengths_frames is None:
-        return 1.0
+def real_frames(lengths_frames: Tensor, x: Tensor) -> Tensor:
+    """(B, T, 1) for x (B, T, C), of its type: one on real frames and zero on padding."""
     frames = torch.arange(x.shape[1], device=x.device)
     return (frames < lengths_frames[:, None])[..., None].to(x.dtype)
 
@@ -105,11 +101,15 @@ def residual_unit_reference(
     lengths_frames: Tensor | None,
     dilation: int,
     keep_hidden: bool,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`residual_unit` in plain torch, and what the first convolution made, or (0,) without."""
+    """`residual_unit` in plain torch, and what the first convolution made, or (0,) without.
+
+    It rounds nothing: `narrow` allows that, and does not ask for it.
+    """
     if not x.numel():
         return x.clone(), x.new_empty(x.shape if keep_hidden else (0,))
-    real = _real(lengths_frames, x)
+    real = 1.0 if lengths_frames is None else real_frames(lengths_frames, x)
     hidden = _convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation)
     y = _convolution(F.leaky_relu(hidden * real, SLOPE), weight2, bias2, 1)
     kept = hidden.contiguous() if keep_hidden else x.new_empty(0)
@@ -126,6 +126,7 @@ def residual_unit_backward_reference(
     bias2: Tensor,
     lengths_frames: Tensor | None,
     dilation: int,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2 and bias2, in plain torch."""
 
@@ -149,7 +150,7 @@ def residual_unit_backward_reference(
 
     if not x.numel():
         return tuple(t.new_zeros(t.shape) for t in (x, weight1, bias1, weight2, bias2))
-    real = _real(lengths_frames, x)
+    real = 1.0 if lengths_frames is None else real_frames(lengths_frames, x)
     inner = hidden * real
     d_a2, d_weight2, d_bias2 = through(inner, weight2, grad * real, 1)
     d_hidden = torch.where(inner > 0, d_a2, SLOPE * d_a2) * real
@@ -165,27 +166,28 @@ _unit_backward = torch.library.custom_op(
 
 
 @_unit.register_fake
-def _(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden):
+def _(x, weight1, bias1, weight2, bias2, lengths_frames, dilation, keep_hidden, narrow):
     out = x.new_empty(x.shape)
     return out, x.new_empty(x.shape) if keep_hidden else x.new_empty(0)
 
 
 @_unit_backward.register_fake
-def _(grad, x, hidden, weight1, bias1, weight2, bias2, lengths_frames, dilation):
+def _(grad, x, hidden, weight1, bias1, weight2, bias2, lengths_frames, dilation, narrow):
     return tuple(t.new_empty(t.shape) for t in (x, weight1, bias1, weight2, bias2))
 
 
 def _setup(ctx, inputs, output):
-    x, *parameters, lengths_frames, dilation, _ = inputs
+    x, *parameters, lengths_frames, dilation, _, narrow = inputs
     ctx.save_for_backward(x, output[1], *parameters, lengths_frames)
-    ctx.dilation = dilation
+    ctx.dilation, ctx.narrow = dilation, narrow
     ctx.set_materialize_grads(False)  # zeros as large as the hidden values
 
 
 def _vjp(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
-    return *_unit_backward(grad, *ctx.saved_tensors, ctx.dilation), None, None, None
+        return (None,) * 9
+    gradients = _unit_backward(grad, *ctx.saved_tensors, ctx.dilation, ctx.narrow)
+    return *gradients, None, None, None, None
 
 
 _unit.register_autograd(_vjp, setup_context=_setup)

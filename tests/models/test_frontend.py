@@ -9,6 +9,7 @@ from torch import nn
 
 from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.frontend import Snake, to_unit_rms
+from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.models.stem import stem
 
 from .small import ragged_batch
@@ -74,13 +75,17 @@ def test_stem_is_two_convolutions(stride: int, masked: bool) -> None:
         torch.testing.assert_close(g, e)
 
 
-def test_snake() -> None:
-    snake = Snake(3).double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_snake(dtype: torch.dtype) -> None:
+    snake = Snake(3).to(dtype)
     with torch.no_grad():
         snake.alpha.copy_(torch.tensor([-2.0, 0.0, 3.0]))
-    x = 4 * torch.randn(2, 5, 3, dtype=torch.float64)
+    x = 4 * torch.randn(2, 5, 3, dtype=dtype)
     a = F.softplus(snake.alpha) + 0.01
-    torch.testing.assert_close(snake(x), x + torch.sin(a * x) ** 2 / a)
+    expected = x + torch.sin(a * x) ** 2 / a
+    torch.testing.assert_close(snake(x, None), expected)
+    mask = frame_mask(torch.tensor([5, 2]), 5)
+    torch.testing.assert_close(snake(x, mask), expected * mask.keep.to(dtype))
 
 
 def test_unit_rms() -> None:

@@ -1,16 +1,17 @@
-"""Residual units and density-adaptive attention: every kernel of a CPU against float64."""
+"""Residual units, snake and density-adaptive attention: every kernel of a CPU against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops import native, native_encoder
 from gmm_jepa.ops.density import density_attention_reference
-from gmm_jepa.ops.residual import residual_unit_reference
+from gmm_jepa.ops.residual import SLOPE, residual_unit_reference
 
 # Names of the native module's instruction sets, and the plain torch form.
 KERNELS = [*native.instruction_sets(), "torch"]
@@ -30,6 +31,21 @@ UNITS = {
     "no rows": (0, 9, 8, 1, None),
     "no frames": (2, 0, 8, 3, None),
     "large values": (2, 50, 16, 3, (50, 11)),
+}
+# B, T, C, lengths, scale
+SNAKES = {
+    "one frame": (1, 1, 16, None, 1.0),
+    "prime sizes": (3, 101, 16, (101, 97, 13), 1.0),
+    "several blocks": (2, 1030, 48, (1030, 511), 1.0),
+    "one row empty": (2, 40, 32, (40, 0), 1.0),
+    "block edge": (1, 257, 16, (256,), 1.0),
+    "channels that fill no vector": (2, 60, 5, (60, 41), 1.0),
+    "quiet": (2, 50, 16, None, 1e-3),
+    "loud": (2, 500, 16, (500, 499), 300.0),
+    "far beyond float32's sines": (1, 90, 16, None, 1e6),
+    "wide": (1, 20, 512, None, 1.0),
+    "no rows": (0, 9, 16, None, 1.0),
+    "no frames": (2, 0, 16, None, 1.0),
 }
 # B, T, C, lengths, scale, offset
 DENSITIES = {
@@ -55,6 +71,7 @@ def kernel(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(native_encoder, "_is_residual", lambda *tensors: False)
         monkeypatch.setattr(native_encoder, "_is_density", lambda x: False)
+        monkeypatch.setattr(native_encoder, "_is_snake", lambda *tensors: False)
     else:
         native.use_instruction_set(request.param)
     yield request.param
@@ -75,9 +92,15 @@ def unit_case(name: str) -> tuple[list[Tensor], dict]:
         pairs = [(torch.randn(C, C, 3) / (3 * C) ** 0.5, 0.1 * torch.randn(C)) for _ in "12"]
         leaves = [x, *(tensor for pair in pairs for tensor in pair)]
         doubles = [leaf.double() for leaf in leaves]
-        hidden = residual_unit_reference(*doubles, lengths, dilation, True)[1]
+        hidden = residual_unit_reference(*doubles, lengths, dilation, True, False)[1]
         if not hidden.numel() or hidden.abs().min() > 5e-6 * scale:
             return leaves, {"dilation": dilation, "lengths_frames": lengths}
+
+
+def snake_case(name: str) -> tuple[list[Tensor], dict]:
+    B, T, C, lengths, scale = SNAKES[name]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    return [scale * torch.randn(B, T, C), 0.1 + 3 * torch.rand(C)], {"lengths_frames": lengths}
 
 
 def density_case(name: str) -> tuple[list[Tensor], dict]:
@@ -114,12 +137,80 @@ def test_a_residual_unit(name, kernel):
     leaves, options = unit_case(name)
 
     def oracle(x, *parameters, dilation, lengths_frames):
-        return residual_unit_reference(x, *parameters, lengths_frames, dilation, False)[0]
+        return residual_unit_reference(x, *parameters, lengths_frames, dilation, False, False)[0]
 
     expected = results_of(oracle, [leaf.double() for leaf in leaves], options)
     assert_close(results_of(ops.residual_unit, leaves, options), expected, 3e-6)
     with torch.no_grad():
         assert_close([ops.residual_unit(*leaves, **options)], expected[:1], 3e-6)
+
+
+def by_torch_in_bfloat16(x, weight1, bias1, weight2, bias2, *, dilation, lengths_frames):
+    """A residual unit as autocast has it without an op."""
+    keep = real(x.shape[1], lengths_frames)
+
+    def convolution(values: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+        options = {"padding": dilation, "dilation": dilation}
+        return F.conv1d(values.transpose(1, 2), weight, bias, **options).transpose(1, 2)
+
+    y = convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation) * keep
+    return x + convolution(F.leaky_relu(y, SLOPE), weight2, bias2, 1) * keep
+
+
+@pytest.mark.parametrize("name", [name for name in UNITS if not name.startswith("no ")])
+def test_a_residual_unit_under_autocast(name, kernel):
+    torch.manual_seed(0)
+    leaves, options = unit_case(name)
+    expected = results_of(by_torch_in_bfloat16, [leaf.double() for leaf in leaves], options)
+    with torch.autocast("cpu", torch.bfloat16):
+        peer = results_of(by_torch_in_bfloat16, leaves, options)
+        got = results_of(ops.residual_unit, leaves, options)
+        halves = [leaves[0].bfloat16().requires_grad_(), *leaves[1:]]
+        assert ops.residual_unit(*halves, **options).dtype == torch.float32
+    for number, (a, p, e) in enumerate(zip(got, peer, expected, strict=True)):
+        assert a.dtype == torch.float32
+        scale, error, of_peer = (float(t.detach().abs().max()) for t in (e, a - e, p - e))
+        assert error <= 2 * of_peer + 1e-6 * scale, f"result {number}: {error} beside {of_peer}"
+
+
+@pytest.mark.parametrize("name", SNAKES)
+def test_snake(name, kernel):
+    torch.manual_seed(0)
+    (x, a), options = snake_case(name)
+    # Where a x is thousands of turns, the plain form has lost digits of it.
+    tolerance = 3e-6 if kernel != "torch" or SNAKES[name][4] <= 1 else 1.0
+
+    def oracle(x, a, lengths_frames):
+        y = x + (a * x).sin().square() / a
+        return y if lengths_frames is None else y * real(x.shape[1], lengths_frames)
+
+    expected = results_of(oracle, [x.double(), a.double()], options)
+    got = results_of(ops.snake, [x, a], options)
+    assert all(t.isfinite().all() for t in got)
+    assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", ["prime sizes", "several blocks", "channels that fill no vector"])
+def test_snake_of_bfloat16(name, kernel):
+    """Arithmetic is float32's; the gradient of x is rounded once."""
+    torch.manual_seed(0)
+    (x, a), options = snake_case(name)
+    x = x.bfloat16()
+    expected = results_of(ops.snake, [x.float(), a], options)
+    got = results_of(ops.snake, [x, a], options)
+    assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.float32]
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1].bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-5)
+
+
+def test_snake_passes_on_what_is_not_finite(kernel):
+    x = torch.zeros(1, 2, 16)
+    x[0, 0, 3], x[0, 1, 5] = torch.nan, torch.inf
+    for values in (x, x.bfloat16()):
+        out, d_x, _ = results_of(ops.snake, [values, torch.ones(16)], {})
+        assert torch.equal(~out.isfinite(), ~x.isfinite())
+        assert torch.equal(d_x.isnan(), ~x.isfinite())
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -175,6 +266,16 @@ def test_refusals_of_a_unit(change, message):
         ops.residual_unit(**{**arguments, **change})
 
 
+def test_refusals_of_snake():
+    x = torch.zeros(1, 9, 16)
+    with pytest.raises(InputError, match="x: expected"):
+        ops.snake(x[0], torch.ones(16))
+    with pytest.raises(InputError, match="a: expected"):
+        ops.snake(x, torch.ones(8))
+    with pytest.raises(InputError, match="lengths_frames: expected"):
+        ops.snake(x, torch.ones(16), lengths_frames=torch.tensor([9, 9]))
+
+
 def test_refusals_of_density_attention():
     x, gaussians = torch.zeros(1, 9, 16), torch.ones(4, 4)
     with pytest.raises(InputError, match="offsets: expected"):
@@ -203,6 +304,7 @@ def test_another_default_type_changes_nothing(dtype):
 def test_outputs_do_not_depend_on_threads(threads):
     torch.manual_seed(0)
     unit, density = unit_case("several blocks"), density_case("one row empty")
+    wave = snake_case("several blocks")
     before = torch.get_num_threads()
 
     def outputs() -> list[Tensor]:
@@ -210,6 +312,7 @@ def test_outputs_do_not_depend_on_threads(threads):
         return [
             *results_of(ops.residual_unit, *unit)[:2],
             *results_of(ops.density_attention, *density),
+            *results_of(ops.snake, *wave),
         ]
 
     expected = outputs()
@@ -226,8 +329,12 @@ def test_opcheck():
     (x, *parameters), options = unit_case("prime sizes")
     leaves = [leaf.requires_grad_() for leaf in (x, *parameters)]
     for lengths in (None, options["lengths_frames"]):
-        arguments = (*leaves, lengths, options["dilation"], True)
+        arguments = (*leaves, lengths, options["dilation"], True, False)
         torch.library.opcheck(torch.ops.gmm_jepa.residual_unit.default, arguments)
+    leaves, options = snake_case("prime sizes")
+    for x in (leaves[0], leaves[0].bfloat16()):
+        arguments = (x.requires_grad_(), leaves[1].requires_grad_(), options["lengths_frames"])
+        torch.library.opcheck(torch.ops.gmm_jepa.snake.default, arguments)
     leaves, options = density_case("prime sizes")
     leaves = [leaf.requires_grad_() for leaf in leaves]
     for lengths in (None, options["lengths_frames"]):
@@ -235,10 +342,10 @@ def test_opcheck():
         torch.library.opcheck(op, (*leaves, lengths))
 
 
-@pytest.mark.parametrize("name", ["residual_unit", "density_attention"])
+@pytest.mark.parametrize("name", ["residual_unit", "density_attention", "snake"])
 def test_one_graph_holds_each_with_its_gradients(name):
-    make = {"residual_unit": unit_case, "density_attention": density_case}[name]
-    leaves, options = make("prime sizes")
+    makers = {"residual_unit": unit_case, "density_attention": density_case, "snake": snake_case}
+    leaves, options = makers[name]("prime sizes")
     op = getattr(ops, name)
 
     def function(x: Tensor, *parameters: Tensor, **options: object) -> Tensor:
