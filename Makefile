@@ -81,7 +81,7 @@ bench: setup
 
 bench-train: setup
 	@$(BIN)/python -m bench.train --preset cpu --precision fp32 bf16
-	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --repeats 3
+	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --precision fp32 bf16 --repeats 3
 
 bench-data: setup
 	@$(BIN)/python -m bench.feed

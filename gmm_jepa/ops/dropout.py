@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.fused import takes_one_op
+from gmm_jepa.ops.fused import takes_float32
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -23,9 +23,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if not 0.0 <= p < 1.0:
         raise InputError(f"p: expected at least 0 and below 1, got {p}")
-    if x.dtype != torch.float32 or not takes_one_op(x):
+    if not takes_float32(x):
         return torch.nn.functional.dropout(x, p)
-    return _dropout(x, torch.randint(1 << 62, (1,)), p) if p else x
+    return _dropout(x.float(), torch.randint(1 << 62, (1,)), p).to(x.dtype) if p else x
 
 
 def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
