@@ -139,13 +139,9 @@ echo "== ops, floors and peers"
 # shellcheck disable=SC2086  # several shapes are several words
 limited 55 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
 
-echo "== EM: the native CUDA kernels (off by default) beside torch and Triton"
-# Nothing else uses them yet, so their failure fails the script at its end and does not stop it.
-if limit_s=20 run_tests cuda_em "$repository/tests/native/test_cuda_em.py"; then
-    limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
-else
-    failed=1
-fi
+echo "== EM: the native CUDA kernels beside torch and Triton"
+limit_s=20 run_tests cuda_em "$repository/tests/native/test_cuda_em.py" || exit 1
+limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
 
 # What follows measures the parts together: a failure is kept for the end, the rest goes on.
 echo "== a training step, compiled and eager, beside the plain one"

@@ -41,7 +41,6 @@ class Panels {
     }
 
     bool is_half() const { return is_half_; }
-    int columns() const { return columns_; }
     int n_panels() const { return n_panels_; }
     int width() const { return n_panels_ * columns_; }
 

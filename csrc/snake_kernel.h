@@ -16,7 +16,8 @@ inline void store_narrow(uint16_t* p, Floats v) {  // to nearest even; NaN stays
     *reinterpret_cast<Halves*>(p) = __builtin_convertvector(kept, Halves);
 }
 
-// v a less its nearest multiple of pi, within a float's rounding wherever v a < 1e15.
+// v a less its nearest multiple of pi, within a float's rounding wherever v a < 1e15
+// (1e9 where multiply-adds are not fused).
 inline Floats around_pi(Floats v, const double* a) {
     constexpr double kInverse = 0.31830988618379067154, kPi = 3.14159265358979311600,
                      kRest = 1.22464679914735317e-16, kRound = 6755399441055744.0;

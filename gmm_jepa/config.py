@@ -142,7 +142,7 @@ class TrainConfig:
     """Compile the networks, once for every padded length; without a compiler go on without."""
     cuda_graphs: bool = False
     """Replay what is compiled as CUDA graphs, one for each network and length: fewer launches, more
-    memory. Not yet run on a GPU."""
+    memory. Not yet timed on a GPU."""
     checkpoint_blocks: bool = False
     """Keep only what enters each encoder block and compute its inside again for the gradient. Of
     the activations 0.41 are left for the largest transformer, 0.82 for the published conformer,

@@ -345,3 +345,23 @@ def _(q_shape, *_, **__) -> int:
 @register_flop_formula(torch.ops.gmm_jepa.gated_bias_attention_backward)
 def _(grad_shape, *_, **__) -> int:
     return 8 * math.prod(grad_shape) * grad_shape[2]  # the scores made again left out
+
+
+@register_flop_formula(torch.ops.gmm_jepa.linear)
+def _(x_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.gmm_jepa.linear_backward)
+def _(grad_shape, x_shape, *_, **__) -> int:
+    return 4 * math.prod(grad_shape) * x_shape[1]
+
+
+@register_flop_formula(torch.ops.gmm_jepa.depthwise_conv)
+def _(x_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[-1]
+
+
+@register_flop_formula(torch.ops.gmm_jepa.depthwise_conv_backward)
+def _(grad_shape, _, weight_shape, *__, **___) -> int:
+    return 4 * math.prod(grad_shape) * weight_shape[-1]

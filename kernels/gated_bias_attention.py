@@ -23,6 +23,8 @@ same input, same bits. Scores are computed once more for that, which costs a fra
 along the diagonals of every row of the batch did (13 ms against 10 of the gradients themselves).
 Atomics into (H, 2 T - 1) would need one addition a score and would not keep the bits.
 
+The sums take 2 H T (T / BLOCK + 1) floats, which no length of batch adds to.
+
 The table is copied with margins, so that tiles that stick out need no mask.
 
 Source: gmm_jepa.ops.attention; the walk is FlashAttention-2's (arXiv 2307.08691).
@@ -626,10 +628,10 @@ def gated_bias_attention_backward(
     """Gradients of q, k, v (with the memory of (B, T, H, d)), table and gate."""
     B, H, T, D = q.shape
     dq, dk, dv = (q.new_empty((B, T, H, D)).transpose(1, 2) for _ in range(3))
-    d_table = q.new_zeros(table.shape, dtype=torch.float32)
+    d_table = q.new_empty(table.shape, dtype=torch.float32)
     d_gate, delta, shifted = (q.new_empty((B, H, T), dtype=torch.float32) for _ in range(3))
     if q.numel() == 0:
-        return dq, dk, dv, d_table.to(table.dtype), d_gate.zero_().to(gate.dtype)
+        return dq, dk, dv, d_table.zero_().to(table.dtype), d_gate.zero_().to(gate.dtype)
     of_queries, of_keys, of_table = (
         _options(kernel, q, dropout_p, key_lengths) for kernel in ("bwd_q", "bwd_kv", "bwd_table")
     )

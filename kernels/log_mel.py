@@ -39,12 +39,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .log_mel_large import log_mel_large
+from .log_mel_large import MAX_MELS, SAMPLES_A_STEP, log_mel_large, power_of_two_below
 
 SIZE = 128  # rows and columns of a table of the transform: n = 0..N/4, every second bin
 MAX_N_FFT = 4 * SIZE - 2  # even, N/4 < SIZE
-MAX_MELS = 128  # of one program
-SAMPLES_A_STEP = 64  # of the search for a frame's largest sample
 
 
 @triton.jit
@@ -73,15 +71,6 @@ def _windowed(
         offsets = tl.max_contiguous(offsets, [1, 2])
         x = tl.load(x_ptr + offsets, mask=mask, other=0)
     return x.to(tl.float32) * weight[None, :]
-
-
-@triton.jit
-def _power_of_two_below(largest):
-    """2^(e-8) where 2^e <= largest < 2^(e+1), and its inverse; both normal numbers."""
-    exponent = tl.minimum(tl.maximum(largest, 7.9e-31), 1.2e30).to(tl.int32, bitcast=True)
-    exponent = (exponent & 0x7F800000) - (8 << 23)
-    inverse = (254 << 23) - exponent
-    return exponent.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -267,7 +256,7 @@ def _log_mel_fwd_kernel(
         largest = _largest(
             x_ptr, stride_x_s, row_start, start, length, window_ptr, N_FFT, BLOCK_T, BLOCK_S, False
         )
-    scale, inverse_scale = _power_of_two_below(largest)
+    scale, inverse_scale = power_of_two_below(largest)
     TABLE: tl.constexpr = SIZE * SIZE
     BLOCK_N: tl.constexpr = SIZE // 2  # two tiles hold the samples of all products
     HALF: tl.constexpr = N_FFT // 2

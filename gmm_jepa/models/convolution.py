@@ -44,8 +44,9 @@ class FrameConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_channels) -> (B, T', out_channels); padding frames of x must be zero."""
-        same = self.stride == 1 and 2 * self.padding == self.dilation * (self.weight.shape[2] - 1)
-        if same and takes_phases(x, self.dilation):
+        kernel = self.weight.shape[2]
+        same = self.stride == 1 and 2 * self.padding == self.dilation * (kernel - 1)
+        if same and kernel % 2 == 1 and takes_phases(x, self.dilation):
             return self.by_phases(x)
         y = F.conv2d(
             x.transpose(1, 2).unsqueeze(2),
@@ -59,7 +60,7 @@ class FrameConv(nn.Module):
         return y.squeeze(2).transpose(1, 2)
 
     def by_phases(self, x: Tensor) -> Tensor:
-        """`forward` without a dilation, of a convolution that keeps the number of frames.
+        """`forward` without a dilation, of an odd kernel that keeps the number of frames.
 
         Frames a dilation apart are neighbours in an image of T / dilation rows, which is the same
         memory, so a filter of one column does it.

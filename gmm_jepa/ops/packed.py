@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -27,6 +28,7 @@ class PackedMixtures(Generic[Operand]):
     def __init__(self, pack: Callable[..., Operand], n_kept: int) -> None:
         self._pack, self._n_kept = pack, n_kept
         self._kept: OrderedDict[tuple, tuple[Operand, Mixture]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
         """The operand of the mixture, made if it is not among those kept."""
@@ -34,12 +36,16 @@ class PackedMixtures(Generic[Operand]):
         if key is None:
             return self._pack(mixture, *arguments)
         key += arguments
-        if key not in self._kept:
-            self._kept[key] = (self._pack(mixture, *arguments), mixture)
+        with self._lock:
+            entry = self._kept.get(key)
+        if entry is None:
+            entry = (self._pack(mixture, *arguments), mixture)
+        with self._lock:
+            self._kept[key] = entry
+            self._kept.move_to_end(key)
             if len(self._kept) > self._n_kept:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        return entry[0]
 
 
 def _key(mixture: Mixture) -> tuple | None:

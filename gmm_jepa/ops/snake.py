@@ -40,7 +40,8 @@ def snake_reference(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tens
     """`snake` in plain torch."""
     wide = x.to(a.dtype)
     y = wide + (a * wide).sin().square() / a
-    return y.contiguous() if lengths_frames is None else y * real_frames(lengths_frames, y)
+    y = y if lengths_frames is None else y * real_frames(lengths_frames, y)
+    return y.contiguous()
 
 
 def snake_backward_reference(

@@ -151,6 +151,12 @@ def _flops(event: Any) -> float:
     """Operations of all calls with these shapes; 0 where unknown."""
     if event.key in _PRODUCTS:
         return float(event.flops)
+    if event.key == "gmm_jepa::linear":
+        x, weight = event.input_shapes[:2]
+        return event.count * 2.0 * math.prod(x) * weight[0]
+    if event.key == "gmm_jepa::linear_backward":
+        grad, x = event.input_shapes[:2]
+        return event.count * 4.0 * math.prod(grad) * x[1]
     if event.key == "aten::convolution_backward":
         output, _, weight = event.input_shapes[:3]
         if output and weight:  # gradients of input and of weight, each as the forward pass

@@ -355,3 +355,9 @@ def test_one_graph_holds_each_with_its_gradients(name):
     expected = results_of(function, leaves, options)
     assert all(t.abs().max() > 0 for t in expected)
     assert_close(results_of(compiled, leaves, options), expected, 1e-5)
+
+
+def test_snake_of_any_strides_is_dense_as_its_fake_says():
+    x = torch.randn(2, 5, 9).transpose(1, 2)
+    out = ops.snake(x, torch.ones(5), lengths_frames=torch.tensor([9, 4]))
+    assert out.stride() == (45, 5, 1)

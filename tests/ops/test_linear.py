@@ -94,3 +94,11 @@ def test_refusals():
         ops.linear(x, weight.T, bias)
     with pytest.raises(InputError, match="bias: expected"):
         ops.linear(x, weight, bias[:2])
+
+
+def test_autocast_leaves_the_operator_wide(form):
+    leaves = case("frames")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *gradients = results_of(ops.linear, leaves)
+    assert {t.dtype for t in (out, *gradients)} == {torch.float32}
+    torch.testing.assert_close(out, torch.nn.functional.linear(*leaves))

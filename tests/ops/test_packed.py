@@ -1,0 +1,58 @@
+"""Packed mixtures are made once, anew after a change, and by any number of threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import torch
+
+from gmm_jepa.ops import Mixture
+from gmm_jepa.ops.packed import PackedMixtures
+
+
+def mixture_of(value: float) -> Mixture:
+    return Mixture(torch.zeros(2), torch.full((2, 3), value), torch.ones(2, 3))
+
+
+def test_the_last_few_are_kept():
+    made = []
+    packed = PackedMixtures(lambda m, *more: made.append((float(m.means[0, 0]), *more)), n_kept=2)
+    first, second, third = map(mixture_of, (1.0, 2.0, 3.0))
+    for mixture in (first, second, first, third, first, second):
+        packed(mixture)
+    assert [value for (value,) in made] == [1.0, 2.0, 3.0, 2.0]
+    packed(first, "otherwise")
+    assert made[-1] == (1.0, "otherwise")
+
+
+def test_a_change_in_place_is_seen():
+    packed, mixture = PackedMixtures(lambda m: float(m.means[0, 0]), n_kept=2), mixture_of(1.0)
+    assert packed(mixture) == 1.0
+    mixture.means.add_(1.0)
+    assert packed(mixture) == 2.0
+
+
+def test_threads_push_each_others_mixtures_out():
+    packed = PackedMixtures(lambda m: float(m.means[0, 0]), n_kept=2)
+    mixtures, wrong = [mixture_of(float(i)) for i in range(8)], []
+
+    def work(start: int) -> None:
+        try:
+            for i in range(start, start + 400):
+                if packed(mixtures[i % 8]) != float(i % 8):
+                    wrong.append(i)
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
