@@ -7,11 +7,12 @@ First the proof: from equal weights, with dropout and augmentation off, both sid
 same loss at every one of a few steps in float32 (of at most four rows). Then, with both on, the
 sides take turns: median audio seconds per second, peak memory (on CUDA the allocator's; on a CPU
 the growth of a process of its own), the share of the device's peak by the operations of
-`gmm_jepa.flops`, and the operations that take longest. Our side includes the loader (reading,
-masks, noise) in the same process; the plain side is handed its audio and masks. Where the plain
-side runs out of the GPU's memory, ours is measured alone and the line says so. JSON lines go to
-``train.jsonl``. ``--skip-proof`` is for several measurements in a row, of which one has the proof:
-with ``--compile`` the proof compiles another network, that of float32.
+`gmm_jepa.flops`, and the operations that take longest (on CUDA the kernels, too, in the JSON
+lines). Our side includes the loader (reading, masks, noise) in the same process; the plain side
+is handed its audio and masks. Where the plain side runs out of the GPU's memory, ours is measured
+alone and the line says so. JSON lines go to ``train.jsonl``. ``--skip-proof`` is for several
+measurements in a row, of which one has the proof: with ``--compile`` the proof compiles another
+network, that of float32.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ PROOF_ROWS = 4
 PROOF_TOLERANCE = 1e-4
 PROFILED_STEPS = 2
 SHOWN_OPS = 8
+SHOWN_KERNELS = 40
 
 
 def sized(recipe: Recipe, rows: int | None, seconds: float | None, **settings: Any) -> Recipe:
@@ -208,6 +210,24 @@ def breakdown(step: Callable[[], object], device: torch.device, precision: str) 
     ]
 
 
+def kernels(step: Callable[[], object]) -> list[dict]:
+    """The CUDA kernels that take longest: milliseconds and calls of a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        for _ in range(PROFILED_STEPS):
+            step()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in run.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {
+            "kernel": event.key[:120],
+            "ms": round(event.self_device_time_total / 1e3 / PROFILED_STEPS, 3),
+            "calls": event.count / PROFILED_STEPS,
+        }
+        for event in on_gpu[:SHOWN_KERNELS]
+    ]
+
+
 def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, repeats: int) -> dict:
     """Both sides in turn; ours alone where the GPU's memory does not hold the plain one."""
     corpus = SyntheticCorpus(4 * rows, seconds)
@@ -245,7 +265,9 @@ def measure(recipe: Recipe, rows: int, seconds: float, device: torch.device, rep
     faster = None
     if "plain" in times:
         faster = times["plain"]["median"] / times["ours"]["median"]
+    on_gpu = device.type == "cuda"
     return {
+        "longest_kernels": {side: kernels(step) for side, step in sides.items() if on_gpu},
         "audio_s_per_s": {side: audio_s / t["median"] for side, t in times.items()},
         "step_s": times,
         "first_step_s": first_step_s,
