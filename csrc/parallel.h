@@ -46,7 +46,7 @@ class Barrier {
     }
 
   private:
-    static constexpr std::chrono::microseconds kPatience{500};
+    static constexpr std::chrono::microseconds kPatience{50};
 
     // Tells the processor that this is a loop that waits.
     static void pause() {
