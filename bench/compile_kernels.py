@@ -29,6 +29,7 @@ import triton
 from gmm_jepa.kernels import (
     depthwise_conv,
     gated_bias_attention,
+    gated_bias_attention_backward,
     gaussian,
     gmm_log_likelihood,
     gmm_posterior,
@@ -244,7 +245,7 @@ def attention_cases() -> dict[str, Callable[[], object]]:
         seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
         arguments = (*q, table, gate, torch.full((B,), T), seed, dropout_p)
         out, log_sum = gated_bias_attention.gated_bias_attention(*arguments)
-        gated_bias_attention.gated_bias_attention_backward(out, out, log_sum, *arguments)
+        gated_bias_attention_backward.gated_bias_attention_backward(out, out, log_sum, *arguments)
 
     return {
         f"gated_bias_attention {str(dtype).removeprefix('torch.')} d={D}"

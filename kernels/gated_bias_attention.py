@@ -10,120 +10,34 @@ Scores and softmax are float32, products take the inputs' dtype (float32: three 
 keep is 0 or 1 / (1 - dropout_p), drawn by a hash of a random word for each query and one for each
 key (Philox of the seed, batch and head gives their seeds), so all passes draw the same.
 
-Backward, with dp = keep (g v'), delta_i = g_i . y_i and ds = p (dp - delta):
-
-    dv = (keep p)' g,   dk = ds' q / sqrt(d),   dq = ds k / sqrt(d)
-    dgate_i = sum_j ds_ij table[j - i],   dtable[r] = sum over b, i of ds_i,i+r gate_i
-
-One kernel takes a block of queries and walks over the keys: dq, dgate. Another takes a block of
-keys and walks over the queries: dk, dv. A third takes one square tile of one head and walks over
-the batch: it adds up ds gate in registers, and only then sums along the tile's diagonals, whose
-two halves (a tile has 2 BLOCK - 1) the last kernel adds to those of other tiles in a fixed order:
-same input, same bits. Scores are computed once more for that, which costs a fraction of what sums
-along the diagonals of every row of the batch did (13 ms against 10 of the gradients themselves).
-Atomics into (H, 2 T - 1) would need one addition a score and would not keep the bits.
-
-The sums take 2 H T (T / BLOCK + 1) floats, which no length of batch adds to.
-
-The table is copied with margins, so that tiles that stick out need no mask.
+The gradients are in gated_bias_attention_backward.py. The table is copied with margins, so that
+tiles that stick out need no mask.
 
 Source: gmm_jepa.ops.attention; the walk is FlashAttention-2's (arXiv 2307.08691).
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(math.log2(math.e))
-# Beside each head's positions, so that tiles that stick out read something without a mask.
-MARGIN = tl.constexpr(128)
-
-
-@triton.jit
-def _row_and_block(T, BLOCK: tl.constexpr):
-    """(batch, head) pair and first frame of this program; blocks of one pair are neighbours.
-
-    On one axis of the grid: the others end at 65,535 pairs.
-    """
-    n_blocks = tl.cdiv(T, BLOCK)
-    return tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks * BLOCK
-
-
-@triton.jit
-def _centre(head, T):
-    """Where j = i is in the table with margins of a head."""
-    return head.to(tl.int64) * (2 * T - 1 + 2 * MARGIN) + MARGIN + T - 1
-
-
-@triton.jit
-def _rows(ptr, row, first, stride_b, stride_h, stride_t, H):
-    """Where frame `first` of a (B, H, T, ...) tensor's (batch, head) pair `row` begins, 64 bits."""
-    row = row.to(tl.int64)
-    return ptr + row // H * stride_b + row % H * stride_h + (first + 0 * row) * stride_t
-
-
-@triton.jit
-def _load_rows(ptr, offs_t, offs_d, mask_t, stride_t, stride_d, D: tl.constexpr):
-    """(BLOCK, D_PAD) of the rows that begin at `ptr`, zero beyond."""
-    mask = mask_t[:, None] & (offs_d < D)[None, :]
-    return tl.load(
-        ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d, mask=mask, other=0.0
-    )
-
-
-@triton.jit
-def _store_rows(ptr, values, offs_t, offs_d, mask_t, stride_t, stride_d, D: tl.constexpr):
-    mask = mask_t[:, None] & (offs_d < D)[None, :]
-    ptrs = ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d
-    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _seeds(seed_ptr, row):
-    """Two random words of a (batch, head) pair."""
-    first, second, _, _ = tl.randint4x(tl.load(seed_ptr), row)
-    return first.to(tl.uint32), second.to(tl.uint32)
-
-
-@triton.jit
-def _numbers(frames, first, T):
-    """What queries add to the number of a score, i T + j, and to the first of the two words."""
-    return frames.to(tl.uint32) * T + first
-
-
-@triton.jit
-def _kept(of_queries, of_keys, second, dropped):
-    """Where a probability is kept: its number, mixed, is at least `dropped` of 2^32.
-
-    Two rounds of a multiplicative hash; the upper bits, which decide, depend on all others.
-    """
-    x = of_queries + of_keys
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15) ^ second) * 0x846CA68B
-    return x >= dropped
-
-
-@triton.jit
-def _threshold(dropout_p):
-    """dropout_p of 2^32, uint32."""
-    return tl.cast(dropout_p * 4294967296.0, tl.uint32)
-
-
-@triton.jit
-def _bias(table_ptr, rows, columns):
-    """table at columns - rows. Its margins make any block readable.
-
-    64 bits, so that constants end up in the loads' offsets.
-    """
-    ptrs = (table_ptr + columns.to(tl.int64))[None, :]
-    return tl.load(ptrs - rows.to(tl.int64)[:, None])
+from .attention_tiles import (
+    LOG2_E,
+    bias_of,
+    centre,
+    is_kept,
+    load_rows,
+    options_of,
+    row_and_block,
+    rows_of,
+    score_numbers,
+    seeds_of,
+    store_rows,
+    threshold_of,
+    with_margins,
+)
 
 
 @triton.jit
@@ -138,9 +52,9 @@ def _fwd_step(
     offs_i, offs_j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
     offs_d = tl.arange(0, D_PAD)
     mask_j = (j0 + offs_j < n_keys) | WHOLE
-    k = _load_rows(k_ptr, j0 + offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D)
+    k = load_rows(k_ptr, j0 + offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    s += _bias(table_ptr - i0, offs_i, j0 + offs_j) * gate[:, None]
+    s += bias_of(table_ptr - i0, offs_i, j0 + offs_j) * gate[:, None]
     if not WHOLE:
         s = tl.where(mask_j[None, :], s, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(s, 1))
@@ -149,8 +63,8 @@ def _fwd_step(
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
         of_keys = (j0 + offs_j).to(tl.uint32)
-        p = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), p, 0.0)
-    v = _load_rows(v_ptr, j0 + offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D)
+        p = tl.where(is_kept(of_queries[:, None], of_keys[None, :], second, dropped), p, 0.0)
+    v = load_rows(v_ptr, j0 + offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D)
     y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)
     return new_largest, total, y
 
@@ -168,24 +82,24 @@ def _gated_bias_attention_fwd_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, i0 = _row_and_block(T, BLOCK_I)
+    row, i0 = row_and_block(T, BLOCK_I)
     offs_i, offs_d = tl.arange(0, BLOCK_I), tl.arange(0, D_PAD)
     mask_i = i0 + offs_i < T
     n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
     of_queries, second, dropped = 0, 0, 0
     if DROPOUT:
-        first, second = _seeds(seed_ptr, row)
-        of_queries, dropped = _numbers(i0 + offs_i, first, T), _threshold(dropout_p)
-    q = _load_rows(
-        _rows(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
+        first, second = seeds_of(seed_ptr, row)
+        of_queries, dropped = score_numbers(i0 + offs_i, first, T), threshold_of(dropout_p)
+    q = load_rows(
+        rows_of(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
         offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D,
     )  # fmt: skip
-    gate_ptr = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
+    gate_ptr = rows_of(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
     gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
     gate = gate.to(tl.float32) * LOG2_E
-    table_ptr += _centre(row % H, T)
-    k_ptr = _rows(k_ptr, row, 0, stride_k_b, stride_k_h, stride_k_t, H)
-    v_ptr = _rows(v_ptr, row, 0, stride_v_b, stride_v_h, stride_v_t, H)
+    table_ptr += centre(row % H, T)
+    k_ptr = rows_of(k_ptr, row, 0, stride_k_b, stride_k_h, stride_k_t, H)
+    v_ptr = rows_of(v_ptr, row, 0, stride_v_b, stride_v_h, stride_v_t, H)
     largest = tl.full((BLOCK_I,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_I,), dtype=tl.float32)
     y = tl.zeros((BLOCK_I, D_PAD), dtype=tl.float32)
@@ -210,376 +124,12 @@ def _gated_bias_attention_fwd_kernel(
         log_sum = tl.full((BLOCK_I,), float("inf"), dtype=tl.float32)
     if DROPOUT:
         total *= 1.0 - dropout_p
-    _store_rows(
-        _rows(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
+    store_rows(
+        rows_of(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
         y / total[:, None], offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
     )  # fmt: skip
     log_sum_ptr += row.to(tl.int64) * T + i0
     tl.store(log_sum_ptr + offs_i, log_sum, mask=mask_i)
-
-
-@triton.jit
-def _for_dropout(log_sum, delta, dropout_p):
-    """Of p / (1 - dropout_p) and its gradient: p (keep dp / (1 - dropout_p) - delta) without it."""
-    return log_sum + tl.log2(tl.cast(1.0 - dropout_p, tl.float32)), delta * (1.0 - dropout_p)
-
-
-@triton.jit
-def _bwd_q_step(
-    dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
-    of_queries, second, dropped,
-    stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, WHOLE where all of them exist."""
-    offs_i, offs_j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    offs_d = tl.arange(0, D_PAD)
-    mask_j = (j0 + offs_j < n_keys) | WHOLE
-    k = _load_rows(k_ptr, j0 + offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D)
-    v = _load_rows(v_ptr, j0 + offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D)
-    bias = _bias(table_ptr - i0, offs_i, j0 + offs_j)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias * gate[:, None]
-    p = tl.exp2(s - log_sum[:, None])
-    if not WHOLE:
-        p = tl.where(mask_j[None, :], p, 0.0)
-    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    if DROPOUT:
-        of_keys = (j0 + offs_j).to(tl.uint32)
-        dp = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), dp, 0.0)
-    ds = p * (dp - delta[:, None])
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq, d_gate + tl.sum(ds * bias, 1)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _gated_bias_attention_bwd_q_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, out_ptr, log_sum_ptr,
-    dq_ptr, d_gate_ptr, delta_ptr, shifted_ptr,
-    T, H,
-    stride_q_b, stride_q_h, stride_q_t, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_t, stride_k_d,
-    stride_v_b, stride_v_h, stride_v_t, stride_v_d,
-    stride_g_b, stride_g_h, stride_g_t, stride_g_d,
-    stride_o_b, stride_o_h, stride_o_t, stride_o_d,
-    stride_gate_b, stride_gate_h, stride_gate_t,
-    scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row, i0 = _row_and_block(T, BLOCK_I)
-    offs_i, offs_d = tl.arange(0, BLOCK_I), tl.arange(0, D_PAD)
-    mask_i = i0 + offs_i < T
-    n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
-    of_queries, second, dropped = 0, 0, 0
-    if DROPOUT:
-        first, second = _seeds(seed_ptr, row)
-        of_queries, dropped = _numbers(i0 + offs_i, first, T), _threshold(dropout_p)
-    q = _load_rows(
-        _rows(q_ptr, row, i0, stride_q_b, stride_q_h, stride_q_t, H),
-        offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D,
-    )  # fmt: skip
-    g = _load_rows(
-        _rows(g_ptr, row, i0, stride_g_b, stride_g_h, stride_g_t, H),
-        offs_i, offs_d, mask_i, stride_g_t, stride_g_d, D,
-    )  # fmt: skip
-    y = _load_rows(
-        _rows(out_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
-        offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
-    )  # fmt: skip
-    delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-    of_row = row.to(tl.int64) * T + i0
-    log_sum = tl.load(log_sum_ptr + of_row + offs_i, mask=mask_i, other=float("inf")) * LOG2_E
-    if DROPOUT:
-        log_sum, delta = _for_dropout(log_sum, delta, dropout_p)
-    tl.store(delta_ptr + of_row + offs_i, delta, mask=mask_i)
-    tl.store(shifted_ptr + of_row + offs_i, log_sum, mask=mask_i)
-    gate_ptr = _rows(gate_ptr, row, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-    gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
-    gate = gate.to(tl.float32) * LOG2_E
-    table_ptr += _centre(row % H, T)
-    k_ptr = _rows(k_ptr, row, 0, stride_k_b, stride_k_h, stride_k_t, H)
-    v_ptr = _rows(v_ptr, row, 0, stride_v_b, stride_v_h, stride_v_t, H)
-    dq = tl.zeros((BLOCK_I, D_PAD), dtype=tl.float32)
-    d_gate = tl.zeros((BLOCK_I,), dtype=tl.float32)
-    whole = n_keys // BLOCK_J * BLOCK_J
-    for j0 in range(0, whole, BLOCK_J):
-        dq, d_gate = _bwd_q_step(
-            dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, j0, n_keys,
-            of_queries, second, dropped,
-            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
-            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, True,
-        )  # fmt: skip
-    if whole < n_keys:
-        dq, d_gate = _bwd_q_step(
-            dq, d_gate, q, g, gate, log_sum, delta, k_ptr, v_ptr, table_ptr, i0, whole, n_keys,
-            of_queries, second, dropped,
-            stride_k_t, stride_k_d, stride_v_t, stride_v_d, scale * LOG2_E,
-            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, False,
-        )  # fmt: skip
-    _store_rows(
-        _rows(dq_ptr, row, i0, stride_o_b, stride_o_h, stride_o_t, H),
-        dq * scale, offs_i, offs_d, mask_i, stride_o_t, stride_o_d, D,
-    )  # fmt: skip
-    tl.store(d_gate_ptr + of_row + offs_i, d_gate, mask=mask_i)
-
-
-@triton.jit
-def _bwd_kv_step(
-    dk, dv, k, v, q_ptr, g_ptr, gate_ptr, log_sum_ptr, delta_ptr, turned_ptr, i0, j0, T,
-    first, second, dropped,
-    stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """One tile of queries, WHOLE where all of them exist; keys are its rows.
-
-    The table is turned round: with what lies side by side in memory side by side in the tile, no
-    two lanes meet in a bank of shared memory.
-    """
-    offs_i, offs_j = i0 + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    offs_d = tl.arange(0, D_PAD)
-    mask_i = (offs_i < T) | WHOLE
-    q = _load_rows(q_ptr, offs_i, offs_d, mask_i, stride_q_t, stride_q_d, D)
-    g = _load_rows(g_ptr, offs_i, offs_d, mask_i, stride_g_t, stride_g_d, D)
-    if WHOLE:
-        log_sum = tl.load(log_sum_ptr + offs_i)
-        delta = tl.load(delta_ptr + offs_i)
-        gate = tl.load(gate_ptr + offs_i * stride_gate_t)
-    else:  # plus infinity: a query that is not there has no probability
-        log_sum = tl.load(log_sum_ptr + offs_i, mask=mask_i, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_i, mask=mask_i, other=0.0)
-        gate = tl.load(gate_ptr + offs_i * stride_gate_t, mask=mask_i, other=0.0)
-    gate = gate.to(tl.float32) * LOG2_E
-    bias = _bias(turned_ptr - j0, offs_j, offs_i)  # i - j
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-    p = tl.exp2(s + bias * gate[None, :] - log_sum[None, :])
-    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-    kept = p
-    if DROPOUT:
-        of_queries, of_keys = _numbers(offs_i, first, T), (j0 + offs_j).to(tl.uint32)
-        keep = _kept(of_queries[None, :], of_keys[:, None], second, dropped)
-        dp = tl.where(keep, dp, 0.0)
-        kept = tl.where(keep, p, 0.0)
-    ds = p * (dp - delta[None, :])
-    dv = tl.dot(kept.to(g.dtype), g, dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["T"])
-def _gated_bias_attention_bwd_kv_kernel(
-    q_ptr, k_ptr, v_ptr, turned_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, shifted_ptr,
-    delta_ptr, dk_ptr, dv_ptr,
-    T, H,
-    stride_q_b, stride_q_h, stride_q_t, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_t, stride_k_d,
-    stride_v_b, stride_v_h, stride_v_t, stride_v_d,
-    stride_g_b, stride_g_h, stride_g_t, stride_g_d,
-    stride_o_b, stride_o_h, stride_o_t, stride_o_d,
-    stride_gate_b, stride_gate_h, stride_gate_t,
-    scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row, j0 = _row_and_block(T, BLOCK_J)
-    offs_j, offs_d = tl.arange(0, BLOCK_J), tl.arange(0, D_PAD)
-    n_keys = tl.load(lengths_ptr + row // H).to(tl.int32) if RAGGED else T
-    mask_j = j0 + offs_j < n_keys
-    first, second, dropped = 0, 0, 0
-    if DROPOUT:
-        first, second = _seeds(seed_ptr, row)
-        dropped = _threshold(dropout_p)
-    k = _load_rows(
-        _rows(k_ptr, row, j0, stride_k_b, stride_k_h, stride_k_t, H),
-        offs_j, offs_d, mask_j, stride_k_t, stride_k_d, D,
-    )  # fmt: skip
-    v = _load_rows(
-        _rows(v_ptr, row, j0, stride_v_b, stride_v_h, stride_v_t, H),
-        offs_j, offs_d, mask_j, stride_v_t, stride_v_d, D,
-    )  # fmt: skip
-    turned_ptr += _centre(row % H, T)
-    q_ptr = _rows(q_ptr, row, 0, stride_q_b, stride_q_h, stride_q_t, H)
-    g_ptr = _rows(g_ptr, row, 0, stride_g_b, stride_g_h, stride_g_t, H)
-    gate_ptr = _rows(gate_ptr, row, 0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-    shifted_ptr += row.to(tl.int64) * T
-    delta_ptr += row.to(tl.int64) * T
-    dk = tl.zeros((BLOCK_J, D_PAD), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_J, D_PAD), dtype=tl.float32)
-    last = tl.where(j0 < n_keys, T, 0)  # keys that a row lacks have no gradient
-    whole = last // BLOCK_I * BLOCK_I
-    for i0 in range(0, whole, BLOCK_I):
-        dk, dv = _bwd_kv_step(
-            dk, dv, k, v, q_ptr, g_ptr, gate_ptr, shifted_ptr, delta_ptr, turned_ptr, i0, j0, T,
-            first, second, dropped,
-            stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale * LOG2_E,
-            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, True,
-        )  # fmt: skip
-    if whole < last:
-        dk, dv = _bwd_kv_step(
-            dk, dv, k, v, q_ptr, g_ptr, gate_ptr, shifted_ptr, delta_ptr, turned_ptr, whole, j0, T,
-            first, second, dropped,
-            stride_q_t, stride_q_d, stride_g_t, stride_g_d, stride_gate_t, scale * LOG2_E,
-            D, D_PAD, BLOCK_I, BLOCK_J, DROPOUT, PRECISION, False,
-        )  # fmt: skip
-    # What keys that a row lacks have gathered is anything.
-    dk = tl.where(mask_j[:, None], dk * scale, 0.0)
-    dv = tl.where(mask_j[:, None], dv, 0.0)
-    mask_j = j0 + offs_j < T
-    _store_rows(
-        _rows(dk_ptr, row, j0, stride_o_b, stride_o_h, stride_o_t, H),
-        dk, offs_j, offs_d, mask_j, stride_o_t, stride_o_d, D,
-    )  # fmt: skip
-    _store_rows(
-        _rows(dv_ptr, row, j0, stride_o_b, stride_o_h, stride_o_t, H),
-        dv, offs_j, offs_d, mask_j, stride_o_t, stride_o_d, D,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["B", "T"])
-def _gated_bias_attention_bwd_table_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, gate_ptr, lengths_ptr, seed_ptr, g_ptr, shifted_ptr,
-    delta_ptr, partials_ptr,
-    B, T, H,
-    stride_q_b, stride_q_h, stride_q_t, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_t, stride_k_d,
-    stride_v_b, stride_v_h, stride_v_t, stride_v_d,
-    stride_g_b, stride_g_h, stride_g_t, stride_g_d,
-    stride_gate_b, stride_gate_h, stride_gate_t,
-    scale, dropout_p,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n_blocks = tl.cdiv(T, BLOCK)
-    head = tl.program_id(0) // (n_blocks * n_blocks)
-    tile = tl.program_id(0) % (n_blocks * n_blocks)
-    i0, j0 = tile // n_blocks * BLOCK, tile % n_blocks * BLOCK
-    offs, offs_d = tl.arange(0, BLOCK), tl.arange(0, D_PAD)
-    mask_i = i0 + offs < T
-    bias = _bias(table_ptr + _centre(head, T) + j0 - i0, offs, offs)
-    # in the layout of the products, once and not for every row of the batch
-    nothing = tl.zeros((BLOCK, D_PAD), dtype=q_ptr.dtype.element_ty)
-    bias += tl.dot(nothing, tl.trans(nothing))
-    dropped = _threshold(dropout_p)
-    q_ptr = _rows(q_ptr, head, i0, stride_q_b, stride_q_h, stride_q_t, H)
-    g_ptr = _rows(g_ptr, head, i0, stride_g_b, stride_g_h, stride_g_t, H)
-    k_ptr = _rows(k_ptr, head, j0, stride_k_b, stride_k_h, stride_k_t, H)
-    v_ptr = _rows(v_ptr, head, j0, stride_v_b, stride_v_h, stride_v_t, H)
-    gate_ptr = _rows(gate_ptr, head, i0, stride_gate_b, stride_gate_h, stride_gate_t, H)
-    shifted_ptr += head.to(tl.int64) * T + i0
-    delta_ptr += head.to(tl.int64) * T + i0
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for b in range(0, B):
-        n_keys = tl.load(lengths_ptr + b).to(tl.int32) if RAGGED else T
-        mask_j = j0 + offs < n_keys
-        q = _load_rows(q_ptr, offs, offs_d, mask_i, stride_q_t, stride_q_d, D)
-        g = _load_rows(g_ptr, offs, offs_d, mask_i, stride_g_t, stride_g_d, D)
-        k = _load_rows(k_ptr, offs, offs_d, mask_j, stride_k_t, stride_k_d, D)
-        v = _load_rows(v_ptr, offs, offs_d, mask_j, stride_v_t, stride_v_d, D)
-        log_sum = tl.load(shifted_ptr + offs, mask=mask_i, other=float("inf"))
-        delta = tl.load(delta_ptr + offs, mask=mask_i, other=0.0)
-        gate = tl.load(gate_ptr + offs * stride_gate_t, mask=mask_i, other=0.0).to(tl.float32)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        p = tl.exp2(s + bias * (gate * LOG2_E)[:, None] - log_sum[:, None])
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            first, second = _seeds(seed_ptr, b * H + head)
-            of_queries, of_keys = _numbers(i0 + offs, first, T), (j0 + offs).to(tl.uint32)
-            dp = tl.where(_kept(of_queries[:, None], of_keys[None, :], second, dropped), dp, 0.0)
-        total += tl.where(mask_j[None, :], p * (dp - delta[:, None]) * gate[:, None], 0.0)
-        q_ptr += stride_q_b
-        g_ptr += stride_g_b
-        k_ptr += stride_k_b
-        v_ptr += stride_v_b
-        gate_ptr += stride_gate_b
-        shifted_ptr += tl.cast(H, tl.int64) * T
-        delta_ptr += tl.cast(H, tl.int64) * T
-    # Row i turned by i + 1 has its diagonals in columns; the later ones go to the next tile.
-    turned = offs[:, None] + offs[None, :] + 1
-    along = tl.gather(total, turned % BLOCK, 1)
-    partials_ptr += tl.program_id(0).to(tl.int64) * 2 * BLOCK
-    tl.store(partials_ptr + offs, tl.sum(tl.where(turned >= BLOCK, along, 0.0), 0))
-    tl.store(partials_ptr + BLOCK + offs, tl.sum(tl.where(turned < BLOCK, along, 0.0), 0))
-
-
-@triton.jit(do_not_specialize=["T"])
-def _gated_bias_attention_bwd_table_sum_kernel(
-    partials_ptr, d_table_ptr, T, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    n_blocks = tl.cdiv(T, BLOCK)
-    head = tl.program_id(1)
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # j - i + T - 1
-    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    partials_ptr += head.to(tl.int64) * n_blocks * n_blocks * 2 * BLOCK
-    for block in range(n_blocks):
-        column = offs_r - (T - 1) + (block + 1) * BLOCK - 1
-        tile, place = column // BLOCK, column % BLOCK
-        ptrs = partials_ptr + tile * 2 * BLOCK + place
-        total += tl.load(ptrs, mask=(column >= 0) & (tile < n_blocks), other=0.0)
-        ptrs -= BLOCK  # the tile before, its second half
-        total += tl.load(ptrs, mask=(column >= BLOCK) & (tile <= n_blocks), other=0.0)
-        partials_ptr += n_blocks * 2 * BLOCK
-    d_table_ptr += head.to(tl.int64) * (2 * T - 1)
-    tl.store(d_table_ptr + offs_r, total, mask=offs_r < 2 * T - 1)
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of a tile, and the schedule, of one of the kernels."""
-
-    BLOCK_I: int
-    BLOCK_J: int
-    num_warps: int
-    num_stages: int
-
-
-def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
-    """Tile and schedule of "fwd", "bwd_q", "bwd_kv" or "bwd_table" (a square tile).
-
-    Those of 16 bits and d up to 32 on one H200, bf16, d = 16, B H T^2 = 576 M scores, dropout,
-    the best of eight: fwd 0.85 ms (64 x 64: 0.98), bwd_table 0.79 (2 stages and 8 warps: 1.61).
-    bwd_q and bwd_kv took 3.5 and 1.5 ms with two stages, whose copies of the bias met in the banks
-    of shared memory; with one stage there are none (not measured yet). The others are the largest
-    that compile without spills.
-    """
-    if dtype == torch.float32:
-        if D_pad > 32:
-            return Tiles(16, 16, 8, 1)
-        if kernel == "fwd" and D_pad <= 16:
-            return Tiles(64, 32, 4, 2)
-        return Tiles(32, 32, 4, 2) if D_pad <= 16 else Tiles(16, 16, 4, 2)
-    if D_pad <= 32:
-        return {
-            "fwd": Tiles(64, 32, 4, 3),
-            "bwd_q": Tiles(128, 32, 4, 1),
-            "bwd_kv": Tiles(32, 128, 4, 1),
-            "bwd_table": Tiles(64, 64, 4, 1),
-        }[kernel]
-    warps = 8 if D_pad > 64 else 4
-    return Tiles(64, 64, warps, 2) if kernel == "fwd" else Tiles(32, 32, warps, 2)
-
-
-def _options(
-    kernel: str, q: Tensor, dropout_p: float, key_lengths: Tensor | None
-) -> dict[str, Any]:
-    D = q.shape[3]
-    D_pad = max(16, triton.next_power_of_2(D))
-    tiles = config(kernel, D_pad, q.dtype)._asdict()
-    if kernel == "bwd_table":
-        tiles["BLOCK"] = tiles.pop("BLOCK_I")
-        del tiles["BLOCK_J"]
-    return {
-        "D": D,
-        "D_PAD": D_pad,
-        "RAGGED": key_lengths is not None,
-        "DROPOUT": dropout_p > 0.0,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        **tiles,
-    }
-
-
-def _with_margins(table: Tensor) -> Tensor:
-    """(H, 2 T - 1) -> (H, 2 T - 1 + 2 MARGIN) float32, contiguous."""
-    return F.pad(table.float(), (MARGIN.value, MARGIN.value))
 
 
 def gated_bias_attention(
@@ -598,11 +148,11 @@ def gated_bias_attention(
     log_sum = q.new_empty((B, H, T), dtype=torch.float32)
     if q.numel() == 0:
         return out, log_sum
-    options = _options("fwd", q, dropout_p, key_lengths)
+    options = options_of("fwd", q, dropout_p, key_lengths)
     with torch.cuda.device_of(q):
         _gated_bias_attention_fwd_kernel[(triton.cdiv(T, options["BLOCK_I"]) * B * H,)](
             q, k, v,
-            _with_margins(table), gate,
+            with_margins(table), gate,
             log_sum if key_lengths is None else key_lengths.contiguous(),
             log_sum if seed is None else seed,
             out, log_sum, T, H,
@@ -610,70 +160,3 @@ def gated_bias_attention(
             D**-0.5, dropout_p, **options,
         )  # fmt: skip
     return out, log_sum
-
-
-def gated_bias_attention_backward(
-    grad: Tensor,
-    out: Tensor,
-    log_sum: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    key_lengths: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (with the memory of (B, T, H, d)), table and gate."""
-    B, H, T, D = q.shape
-    dq, dk, dv = (q.new_empty((B, T, H, D)).transpose(1, 2) for _ in range(3))
-    d_table = q.new_empty(table.shape, dtype=torch.float32)
-    d_gate, delta, shifted = (q.new_empty((B, H, T), dtype=torch.float32) for _ in range(3))
-    if q.numel() == 0:
-        return dq, dk, dv, d_table.zero_().to(table.dtype), d_gate.zero_().to(gate.dtype)
-    of_queries, of_keys, of_table = (
-        _options(kernel, q, dropout_p, key_lengths) for kernel in ("bwd_q", "bwd_kv", "bwd_table")
-    )
-    BLOCK, BLOCK_R = of_table["BLOCK"], 256
-    n_tiles = H * triton.cdiv(T, BLOCK) ** 2
-    partials = q.new_empty((n_tiles, 2, BLOCK), dtype=torch.float32)
-    by_position = _with_margins(table)
-    of_rows = (
-        gate,
-        log_sum if key_lengths is None else key_lengths.contiguous(),
-        log_sum if seed is None else seed,
-        grad,
-    )
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    numbers = (D**-0.5, dropout_p)
-    after = (*dq.stride(), *gate.stride(), *numbers)
-    with torch.cuda.device_of(q):
-        _gated_bias_attention_bwd_q_kernel[(triton.cdiv(T, of_queries["BLOCK_I"]) * B * H,)](
-            q, k, v, by_position, *of_rows, out, log_sum, dq, d_gate, delta, shifted,
-            T, H, *strides, *after, **of_queries,
-        )  # fmt: skip
-        _gated_bias_attention_bwd_kv_kernel[(triton.cdiv(T, of_keys["BLOCK_J"]) * B * H,)](
-            q,
-            k,
-            v,
-            by_position.flip(1),
-            *of_rows,
-            shifted,
-            delta,
-            dk,
-            dv,
-            T,
-            H,
-            *strides,
-            *after,
-            **of_keys,
-        )
-        _gated_bias_attention_bwd_table_kernel[(n_tiles,)](
-            q, k, v, by_position, *of_rows, shifted, delta, partials,
-            B, T, H, *strides, *gate.stride(), *numbers, **of_table,
-        )  # fmt: skip
-        _gated_bias_attention_bwd_table_sum_kernel[(triton.cdiv(2 * T - 1, BLOCK_R), H)](
-            partials, d_table, T, BLOCK=BLOCK, BLOCK_R=BLOCK_R
-        )
-    return dq, dk, dv, d_table.to(table.dtype), d_gate.to(gate.dtype)

@@ -32,7 +32,7 @@ def gated_bias_attention_backward(
     """As the op `gmm_jepa::gated_bias_attention_backward`."""
     if not _covered(q):
         return attention.attention_backward_reference(grad, out, log_sum, q, *others)
-    from gmm_jepa.kernels import gated_bias_attention as kernel
+    from gmm_jepa.kernels import gated_bias_attention_backward as kernel
 
     return kernel.gated_bias_attention_backward(grad, out, log_sum, q, *others)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from gmm_jepa.kernels import gated_bias_attention as kernel
+from gmm_jepa.kernels import gated_bias_attention, gated_bias_attention_backward
 from torch import Tensor
 
 from gmm_jepa.ops import triton_attention
@@ -121,8 +121,13 @@ class Grids:
 def test_any_number_of_heads_and_rows_fits_the_grid(monkeypatch):
     """CUDA's second and third axes end at 65,535."""
     grids = Grids()
-    for name in ("fwd", "bwd_q", "bwd_kv", "bwd_table"):
-        monkeypatch.setattr(kernel, f"_gated_bias_attention_{name}_kernel", grids)
+    for kernels, name in (
+        (gated_bias_attention, "fwd"),
+        (gated_bias_attention_backward, "bwd_q"),
+        (gated_bias_attention_backward, "bwd_kv"),
+        (gated_bias_attention_backward, "bwd_table"),
+    ):
+        monkeypatch.setattr(kernels, f"_gated_bias_attention_{name}_kernel", grids)
     case = drawn(70_000, 1, 2, 16)
     results(case)
     assert len(grids.seen) == 4
