@@ -112,8 +112,9 @@ def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
     Those of 16 bits and d up to 32 on one H200, bf16, d = 16, B H T^2 = 576 M scores, dropout,
     the best of eight: fwd 0.85 ms (64 x 64: 0.98), bwd_table 0.79 (2 stages and 8 warps: 1.61).
     bwd_q and bwd_kv took 3.5 and 1.5 ms with two stages, whose copies of the bias met in the banks
-    of shared memory; with one stage there are none (not measured yet). The others are chosen by what compiles; in
-    float32 heads of more than 32 spill some registers (bench/results/compile.jsonl).
+    of shared memory; with one stage there are none (not measured yet). The others are
+    chosen by what compiles; in float32 heads of more than 32 spill some registers
+    (bench/results/compile.jsonl).
     """
     if dtype == torch.float32:
         if D_pad > 32:

@@ -7,8 +7,8 @@ q, k, v, y (B, H, T, d) float32, bf16 or float16, any strides, d up to 128 (padd
 power of two); table (H, 2 T - 1), gate (B, H, T). Keys from key_lengths[b] on are hidden; tiles
 that hold none other are not visited. A row of no keys gives zeros, and plus infinity for log_sum.
 Scores and softmax are float32, products take the inputs' dtype (float32: three tf32 products).
-keep is 0 or 1 / (1 - dropout_p), drawn by a hash of the score's number i T + j and of two words that
-Philox makes of the seed, batch and head, so all passes draw the same.
+keep is 0 or 1 / (1 - dropout_p), drawn by a hash of the score's number i T + j and of two words
+that Philox makes of the seed, batch and head, so all passes draw the same.
 
 The gradients are in gated_bias_attention_backward.py. The table is copied with margins, so that
 tiles that stick out need no mask.
