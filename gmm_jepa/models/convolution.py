@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmm_jepa import ops
-from gmm_jepa.ops.fused import exporting, takes_phases
+from gmm_jepa.ops.fused import exporting, takes_phases, takes_products
 
 
 class FrameConv(nn.Module):
@@ -72,6 +72,19 @@ class FrameConv(nn.Module):
         image, weight = rows.permute(0, 3, 1, 2), self.weight.unsqueeze(3)
         y = F.conv2d(image, weight, self.bias, padding=padding, groups=self.groups)
         return y.permute(0, 2, 3, 1).reshape(B, n_rows * d, -1)[:, :T]
+
+
+class StridedConv(FrameConv):
+    """2 s taps with stride s: every frame is seen by two of the next stage's."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in_channels) -> (B, T', out_channels); padding frames of x must be zero."""
+        if takes_products(x):
+            return ops.strided_conv(x, self.weight, self.bias, self.stride)
+        return super().forward(x)
 
 
 class DepthwiseConv(FrameConv):

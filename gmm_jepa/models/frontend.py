@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gmm_jepa import ops
 from gmm_jepa.models.config import ConformerConfig
-from gmm_jepa.models.convolution import FrameConv
+from gmm_jepa.models.convolution import FrameConv, StridedConv
 from gmm_jepa.models.daam import DensityAttention
 from gmm_jepa.models.linear import Linear
 from gmm_jepa.models.padding import (
@@ -76,9 +76,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.stride = stride
-        self.conv = FrameConv(
-            in_channels, out_channels, 2 * stride, stride=stride, padding=stride // 2
-        )
+        self.conv = StridedConv(in_channels, out_channels, stride)
         self.snake = Snake(out_channels)
         self.residual = nn.ModuleList(
             ResidualBlock(out_channels, (1, 3**i, 5**i)) for i in range(blocks)

@@ -38,6 +38,7 @@ from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.residual import residual_unit
 from gmm_jepa.ops.snake import snake
+from gmm_jepa.ops.strided import strided_conv
 
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
 # is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
@@ -92,6 +93,7 @@ __all__ = [
     "native_losses",
     "residual_unit",
     "snake",
+    "strided_conv",
     "takes_float32",
     "takes_linear",
     "triton_attention",

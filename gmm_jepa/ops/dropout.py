@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of one number, so that none is stored for the backward pass."""
+"""Dropout whose mask is a function of few numbers, so that none need be stored for a gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from gmm_jepa.ops.fused import takes_float32
 def dropout(x: Tensor, p: float) -> Tensor:
     """x with values zero with probability p and the others times 1 / (1 - p).
 
-    On CPUs one pass that draws, where torch has three and keeps a mask; elsewhere torch's own.
+    On CPUs one pass that draws, where torch has three and keeps a mask. On a GPU torch's own, but
+    `hashed_dropout` in compiled code: the generator that the compiler writes out for every value
+    made of GELU and dropout, 32 x 750 x 2,048 bf16 on an H200, 0.215 ms, four times what memory
+    takes.
 
     Args:
         x: any shape, float.
@@ -23,9 +26,25 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if not 0.0 <= p < 1.0:
         raise InputError(f"p: expected at least 0 and below 1, got {p}")
+    if x.device.type == "cuda" and torch.compiler.is_dynamo_compiling() and x.numel() < 1 << 31:
+        return hashed_dropout(x, p) if p else x
     if not takes_float32(x):
         return torch.nn.functional.dropout(x, p)
     return _dropout(x.float(), torch.randint(1 << 62, (1,)), p).to(x.dtype) if p else x
+
+
+def hashed_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout by operations that a compiler fuses with others and repeats for the gradient.
+
+    A value is kept where a hash of its number and of two random words of 24 bits, two rounds of
+    multiplying and shifting as in the attention's kernels, reaches p of 2^32.
+    """
+    words = (torch.rand(2, device=x.device) * (1 << 24)).int()
+    h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    h = h + (words[0] << 8)
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ (h >> 15 & 0x1FFFF) ^ words[1] << 8) * (0x846CA68B - (1 << 32))
+    return torch.where(h >= round(p * (1 << 32)) - (1 << 31), x / (1.0 - p), 0.0)
 
 
 def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:

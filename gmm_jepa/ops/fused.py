@@ -54,6 +54,14 @@ def takes_phases(x: Tensor, dilation: int) -> bool:
     return x.device.type == "cuda" and dilation >= WIDE_DILATION and not exporting()
 
 
+def takes_products(x: Tensor) -> bool:
+    """Whether a strided convolution's gradient of x is to be a matrix product; not on CPUs.
+
+    Two cores, 4 x 8,000 x 64 to 128 channels, stride 8: oneDNN 3.6 ms, the product 3.8.
+    """
+    return x.device.type == "cuda" and not exporting()
+
+
 @contextlib.contextmanager
 def composed() -> Iterator[None]:
     """Compose on CPUs, too: what a model does and keeps for the gradient is then as elsewhere."""

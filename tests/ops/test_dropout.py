@@ -7,14 +7,19 @@ import torch
 
 from gmm_jepa import ops
 from gmm_jepa.ops import native, native_encoder
-from gmm_jepa.ops.dropout import dropout_reference
+from gmm_jepa.ops.dropout import dropout_reference, hashed_dropout
 
 
-@pytest.fixture(params=[*native.instruction_sets(), "torch"])
+def hashed(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    torch.manual_seed(int(seed))
+    return hashed_dropout(x, p)
+
+
+@pytest.fixture(params=[*native.instruction_sets(), "torch", "hashed"])
 def dropped(request):
     """dropout(x, seed, p) by one kernel."""
-    if request.param == "torch":
-        yield dropout_reference
+    if request.param in ("torch", "hashed"):
+        yield hashed if request.param == "hashed" else dropout_reference
         return
     native.use_instruction_set(request.param)
     yield native_encoder.dropout
@@ -68,9 +73,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.gmm_jepa.dropout.default, (x, torch.tensor([3]), 0.2))
 
 
-def test_one_graph_with_its_gradient():
+@pytest.mark.parametrize("form", [ops.dropout, hashed_dropout])
+def test_one_graph_with_its_gradient(form):
     """Compiled, the gradient still has the mask of the output."""
-    compiled = torch.compile(lambda x: ops.dropout(2 * x, 0.4), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: form(2 * x, 0.4), fullgraph=True, backend="aot_eager")
     x = (1 + torch.rand(50, 300)).requires_grad_()
     y = compiled(x)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
