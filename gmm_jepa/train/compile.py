@@ -2,8 +2,8 @@
 
 What is compiled are encoder, teacher and predictor, or of sharded encoders every part by itself:
 the loader's buckets fix their shapes, one graph a bucket (two where micro-batches leave a shorter
-one). The losses and the cluster head take as many rows as frames happen to be masked, another
-number at every step, and stay as they are.
+one). The cluster head takes as many rows as frames happen to be masked, another number at every
+step: one graph for all numbers, and no CUDA graph. The losses are operators and stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def compile_networks(
     by_block: bool = False,
     cuda_graphs: bool = False,
 ) -> None:
-    """Compile encoder, teacher and predictor when they first meet a shape; weights stay in place.
+    """Compile the networks when they first meet a shape; weights stay in place.
 
     Dropout draws other numbers than without compilation; without it the results are equal to
     rounding.
@@ -56,6 +56,8 @@ def compile_networks(
     for network in (*networks, model.predictor):
         if network is not None:
             network.forward = _CompiledOrNot(network, shared)
+    if model.cluster_head is not None:
+        model.cluster_head.forward = _CompiledOrNot(model.cluster_head, shared, rows_vary=True)
 
 
 class _Shared:
@@ -68,11 +70,10 @@ class _Shared:
 class _CompiledOrNot:
     """A network's forward pass, compiled until that fails."""
 
-    def __init__(self, network: nn.Module, shared: _Shared) -> None:
+    def __init__(self, network: nn.Module, shared: _Shared, *, rows_vary: bool = False) -> None:
         self._plain, self._shared = network.forward, shared
-        self._compiled = torch.compile(
-            self._plain, dynamic=False, backend=BACKEND, mode=shared.mode
-        )
+        mode = None if rows_vary else shared.mode
+        self._compiled = torch.compile(self._plain, dynamic=rows_vary, backend=BACKEND, mode=mode)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not self._shared.failed:

@@ -102,6 +102,23 @@ def test_every_bucket_keeps_its_graph(monkeypatch):
     assert len(traced) == before >= 10
 
 
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_the_cluster_head_has_one_graph_for_all_numbers_of_rows(kind, monkeypatch):
+    traced = []
+
+    def counting(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", counting)
+    model = JepaModel(TINY, 4, cluster_head=kind).eval()
+    expected = [model.cluster_head(torch.ones(n, 16)) for n in (7, 12, 31)]
+    compiling.compile_networks(model, n_buckets=1, report=print)
+    for logits in expected:
+        torch.testing.assert_close(model.cluster_head(torch.ones(len(logits), 16)), logits)
+    assert len(traced) == 1
+
+
 def test_cuda_graphs_are_asked_of_the_compiler(monkeypatch):
     modes = []
 
