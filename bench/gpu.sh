@@ -8,8 +8,9 @@
 # tiny case where it is installed, prints the table of ops with floors and peers and one of EM by
 # the native CUDA kernels, measures a training step, compiled and eager, and trains for a short while
 # with a profile. JSON lines and the profile go to ${OUT:-bench/results}.
-# CORPUS=folder takes a packed corpus for that training instead of synthetic audio. TUNE=1 sweeps
-# the mixture kernels' tiles after all that, which takes longer than the rest.
+# CORPUS=folder takes a packed corpus for that training instead of synthetic audio. PARTS="em train"
+# leaves out all but the named parts (tests sanitizer ops em train run). TUNE=1 sweeps the mixture
+# kernels' tiles after all that, which takes longer than the rest.
 #
 # Compiled code is cached in TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR where those are set, and
 # otherwise for this run alone.
@@ -26,6 +27,8 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="${OUT:-$repository/bench/results}"
 shapes="${SHAPES:-paper small large}"
+parts="${PARTS:-tests sanitizer ops em train run}"
+wanted() { [[ " $parts " == *" $1 "* ]]; }
 mkdir -p "$out"
 
 # The package as it would be installed: gmm_jepa with kernels/ inside it.
@@ -79,10 +82,8 @@ else
 fi
 "$python" -c "from gmm_jepa.ops import native; print(native.status())"
 
-echo "== correctness on the GPU"
 # Most of the time is compilation, on the CPU, one kernel for each shape: a process for each file,
 # and for the large files one for each part of their tests.
-export OMP_NUM_THREADS=1
 run_tests() { # name, then what pytest is to run; at most ${limit_s:-120} s
     local name="$1" log="$site/$1.log" code=0
     shift
@@ -98,66 +99,82 @@ run_tests() { # name, then what pytest is to run; at most ${limit_s:-120} s
     fi
     echo "$(tail -1 "$log")  ${*##*/}"
 }
-kernels="$repository/tests/kernels"
 jobs=()
 start() {
     run_tests "$@" &
     jobs+=("$!")
 }
-start kl "$kernels/test_masked_losses.py" -k "test_kl and not given and not ensemble"
-start kl_ensemble "$kernels/test_masked_losses.py" -k "ensemble"
-start kl_given "$kernels/test_masked_losses.py" -k "test_kl and given"
-start losses "$kernels/test_masked_losses.py" -k "not test_kl"
-start posterior "$kernels/test_gmm_posterior.py" -k "test_posterior"
-start log_posterior "$kernels/test_gmm_posterior.py" -k "test_log_posterior"
-start likelihood "$kernels/test_gmm_posterior.py" -k "test_log_likelihood"
-start mixture "$kernels/test_gmm_posterior.py" \
-    -k "not test_posterior and not test_log_posterior and not test_log_likelihood"
-for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native,train}/test_*.py; do
-    case "$file" in
-        */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
-        */native/test_cuda_em.py) ;; # below
-        *) ! grep -q "gpu" "$file" || start "$(basename "$file" .py)" "$file" ;;
-    esac
-done
-failed=0
-for job in "${jobs[@]}"; do
-    wait "$job" || failed=1
-done
-[ "$failed" -eq 0 ] || exit 1
-unset OMP_NUM_THREADS
+test_all() {
+    local kernels="$repository/tests/kernels" job file failed=0
+    start kl "$kernels/test_masked_losses.py" -k "test_kl and not given and not ensemble"
+    start kl_ensemble "$kernels/test_masked_losses.py" -k "ensemble"
+    start kl_given "$kernels/test_masked_losses.py" -k "test_kl and given"
+    start losses "$kernels/test_masked_losses.py" -k "not test_kl"
+    start posterior "$kernels/test_gmm_posterior.py" -k "test_posterior"
+    start log_posterior "$kernels/test_gmm_posterior.py" -k "test_log_posterior"
+    start likelihood "$kernels/test_gmm_posterior.py" -k "test_log_likelihood"
+    start mixture "$kernels/test_gmm_posterior.py" \
+        -k "not test_posterior and not test_log_posterior and not test_log_likelihood"
+    for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native,train}/test_*.py; do
+        case "$file" in
+            */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
+            */native/test_cuda_em.py) ;; # below
+            *) ! grep -q "gpu" "$file" || start "$(basename "$file" .py)" "$file" ;;
+        esac
+    done
+    for job in "${jobs[@]}"; do
+        wait "$job" || failed=1
+    done
+    [ "$failed" -eq 0 ] || exit 1
+}
 
-echo "== compute-sanitizer on a tiny case"
-if command -v compute-sanitizer > /dev/null; then
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 25 compute-sanitizer --tool memcheck \
-        --error-exitcode 1 "$python" -m bench.tiny
-else
-    echo "not installed"
+if wanted tests; then
+    echo "== correctness on the GPU"
+    OMP_NUM_THREADS=1 test_all
 fi
 
-echo "== ops, floors and peers"
-# shellcheck disable=SC2086  # several shapes are several words
-limited 55 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
+if wanted sanitizer; then
+    echo "== compute-sanitizer on a tiny case"
+    if command -v compute-sanitizer > /dev/null; then
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 25 compute-sanitizer --tool memcheck \
+            --error-exitcode 1 "$python" -m bench.tiny
+    else
+        echo "not installed"
+    fi
+fi
 
-echo "== EM: the native CUDA kernels beside torch and Triton"
-limit_s=20 run_tests cuda_em "$repository/tests/native/test_cuda_em.py" || exit 1
-limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
+if wanted ops; then
+    echo "== ops, floors and peers"
+    # shellcheck disable=SC2086  # several shapes are several words
+    limited 55 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out"
+fi
 
 # What follows measures the parts together: a failure is kept for the end, the rest goes on.
-echo "== a training step, compiled and eager, beside the plain one"
+failed=0
+if wanted em; then
+    echo "== EM: the native CUDA kernels beside torch and Triton"
+    limit_s=20 run_tests cuda_em "$repository/tests/native/test_cuda_em.py" || exit 1
+    limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
+fi
+
 step() { limited "$1" "$python" -m bench.train --device cuda --preset paper --precision bf16 \
     --repeats 3 --out "$out" "${@:2}" || failed=1; }
-# Compiling the default conformer takes 100 s, 40 s with a warm cache (H200, 16 cores); the float32
-# proof is the eager run's, or another network would have to be compiled.
-step 140 --compile --skip-proof
-step 55 --compile --cuda-graphs --skip-proof
-step 55
+if wanted train; then
+    echo "== a training step, compiled and eager, beside the plain one"
+    # Compiling the default conformer takes 100 s, 40 s with a warm cache (H200, 16 cores); the float32
+    # proof is the eager run's, or another network would have to be compiled.
+    step 140 --compile --skip-proof
+    step 55 --compile --cuda-graphs --skip-proof
+    step 55
+fi
 
-echo "== a short real training, with a profile"
-# shellcheck disable=SC2086  # no corpus is no argument
-limited 40 "$python" -m bench.short_run --seconds 15 --precision bf16 --out "$out" \
-    ${CORPUS:+--corpus "$CORPUS"} || failed=1
-head -20 "$out/profile/ops.txt" 2> /dev/null || true
+if wanted run; then
+    echo "== a short real training, with a profile"
+    # shellcheck disable=SC2086  # no corpus is no argument
+    limited 40 "$python" -m bench.short_run --seconds 15 --precision bf16 --out "$out" \
+        ${CORPUS:+--corpus "$CORPUS"} || failed=1
+    head -20 "$out/profile/ops.txt" 2> /dev/null || true
+fi
 
 if [ "${TUNE:-0}" = 1 ]; then
     echo "== tiles of the mixture kernels"

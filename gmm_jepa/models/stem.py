@@ -41,6 +41,7 @@ def stem(
     if lengths_samples is None:
         lengths_samples = waveform.new_full(waveform.shape[:1], waveform.shape[1]).long()
     taps, bias = _compose(first, strided)
+    taps = F.pad(taps, (0, -taps.shape[1] % 8))  # rows of 16 bytes, which fast products ask for
     left = first.padding + margin
     right = (n_frames - 1) * stride + taps.shape[1] - left - waveform.shape[1]
     padded = F.pad(waveform, (left, right))
