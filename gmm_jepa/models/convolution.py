@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmm_jepa import ops
-from gmm_jepa.ops.fused import exporting, takes_phases, takes_products
+from gmm_jepa.ops.fused import exporting, takes_phases, takes_products, takes_wide
 
 
 class FrameConv(nn.Module):
@@ -48,10 +48,18 @@ class FrameConv(nn.Module):
         same = self.stride == 1 and 2 * self.padding == self.dilation * (kernel - 1)
         if same and kernel % 2 == 1 and takes_phases(x, self.dilation):
             return self.by_phases(x)
+        if takes_wide(x, self.weight):
+            with torch.autocast(x.device.type, enabled=False):
+                bias = None if self.bias is None else self.bias.float()
+                return self.by_torch(x.float(), self.weight.float(), bias).to(torch.bfloat16)
+        return self.by_torch(x, self.weight, self.bias)
+
+    def by_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` as torch's convolution of an image."""
         y = F.conv2d(
             x.transpose(1, 2).unsqueeze(2),
-            self.weight.unsqueeze(2),
-            self.bias,
+            weight.unsqueeze(2),
+            bias,
             stride=(1, self.stride),
             padding=(0, self.padding),
             dilation=(1, self.dilation),

@@ -20,6 +20,9 @@ WIDE_DILATION = 16
 of a compiled training step on an H200; the calls that its fast kernels lack are those of dilations
 25, 27 and 125. Without a dilation not measured yet. oneDNN has fast kernels for all."""
 
+AMX_CHANNELS = 16
+"""Fewer than these go wrong: `takes_wide`."""
+
 _composes = False
 
 
@@ -52,6 +55,19 @@ def takes_float32(x: Tensor) -> bool:
 def takes_phases(x: Tensor, dilation: int) -> bool:
     """Whether a convolution of x is to run on frames a dilation apart as neighbours."""
     return x.device.type == "cuda" and dilation >= WIDE_DILATION and not exporting()
+
+
+def takes_wide(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of x in bfloat16 must be one in float32: on a CPU, of few channels.
+
+    oneDNN 3.10 on processors with AMX: with 4 to 15 channels and 8, 12, 16 ... taps the results are
+    unrelated to the inputs (relative error 1). So few channels gain nothing by bfloat16.
+    """
+    if x.device.type != "cpu" or weight.shape[1] >= AMX_CHANNELS:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16
 
 
 def takes_products(x: Tensor) -> bool:

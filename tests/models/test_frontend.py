@@ -29,6 +29,21 @@ def test_frame_conv_is_conv1d(options: dict[str, int]) -> None:
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2))
 
 
+@pytest.mark.parametrize("kernel", [7, 8, 10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 4, 6, 8, 12, 15, 16, 32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_of_few_channels(channels: int, kernel: int, autocast: bool) -> None:
+    """oneDNN's own are unrelated to the inputs for some of these, where the processor has AMX."""
+    torch.manual_seed(0)
+    conv = FrameConv(channels, 16, kernel, stride=kernel // 2, padding=2)
+    x = torch.randn(2, 200, channels).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = (conv if autocast else conv.bfloat16())(x)
+    expected = conv.double()(x.double())
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("n_frames", [1, 4, 5, 21, 60])
 def test_phases_are_the_dilated_convolution(n_frames: int) -> None:
     conv = FrameConv(4, 4, 3, dilation=5, padding=5).double()
