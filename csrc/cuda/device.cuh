@@ -23,6 +23,13 @@ __device__ __forceinline__ void wait_copy_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// `rows` and as many rows further, in one instruction.
+__device__ __forceinline__ const char* row_at(const char* rows, uint32_t row, uint32_t row_bytes) {
+    const char* address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(row_bytes), "l"(rows));
+    return address;
+}
+
 // Parameters on their way through the first-level cache: there for the next pair of the component,
 // and the first to make room, so that the frames stay.
 __device__ __forceinline__ double2 load_passing(const double2* global) {
@@ -51,6 +58,62 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
           "f"(c[2]), "f"(c[3]));
+}
+
+// ---- products of a warpgroup (PTX ISA, "Asynchronous warpgroup level matrix instructions") ----
+
+// What this thread wrote to shared memory, or had copied there, is visible to the products of the
+// threads that meet it at a barrier.
+__device__ __forceinline__ void show_to_products() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The compiler moves no use of these registers across this.
+__device__ __forceinline__ void hold(float (&sums)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+
+// The sums were written before the products that follow add to them.
+__device__ __forceinline__ void begin_products(float (&sums)[8][4]) {
+    hold(sums);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void end_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// The products that were begun are in the sums.
+__device__ __forceinline__ void wait_products(float (&sums)[8][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold(sums);
+}
+
+// Describes rows of 16 values in shared memory, without swizzle: 8 rows of 16 bytes are a matrix of
+// 128 bytes; `down` bytes further are the next 8 rows, `along` the next 8 values of the same rows.
+__device__ __forceinline__ uint64_t describe(const void* matrix, uint32_t down, uint32_t along) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(matrix));
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(along >> 4) << 16 | uint64_t(down >> 4) << 32;
+}
+
+// sums (64 frames x 64 components, 16 frames a warp) += a (64 x 16) b (64 x 16)^T.
+__device__ __forceinline__ void multiply_tile(float (&d)[8][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred adds;\nsetp.eq.u32 adds, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+          "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+          "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
+          "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
+          "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+          "+f"(d[7][2]), "+f"(d[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // Sum over aligned groups of kWidth lanes, in all of them; the same bits every time.

@@ -4,12 +4,15 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "moments.cuh"
 #include "refine.cuh"
 #include "screen.cuh"
+#include "screen_tiles.cuh"
 
 namespace gmm_jepa::cuda {
 namespace {
@@ -53,11 +56,16 @@ struct Workspace {
         partials.first = take<double>(parts * D);
         partials.second = take<double>(parts * D);
         likelihoods = take<double>(frames / kTileFrames);
+        sums = take<FrameSum>(frames);
+        list.used = take<uint32_t>(1);
+        list.spilled = take<uint32_t>(1);
         zeroed = used;
         normalisers = take<Normaliser>(frames);
         mask = take<uint32_t>(frames / kTileFrames * K);
-        members = take<uint32_t>(frames / kTileFrames * K);
-        stride = frames / kTileFrames;
+        list.capacity = static_cast<uint32_t>(list_pairs(K));
+        list.values = take<double>(list.capacity);
+        list.pairs = take<uint32_t>(list.capacity);
+        list.ranges = take<int2>(n_sections(frames) * K);
     }
 
     template <typename V>
@@ -71,9 +79,10 @@ struct Workspace {
     size_t used = 0, zeroed = 0;
     Partials partials;
     double* likelihoods;
+    FrameSum* sums;
     Normaliser* normalisers;
-    uint32_t *mask, *members;  // (tiles, K) of the screen, (K, tiles) of the refinement
-    int64_t stride;            // tiles of a chunk
+    uint32_t* mask;  // (tiles, K)
+    PairList list;
 };
 
 template <typename T, int kWarps, int kFixedSteps>
@@ -89,11 +98,39 @@ void screen(const ChunkView<T>& x, const Operands& mixture, double margin, uint3
     check(cudaGetLastError(), "em_screen_kernel");
 }
 
+// Whether this GPU has products of warpgroups, and the module machine code with them. Their screen
+// has not run on a GPU yet: until it has, it is asked for by name.
+bool takes_warpgroups() {
+    const char* const asked = std::getenv("GMM_JEPA_UNPROVEN_KERNELS");
+    if (asked == nullptr || std::strcmp(asked, "1") != 0) return false;
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, em_tiles_kernel), "em_tiles_kernel");
+    return attributes.maxThreadsPerBlock >= 32 * kTileScreenWarps;
+}
+
+void screen_tiles(const ChunkView<float>& x, const Operands& mixture, double margin, uint32_t* mask,
+                  cudaStream_t stream) {
+    constexpr int kBytes = sizeof(TileScreenShared);
+    check(cudaFuncSetAttribute(em_tiles_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kBytes),
+          "shared memory of em_tiles_kernel");
+    const int blocks = (x.n_rows + kTileScreenFrames - 1) / kTileScreenFrames;
+    em_tiles_kernel<<<blocks, 32 * kTileScreenWarps, kBytes, stream>>>(x, mixture, margin,
+                                                                             mask);
+    check(cudaGetLastError(), "em_tiles_kernel");
+}
+
 // As many warps as the features of their frames leave shared memory for.
 template <typename T>
 void screen(const ChunkView<T>& x, const Operands& mixture, double margin, uint32_t* mask,
             cudaStream_t stream) {
     const int steps = depth_of(int(mixture.n_dims)) / kStepDepth;
+    if constexpr (sizeof(T) == 4) {
+        if (steps == kTileSteps && takes_warpgroups()) {
+            screen_tiles(x, mixture, margin, mask, stream);
+            return;
+        }
+    }
     if (steps == kStageSteps) {
         screen<T, 8, kStageSteps>(x, mixture, margin, mask, stream);
     } else if (steps <= 16) {
@@ -105,54 +142,74 @@ void screen(const ChunkView<T>& x, const Operands& mixture, double margin, uint3
     }
 }
 
-template <typename T, int kFixedDims>
-void refine(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
-            cudaStream_t stream) {
-    const auto kernel = em_refine_kernel<T, kFixedDims>;
-    constexpr int kBytes = sizeof(RefineShared);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-          "shared memory of em_refine_kernel");
-    const int blocks = (x.n_rows + kBlockFrames - 1) / kBlockFrames;
-    kernel<<<blocks, 32 * kRefineWarps, kBytes, stream>>>(x, mixture, hard, space.mask,
-                                                          space.members, space.stride,
-                                                          space.normalisers, space.likelihoods);
-    check(cudaGetLastError(), "em_refine_kernel");
-}
+// Rows of blocks that share what there is of a chunk whose pairs were not kept: few, for most often
+// there is nothing.
+constexpr int kAgainRows = 8;
 
-template <typename T>
+// Log-densities of the pairs that the screen left, and what normalises the frames.
+template <typename T, int kSlots, int kPairs, int kFixedDims>
 void refine(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
             cudaStream_t stream) {
-    if (mixture.n_dims == kUsualDims && x.stride_column == 1) {
-        refine<T, kUsualDims>(x, mixture, hard, space, stream);
-    } else {
-        refine<T, 0>(x, mixture, hard, space, stream);
-    }
+    constexpr int kThreads = 32 * kRefineWarps;
+    const unsigned columns = (mixture.n_components + kRefineComponents - 1) / kRefineComponents;
+    em_refine_kernel<T, kSlots, kPairs, kFixedDims>
+        <<<dim3(columns, n_sections(x.n_rows)), kThreads, 0, stream>>>(x, mixture, space.mask,
+                                                                       space.sums, space.list);
+    check(cudaGetLastError(), "em_refine_kernel");
+    em_share_kernel<<<1024, 256, 0, stream>>>(space.sums, space.list, hard);
+    check(cudaGetLastError(), "em_share_kernel");
+    em_share_again_kernel<T, kSlots, kPairs, kFixedDims>
+        <<<dim3(columns, kAgainRows), kThreads, 0, stream>>>(x, mixture, space.mask, space.sums,
+                                                             space.list, hard);
+    check(cudaGetLastError(), "em_share_again_kernel");
+    em_frame_kernel<<<(x.n_rows + 255) / 256, 256, 0, stream>>>(
+        space.sums, x.n_rows, hard, space.normalisers, space.likelihoods, space.list);
+    check(cudaGetLastError(), "em_frame_kernel");
 }
 
 template <typename T, int kSlots, int kPairs, int kFixedDims>
-void moments(const ChunkView<T>& x, const Operands& mixture, const Workspace& space,
+void moments(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
              cudaStream_t stream) {
-    const int K = int(mixture.n_components);
-    const dim3 grid(K, n_segments(K));
-    em_moments_kernel<T, kSlots, kPairs, kFixedDims><<<grid, 32, 0, stream>>>(
-        x, mixture, space.members, space.stride, space.normalisers, space.partials);
+    const unsigned K = unsigned(mixture.n_components);
+    const int segments = n_segments(K);
+    em_moments_kernel<T, kSlots, kPairs, kFixedDims><<<dim3(K, segments), 32, 0, stream>>>(
+        x, mixture, hard, space.normalisers, space.list, space.partials);
     check(cudaGetLastError(), "em_moments_kernel");
+    em_moments_again_kernel<T, kSlots, kPairs, kFixedDims>
+        <<<dim3(K, std::min(segments, kAgainRows)), 32, 0, stream>>>(
+            x, mixture, hard, space.mask, space.normalisers, space.list, segments, space.partials);
+    check(cudaGetLastError(), "em_moments_again_kernel");
 }
 
+template <typename T, int kSlots, int kPairs, int kFixedDims = 0>
+void add_chunk(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+               cudaStream_t stream) {
+    refine<T, kSlots, kPairs, kFixedDims>(x, mixture, hard, space, stream);
+    moments<T, kSlots, kPairs, kFixedDims>(x, mixture, hard, space, stream);
+}
+
+// As many features a lane as there are, and as many pairs at a time as these leave registers for.
 template <typename T>
-void moments(const ChunkView<T>& x, const Operands& mixture, const Workspace& space,
-             cudaStream_t stream) {
+void add_chunk(const ChunkView<T>& x, const Operands& mixture, bool hard, const Workspace& space,
+               cudaStream_t stream) {
     const int64_t D = mixture.n_dims;
-    if (D == kUsualDims && x.stride_column == 1) {
-        moments<T, 3, 4, kUsualDims>(x, mixture, space, stream);
-    } else if (D <= 32) {
-        moments<T, 1, 4, 0>(x, mixture, space, stream);
+    if constexpr (sizeof(T) == 4) {
+        // Rows are copied 16 bytes at a time.
+        const bool is_aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+        const bool is_dense = x.stride_column == 1 && x.stride_row % 4 == 0;
+        if (D == kUsualDims && is_aligned && is_dense) {
+            add_chunk<T, 3, 4, kUsualDims>(x, mixture, hard, space, stream);
+            return;
+        }
+    }
+    if (D <= 32) {
+        add_chunk<T, 1, 4>(x, mixture, hard, space, stream);
     } else if (D <= 96) {
-        moments<T, 3, 4, 0>(x, mixture, space, stream);
+        add_chunk<T, 3, 4>(x, mixture, hard, space, stream);
     } else if (D <= 256) {
-        moments<T, 8, 2, 0>(x, mixture, space, stream);
+        add_chunk<T, 8, 2>(x, mixture, hard, space, stream);
     } else {
-        moments<T, 16, 1, 0>(x, mixture, space, stream);
+        add_chunk<T, 16, 1>(x, mixture, hard, space, stream);
     }
 }
 
@@ -175,6 +232,9 @@ template <typename T>
 void em_statistics(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
                    const Statistics& out, void* workspace, int device, void* stream_handle) {
     if (!device_count()) throw std::runtime_error("no CUDA device");
+    if (frames.stride_row < 0 || frames.stride_row >= (int64_t(1) << 32) / int64_t(sizeof(T))) {
+        throw std::runtime_error("frames: expected rows less than 4 GB apart");
+    }
     const OnDevice on_device(device);
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     const int64_t K = mixture.n_components, chunk = chunk_frames(K);
@@ -183,10 +243,10 @@ void em_statistics(const Matrix<T>& frames, const Operands& mixture, const Mode&
     for (int64_t start = 0; start < frames.n_rows; start += chunk) {
         const int n = static_cast<int>(std::min(chunk, frames.n_rows - start));
         const ChunkView<T> x{frames.data + start * frames.stride_row, frames.stride_row,
-                             frames.stride_column, n};
+                             frames.stride_column,
+                             static_cast<uint32_t>(frames.stride_row * int64_t(sizeof(T))), n};
         screen(x, mixture, mode.margin, space.mask, stream);
-        refine(x, mixture, mode.hard, space, stream);
-        moments(x, mixture, space, stream);
+        add_chunk(x, mixture, mode.hard, space, stream);
     }
     em_likelihood_kernel<<<1, 256, 0, stream>>>(space.likelihoods, int(chunk / kTileFrames),
                                                 out.log_likelihood);

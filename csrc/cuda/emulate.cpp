@@ -30,11 +30,10 @@ class Emulation {
           K_(static_cast<int>(mixture.n_components)),
           D_(static_cast<int>(mixture.n_dims)),
           depth_(depth_of(D_)),
-          chunk_(std::min(chunk_frames(K_), round_up(frames.n_rows, kBlockFrames))),
+          chunk_(std::min(chunk_frames(K_), round_up(frames.n_rows, kSectionFrames))),
           segments_(n_segments(K_)),
-          stride_(chunk_ / kTileFrames),
-          mask_(stride_ * K_),
-          members_(stride_ * K_),
+          mask_(chunk_ / kTileFrames * K_),
+          sums_(chunk_),
           normalisers_(chunk_),
           likelihoods_(chunk_ / kTileFrames),
           counts_(size_t(segments_) * K_),
@@ -47,11 +46,16 @@ class Emulation {
             n_ = std::min(chunk_, frames_.n_rows - start);
             const int64_t tiles = (n_ + kTileFrames - 1) / kTileFrames;
             for (int64_t tile = 0; tile < tiles; ++tile) screen(tile);
-            for (int64_t first = 0; first < n_; first += kBlockFrames) refine(first);
+            refine();
+            for (int64_t tile = 0; tile < tiles; ++tile) finish_frames(tile);
+            const int sections = n_sections(n_);
             for (int segment = 0; segment < segments_; ++segment) {
-                const int first = segment_start(tiles, segment, segments_);
-                const int last = segment_start(tiles, segment + 1, segments_);
-                for (int k = 0; k < K_; ++k) add_pairs(segment, k, first, last);
+                const int64_t first = segment_start(sections, segment, segments_);
+                const int64_t last = segment_start(sections, segment + 1, segments_);
+                for (int k = 0; k < K_; ++k) {
+                    add_pairs(segment, k, first * kSectionTiles,
+                              std::min(tiles, last * kSectionTiles));
+                }
             }
         }
     }
@@ -84,8 +88,6 @@ class Emulation {
 
     uint32_t& word(int64_t tile, int k) { return mask_[tile * K_ + k]; }
 
-    uint32_t& member_word(int64_t tile, int k) { return members_[k * stride_ + tile]; }
-
     double log_joint_of(int64_t frame, int k) const {
         const double* row = &mixture_.table[size_t(k) * D_ * 2];
         double parts[kParts] = {};
@@ -94,6 +96,14 @@ class Emulation {
             sum = add_square(sum, x(frame, d), row[2 * d], row[2 * d + 1]);
         }
         return log_joint(mixture_.constants[k], tree_sum(parts, kParts));
+    }
+
+    // Whether the screen's warps take 16 frames and a tile at a time (screen_tiles.cuh).
+    bool is_tiled() const { return depth_ == 10 * kStepDepth; }
+
+    int row_of(int frame) const {
+        if (!is_tiled()) return operand_row(frame);
+        return frame / kWarpFrames * kWarpFrames + warp_row(frame % kWarpFrames);
     }
 
     // One warp's tile: two sweeps over the components, first part of the depth for a guess of the
@@ -109,7 +119,7 @@ class Emulation {
                 const float z =
                     standardised(x(first + f, d), mixture_.shift[d], mixture_.inverse_scale[d]);
                 usable[f] &= is_usable(z);
-                const size_t row = size_t(operand_row(f)) * depth_ / 2;
+                const size_t row = size_t(row_of(f)) * depth_ / 2;
                 features_[row + feature_position(d, D_)] = feature_word(z);
             }
         }
@@ -122,7 +132,7 @@ class Emulation {
             scores(tile, mixture_.guess, guess_steps(depth_ / kStepDepth));
             for (int f = 0; f < valid; ++f) {
                 for (int c = 0; c < kTileComponents; ++c) {
-                    const float score = scores_[operand_row(f)][c];
+                    const float score = scores_[row_of(f)][c];
                     if (!is_better(score, 0, best[f], 0)) continue;
                     best[f] = score;
                     component[f] = tile * kTileComponents + c;
@@ -138,7 +148,11 @@ class Emulation {
         }
         for (int tile = 0; tile < tiles; ++tile) {
             scores(tile, mixture_.bias, depth_ / kStepDepth);
-            mark(frame_tile, tile, threshold, first_bits(valid));
+            if (is_tiled()) {
+                mark_tile(frame_tile, tile, threshold, first_bits(valid));
+            } else {
+                mark(frame_tile, tile, threshold, first_bits(valid));
+            }
         }
     }
 
@@ -203,97 +217,102 @@ class Emulation {
         }
     }
 
-    using Pair = std::pair<int, int>;  // component, frame of the block
-
-    // Of the components from `start` on that a warp takes at a time, by component, then by frame.
-    std::vector<Pair> pairs_of(int64_t first, int start) {
-        std::vector<Pair> pairs;
-        const int64_t n = std::min<int64_t>(kBlockFrames, n_ - first);
-        for (int k = start; k < std::min(K_, start + kRefineComponents); ++k) {
-            for (int f = 0; f < n; ++f) {
-                const int64_t frame = first + f;
-                if (word(frame / kTileFrames, k) >> f % kTileFrames & 1u) pairs.push_back({k, f});
-            }
+    // The same by two warps of 16 frames, each of which has half of every word.
+    void mark_tile(int64_t frame_tile, int tile, const float* threshold, uint32_t valid) {
+        for (int k = 0; k < kTileComponents; ++k) {
+            if (tile * kTileComponents + k < K_) word(frame_tile, tile * kTileComponents + k) = 0;
         }
-        return pairs;
-    }
-
-    // One block: each warp's components, then the frames' sums over warps, then who stays.
-    void refine(int64_t first) {
-        constexpr int kStride = kRefineWarps * kRefineComponents;
-        std::vector<LogSumExp> sums(kBlockFrames);
-        std::vector<float> remembered[kRefineWarps];
-        for (int warp = 0; warp < kRefineWarps; ++warp) {
-            std::vector<LogSumExp> own(kBlockFrames);
-            for (int start = kRefineComponents * warp; start < K_; start += kStride) {
-                const std::vector<Pair> pairs = pairs_of(first, start);
-                for (size_t i = 0; i < pairs.size(); i += kBatch) {
-                    const size_t n = std::min<size_t>(kBatch, pairs.size() - i);
-                    batch(first, &pairs[i], n, own, remembered[warp]);
+        for (int half = 0; half < kTileFrames / kWarpFrames; ++half) {
+            uint32_t words[kLanes] = {}, before[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) {
+                for (int i = 0; i < 32; ++i) {
+                    const int q = i & 1, j = i >> 1 & 7, b = i >> 4;
+                    const int frame = kWarpFrames * half + 2 * (lane >> 2) + q;
+                    const float score = scores_[row_of(frame)][8 * j + 2 * (lane & 3) + b];
+                    words[lane] |= uint32_t(survives(score, threshold[frame])) << i;
                 }
             }
-            for (int f = 0; f < kBlockFrames; ++f) sums[f].merge(own[f]);
-        }
-        double lanes[kBlockFrames] = {}, cuts[kBlockFrames] = {};
-        for (int f = 0; f < std::min<int64_t>(kBlockFrames, n_ - first); ++f) {
-            normalisers_[first + f] = sums[f].normaliser(mode_.hard);
-            lanes[f] = sums[f].value(mode_.hard);
-            cuts[f] = lanes[f] + kLogNegligible;
-        }
-        for (int tile = 0; tile < kBlockTiles; ++tile) {
-            likelihoods_[first / kTileFrames + tile] +=
-                tree_sum(lanes + tile * kTileFrames, kLanes);
-            for (int k = 0; k < K_; ++k) member_word(first / kTileFrames + tile, k) = 0;
-        }
-        for (int warp = 0; warp < kRefineWarps; ++warp) {
-            size_t place = 0;
-            for (int start = kRefineComponents * warp; start < K_; start += kStride) {
-                for (const auto& [k, f] : pairs_of(first, start)) {
-                    const bool known = place < kRemembered;
-                    const bool stays = mode_.hard
-                                           ? sums[f].component == k
-                                           : !known || !is_negligible(remembered[warp][place],
-                                                                      cuts[f]);
-                    const int64_t frame = first + f;
-                    member_word(frame / kTileFrames, k) |= uint32_t(stays) << f % kTileFrames;
-                    ++place;
+            for (int distance = 4; distance; distance /= 2) {
+                std::copy_n(words, kLanes, before);
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    words[lane] =
+                        exchange_pairs(before[lane], before[lane ^ 4 * distance], lane, distance);
+                }
+            }
+            for (int lane = 0; lane < kLanes; ++lane) {
+                for (int b = 0; b < 2; ++b) {
+                    const int k =
+                        tile * kTileComponents + 8 * (lane >> 2) + 2 * (lane & 3) + b;
+                    const uint32_t bits = words[lane] >> 16 * b & 0xffffu;
+                    if (k < K_) word(frame_tile, k) |= bits << kWarpFrames * half & valid;
                 }
             }
         }
     }
 
-    void batch(int64_t first, const Pair* pairs, size_t n, std::vector<LogSumExp>& sums,
-               std::vector<float>& remembered) const {
-        double values[kBatch];
-        for (size_t i = 0; i < n; ++i) {
-            const auto& [k, f] = pairs[i];
-            values[i] = log_joint_of(first + f, k);
-            remembered.push_back(static_cast<float>(values[i]));
-            sums[f].see(values[i], k);
+    // Calls visit(frame) for those of a component's frames that the screen left, from one tile on
+    // to another, in their order.
+    template <typename Visit>
+    void for_pairs(int k, int64_t first_tile, int64_t last_tile, const Visit& visit) {
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+            for (int f = 0; f < kTileFrames; ++f) {
+                if (word(tile, k) >> f & 1u) visit(tile * kTileFrames + f);
+            }
         }
-        for (size_t i = 0; i < n; ++i) sums[pairs[i].second].raise();
-        for (size_t i = 0; i < n; ++i) {
-            LogSumExp& sum = sums[pairs[i].second];
-            sum.add(share(values[i], sum.largest));
+    }
+
+    // Each frame's largest log-density, then the sum of its pairs' shares of that.
+    void refine() {
+        const int64_t tiles = (n_ + kTileFrames - 1) / kTileFrames;
+        std::fill(sums_.begin(), sums_.end(), FrameSum{0, 0});
+        for (int k = 0; k < K_; ++k) {
+            for_pairs(k, 0, tiles, [&](int64_t frame) {
+                uint64_t& largest = sums_[frame].largest;
+                largest = std::max(largest, ordered_bits(log_joint_of(frame, k)));
+            });
         }
+        for (int k = 0; k < K_; ++k) {
+            for_pairs(k, 0, tiles, [&](int64_t frame) {
+                const double value = log_joint_of(frame, k);
+                const double largest = ordered_value(sums_[frame].largest);
+                uint64_t& sum = sums_[frame].sum;
+                if (!mode_.hard) {
+                    sum += whole_share(share(value, largest));
+                } else if (value == largest) {
+                    sum = std::max(sum, hard_rank(k));
+                }
+            });
+        }
+    }
+
+    // What normalises a tile's frames, and the sum of their log p(x).
+    void finish_frames(int64_t tile) {
+        double lanes[kLanes] = {};
+        for (int f = 0; f < kLanes; ++f) {
+            const int64_t frame = tile * kTileFrames + f;
+            if (frame >= n_) continue;
+            normalisers_[frame] = sums_[frame].normaliser(mode_.hard);
+            lanes[f] = sums_[frame].value(mode_.hard);
+        }
+        likelihoods_[tile] += tree_sum(lanes, kLanes);
     }
 
     // One warp: a component over the frames of one segment of the chunk.
-    void add_pairs(int segment, int k, int first_tile, int last_tile) {
+    void add_pairs(int segment, int k, int64_t first_tile, int64_t last_tile) {
         const double* row = &mixture_.table[size_t(k) * D_ * 2];
         std::vector<double> first(D_), second(D_);
         double count = 0.0;
-        for (int tile = first_tile; tile < last_tile; ++tile) {
-            for (int f = 0; f < kTileFrames; ++f) {
-                if (!(member_word(tile, k) >> f & 1u)) continue;
-                const int64_t frame = int64_t(tile) * kTileFrames + f;
-                const double r = normalisers_[frame].responsibility(log_joint_of(frame, k));
-                count += r;
-                for (int d = 0; d < D_; ++d) {
-                    add_moments(r, x(frame, d) - row[2 * d], first[d], second[d]);
-                }
+        for_pairs(k, first_tile, last_tile, [&](int64_t frame) {
+            const Normaliser& of = normalisers_[frame];
+            const double r = mode_.hard
+                                 ? of.hard_responsibility(k)
+                                 : of.responsibility(share(log_joint_of(frame, k), of.largest));
+            if (r == 0.0) return;
+            count += r;
+            for (int d = 0; d < D_; ++d) {
+                add_moments(r, x(frame, d) - row[2 * d], first[d], second[d]);
             }
-        }
+        });
         const size_t at = size_t(segment) * K_ + k;
         counts_[at] += count;
         for (int d = 0; d < D_; ++d) {
@@ -308,10 +327,10 @@ class Emulation {
     int K_, D_, depth_;
     int64_t chunk_, start_ = 0, n_ = 0;
     int segments_;
-    int64_t stride_;
     std::vector<uint32_t> features_;
     float scores_[kTileFrames][kTileComponents];
-    std::vector<uint32_t> mask_, members_;
+    std::vector<uint32_t> mask_;
+    std::vector<FrameSum> sums_;
     std::vector<Normaliser> normalisers_;
     std::vector<double> likelihoods_;
     std::vector<double> counts_, first_, second_;

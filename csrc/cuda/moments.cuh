@@ -2,7 +2,7 @@
 // the sums at the end.
 #pragma once
 
-#include "screen.cuh"
+#include "refine.cuh"
 
 namespace gmm_jepa::cuda {
 
@@ -13,182 +13,183 @@ struct Partials {
     double* second;
 };
 
-// Sums over all lanes of kPairs values, of value i in lanes 32 i / kPairs and those that follow: at
-// the first distances each of two lanes goes on with half of the values. Orders as in lane_sum.
-template <int kPairs>
-__device__ __forceinline__ double parted_sum(double (&values)[kPairs]) {
-    const int lane = threadIdx.x & 31;
-    int distance = 16;
+// A component's sums in the lanes of a warp, which hold features.
+template <typename T, int kSlots, int kFixedDims>
+struct Moments {
+    using Of = Component<T, kSlots, kFixedDims>;
+
+    template <int kPairs>
+    __device__ __forceinline__ void add(const Of& of, const double (&weights)[kPairs],
+                                        const T (&values)[kPairs][kSlots]) {
 #pragma unroll
-    for (int half = kPairs / 2; half; half /= 2, distance /= 2) {
-        const bool upper = lane & distance;
+        for (int i = 0; i < kPairs; ++i) {
+            count += weights[i];
 #pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const double other = upper ? values[i] : values[i + half];
-            values[i] = upper ? values[i + half] : values[i];
-            values[i] += __shfl_xor_sync(kAllLanes, other, distance);
+            for (int s = 0; s < kSlots; ++s) {
+                add_moments(weights[i], values[i][s] - of.mean[s], first[s], second[s]);
+            }
         }
     }
-    return lane_sum<32 / kPairs>(values[0]);
+
+    __device__ void write(const Of& of, const Partials& out, int segment, int K) const {
+        const int64_t at = int64_t(segment) * K + of.k;
+        if (!of.lane) out.counts[at] += count;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            if (!of.has(s)) continue;
+            out.first[at * of.D + of.lane + 32 * s] += first[s];
+            out.second[at * of.D + of.lane + 32 * s] += second[s];
+        }
+    }
+
+    double count = 0.0, first[kSlots] = {}, second[kSlots] = {};
+};
+
+// Pairs of one warp that have weight, until they are enough to go through.
+struct Members {
+    static constexpr int kMost = 256;
+    double weights[kMost];
+    __align__(16) int frames[kMost];
+
+    // All lanes give a pair each; those of weight are appended in their order.
+    __device__ void append(int& n, double weight, int frame) {
+        const int lane = threadIdx.x & 31;
+        const bool stays = !(weight == 0.0);  // so does not a number
+        const uint32_t those = __ballot_sync(kAllLanes, stays);
+        if (stays) {
+            const int at = n + __popc(those & first_bits(lane));
+            weights[at] = weight;
+            frames[at] = frame;
+        }
+        n += __popc(those);
+    }
+};
+
+// Adds the n pairs that were appended, kPairs at a time.
+template <typename T, int kSlots, int kPairs, int kFixedDims>
+__device__ __forceinline__ void add_members(const Component<T, kSlots, kFixedDims>& of,
+                                            const T* rows, Members& members, int n,
+                                            Moments<T, kSlots, kFixedDims>& moments) {
+    if (of.lane < kPairs && n + of.lane < Members::kMost) {
+        members.weights[n + of.lane] = 0.0;  // of some frame that is there
+        members.frames[n + of.lane] = 0;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < n; i += kPairs) {
+        int frames[kPairs];
+        double weights[kPairs];
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) frames[j] = members.frames[i + j];
+        T values[kPairs][kSlots];
+        of.load(rows, frames, values);
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) weights[j] = members.weights[i + j];
+        moments.add(of, weights, values);
+    }
+    __syncwarp();
 }
 
-// What a warp shares: places of its component's frames among 2,048, and what normalises the pairs
-// at hand and those after.
-template <int kPairs>
-struct MomentsShared {
-    struct alignas(2 * kPairs) Places {
-        uint16_t at[kPairs];
-    };
-    Normaliser normalisers[2][kPairs];
-    Places places[kMomentTiles * kTileFrames / kPairs + 1];
-};
-
-// One warp: a component over one segment of a chunk, kPairs frames at a time; lanes hold features.
-// kFixedDims: the features where they are adjacent and their number is known, else 0.
+// A warp, which is a block, takes a component over one segment of the chunk: of several, the one
+// with the most frequent component would keep all places.
 template <typename T, int kSlots, int kPairs, int kFixedDims>
-struct Moments {
-    static_assert(kPairs == 1 || kPairs == 2 || kPairs == 4, "halves of halves of a warp");
-    using Shared = MomentsShared<kPairs>;
-
-    __device__ Moments(const ChunkView<T>& frames, const Operands& mixture, int component,
-                       const Normaliser* of_frames, Shared& of_warp)
-        : shared(of_warp),
-          normalisers(of_frames),
-          stride(frames.stride_row),
-          hop(kFixedDims ? 32 : 32 * frames.stride_column),
-          D(kFixedDims ? kFixedDims : int(mixture.n_dims)),
-          lane(threadIdx.x & 31),
-          k(component),
-          column(frames.data + lane * (kFixedDims ? 1 : frames.stride_column)),
-          constant(mixture.constants[component]) {
-        const double2* row = reinterpret_cast<const double2*>(mixture.table) + int64_t(k) * D;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-            const double2 parameters = has(s) ? __ldg(row + lane + 32 * s) : make_double2(0.0, 0.0);
-            mean[s] = parameters.x;
-            precision[s] = parameters.y;
-            first[s] = second[s] = 0.0;
-        }
-    }
-
-    // Whether there is a feature in a slot of this lane.
-    __device__ __forceinline__ bool has(int slot) const {
-        return kFixedDims && 32 * (slot + 1) <= kFixedDims ? true : lane + 32 * slot < D;
-    }
-
-    // Adds the n frames from `tile` on whose bits are in the lanes' words, two words a lane.
-    __device__ __forceinline__ void add(int tile, uint64_t bits, int place, int n) {
-        uint16_t* const places = shared.places[0].at;
-        for (; bits; ++place, bits &= bits - 1) {
-            places[place] = uint16_t(2 * kTileFrames * lane + __ffsll(bits) - 1);
-        }
-        if (lane < kPairs) places[n + lane] = 0;  // some frame that is there, of no weight
-        __syncwarp();
-        const int64_t start = int64_t(tile) * kTileFrames;
-        fetch(normalisers + start, 0, n);
-        for (int i = 0; i < n; i += kPairs) {
-            fetch(normalisers + start, i + kPairs, n);
-            add(column + start * stride, i, n - i);
-        }
-        __syncwarp();
-    }
-
-    // Starts copying what normalises the pairs from i on: pairs ahead, for the compiler would move
-    // a load of the pairs at hand down to where it is used.
-    __device__ __forceinline__ void fetch(const Normaliser* of_places, int i, int n) {
-        if (i < n && lane < kPairs) {
-            copy_async(&shared.normalisers[i / kPairs % 2][lane],
-                       of_places + shared.places[i / kPairs].at[lane]);
-        }
-        end_copy_group();
-    }
-
-    // Adds the pairs from `first_pair` on, up to n of them; lanes hold features.
-    __device__ __forceinline__ void add(const T* from, int first_pair, int n) {
-        const typename Shared::Places places = shared.places[first_pair / kPairs];
-        const int own = lane / (32 / kPairs);  // the pair whose density ends up in this lane
-        double difference[kPairs][kSlots], squares[kPairs];
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const T* value = from + places.at[i] * stride;
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s, value += hop) {
-                difference[i][s] = has(s) ? double(__ldg(value)) - mean[s] : 0.0;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            squares[i] = 0.0;
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                squares[i] = add_square(squares[i], difference[i][s], 0.0, precision[s]);
-            }
-        }
-        const double joint = log_joint(constant, parted_sum(squares));
-        wait_copy_groups<1>();
-        __syncwarp();
-        const Normaliser normaliser = shared.normalisers[first_pair / kPairs % 2][own];
-        const double r = own < n ? normaliser.responsibility(joint) : 0.0;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const double weight = __shfl_sync(kAllLanes, r, i * (32 / kPairs));
-            count += weight;
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                add_moments(weight, difference[i][s], first[s], second[s]);
-            }
-        }
-    }
-
-    __device__ void write(const Partials& out, int segment, int K) const {
-        const int64_t at = int64_t(segment) * K + k;
-        if (!lane) out.counts[at] += count;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-            if (!has(s)) continue;
-            out.first[at * D + lane + 32 * s] += first[s];
-            out.second[at * D + lane + 32 * s] += second[s];
-        }
-    }
-
-    Shared& shared;
-    const Normaliser* normalisers;
-    int64_t stride, hop;
-    int D, lane, k;
-    const T* column;
-    double constant, count = 0.0;
-    double mean[kSlots], precision[kSlots], first[kSlots], second[kSlots];
-};
-
-// A block is a warp: of several, the one with the most frequent component would keep all places.
-template <typename T, int kSlots, int kPairs, int kFixedDims>
-__global__ void __launch_bounds__(32, kSlots > 3 ? 8 : 24)
+__global__ void __launch_bounds__(32, kSlots > 8 ? 8 : kSlots > 3 ? 12 : 32)
     em_moments_kernel(const __grid_constant__ ChunkView<T> x,
-                      const __grid_constant__ Operands mixture, const uint32_t* members,
-                      int64_t stride, const Normaliser* normalisers,
+                      const __grid_constant__ Operands mixture, bool hard,
+                      const Normaliser* normalisers, const __grid_constant__ PairList list,
                       const __grid_constant__ Partials out) {
-    __shared__ MomentsShared<kPairs> shared;
+    __shared__ Members members;
+    if (*list.spilled) return;
     const int lane = threadIdx.x, K = int(mixture.n_components), k = blockIdx.x;
-    const int tiles = (x.n_rows + kTileFrames - 1) / kTileFrames;
-    const int begin = segment_start(tiles, blockIdx.y, gridDim.y);
-    const int end = segment_start(tiles, blockIdx.y + 1, gridDim.y);
-    // Of the two tiles of a lane; a refined block has them, whether there are frames or not.
-    const auto bits_of = [&](int tile) {
-        return tile < end ? *reinterpret_cast<const uint64_t*>(members + k * stride + tile) : 0;
-    };
-    uint64_t next = bits_of(begin + 2 * lane);
-    Moments<T, kSlots, kPairs, kFixedDims> moments(x, mixture, k, normalisers, shared);
+    const int sections = n_sections(x.n_rows);
+    const int begin = segment_start(sections, blockIdx.y, gridDim.y);
+    const int end = segment_start(sections, blockIdx.y + 1, gridDim.y);
+    const Component<T, kSlots, kFixedDims> of(x, mixture, k);
+    Moments<T, kSlots, kFixedDims> moments;
     bool any = false;
-    for (int from = begin; from < end; from += kMomentTiles) {
-        const uint64_t bits = next;
-        next = bits_of(from + kMomentTiles + 2 * lane);
-        int n;
-        const int place = places_before(__popcll(bits), lane, n);
-        if (!n) continue;
-        any = true;
-        moments.add(from, bits, place, n);
+    int n = 0;
+    for (int first = begin; first < end; first += 32) {
+        // The pairs of up to 32 sections, a section a lane, as if they were side by side.
+        const bool is_there = first + lane < end;
+        const int2 range = is_there ? list.ranges[int64_t(first + lane) * K + k] : make_int2(0, 0);
+        int total;
+        const int before = places_before(range.y, lane, total);
+        any |= total > 0;
+        for (int start = 0; start < total; start += 32) {
+            const int place = start + lane;
+            int at = 0;
+            for (int s = 0; s < min(32, end - first); ++s) {
+                const int from = __shfl_sync(kAllLanes, before, s);
+                const int skip = __shfl_sync(kAllLanes, range.x - before, s);
+                if (place >= from) at = skip + place;
+            }
+            double weight = 0.0;
+            int frame = 0;
+            if (place < total) {
+                frame = int(list.pairs[at] & first_bits(kFrameBits));
+                weight = hard ? normalisers[frame].hard_responsibility(k)
+                              : normalisers[frame].responsibility(list.values[at]);
+            }
+            members.append(n, weight, frame);
+            if (n > Members::kMost - 32) {
+                add_members<T, kSlots, kPairs, kFixedDims>(of, x.data, members, n, moments);
+                n = 0;
+            }
+        }
     }
-    if (any) moments.write(out, blockIdx.y, K);
+    if (n) add_members<T, kSlots, kPairs, kFixedDims>(of, x.data, members, n, moments);
+    if (any) moments.write(of, out, blockIdx.y, K);
+}
+
+// The same where the pairs did not fit the list, from log-densities computed again.
+template <typename T, int kSlots, int kPairs, int kFixedDims>
+__global__ void __launch_bounds__(32, kSlots > 3 ? 8 : 16)
+    em_moments_again_kernel(const __grid_constant__ ChunkView<T> x,
+                            const __grid_constant__ Operands mixture, bool hard,
+                            const uint32_t* mask, const Normaliser* normalisers,
+                            const __grid_constant__ PairList list, int segments,
+                            const __grid_constant__ Partials out) {
+    if (!*list.spilled) return;
+    const int K = int(mixture.n_components), sections = n_sections(x.n_rows);
+    const int tiles = (x.n_rows + kTileFrames - 1) / kTileFrames;
+    const Component<T, kSlots, kFixedDims> of(x, mixture, blockIdx.x);
+    constexpr int kLanes = 32 / kPairs;  // that have the same pair's log-density
+    for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
+        Moments<T, kSlots, kFixedDims> moments;
+        const int begin = kSectionTiles * segment_start(sections, segment, segments);
+        const int end = min(tiles, kSectionTiles * segment_start(sections, segment + 1, segments));
+        uint32_t next = begin < end ? mask[int64_t(begin) * K + of.k] : 0;
+        for (int tile = begin; tile < end; ++tile) {
+            uint32_t bits = next;
+            next = mask[int64_t(min(tile + 1, end - 1)) * K + of.k];
+            while (bits) {
+                const int n = __popc(bits);
+                int places[kPairs];
+                int mine = 0;
+#pragma unroll
+                for (int i = 0; i < kPairs; ++i) {
+                    places[i] = bits ? __ffs(bits) - 1 : 0;
+                    bits &= bits - 1;
+                    if (of.lane / kLanes == i) mine = places[i];
+                }
+                T values[kPairs][kSlots];
+                of.load(x.row(tile * kTileFrames), places, values);
+                const double joint = of.log_joint_of(values);
+                const Normaliser normaliser = normalisers[tile * kTileFrames + mine];
+                const double r =
+                    hard ? normaliser.hard_responsibility(of.k)
+                         : normaliser.responsibility(share(joint, normaliser.largest));
+                const double own = of.lane / kLanes < n ? r : 0.0;
+                double weights[kPairs];
+#pragma unroll
+                for (int i = 0; i < kPairs; ++i) {
+                    weights[i] = __shfl_sync(kAllLanes, own, i * kLanes);
+                }
+                moments.add(of, weights, values);
+            }
+        }
+        moments.write(of, out, segment, K);
+    }
 }
 
 // The sum of n values by one block, in a fixed order.

@@ -28,6 +28,7 @@ template <typename T>
 struct ChunkView {
     const T* data;
     int64_t stride_row, stride_column;
+    uint32_t row_bytes;  // of stride_row; em_statistics sees to it that they are no more
     int n_rows;
 
     __device__ __forceinline__ const T* row(int frame) const { return data + frame * stride_row; }

@@ -24,51 +24,60 @@ constexpr int kGroupComponents = 32;
 // Depth of one mma: 8 features, each with its square beside it.
 constexpr int kStepDepth = 16;
 // A sum of squares is taken in 32 parts, part p over features p, p + 32, ..., and the parts are
-// added 16 apart, then 8, 4, 2, 1: the same bits in the refinement, where kPairLanes lanes have
-// four parts each, and in the moments, where 32 lanes have one each.
+// added 16 apart, then 8, 4, 2, 1, be it by kPairLanes lanes with four parts each or by 32 lanes.
+// (At D = 80 the refinement has its own order: the last digits differ.)
 constexpr int kParts = 32;
 constexpr int kPairLanes = 8;
-// The refinement: a block of 8 warps has 256 frames, 8 mask words a component. Its warps take
-// groups of 8 components in turns, so that a block reads a component's parameters once.
-constexpr int kRefineWarps = 8;
-constexpr int kBlockTiles = 8;
-constexpr int kBlockFrames = kBlockTiles * kTileFrames;
+// A block of the refinement has 2,048 frames, a section of the chunk, and 8 components; its 8 warps
+// take the pairs (frame, component) 32 at a time.
+constexpr int kSectionTiles = 64;
+constexpr int kSectionFrames = kSectionTiles * kTileFrames;
 constexpr int kRefineComponents = 8;
-// Pairs (frame, component) refined between two updates of the frames' sums.
+constexpr int kRefineWarps = 8;
 constexpr int kBatch = 32;
-// Log-densities that a warp remembers until the frames' sums are known, 370 to 450 in the mean. The
-// pairs beyond stay, negligible or not.
-constexpr int kRemembered = 768;
-// Log of the weight below which a pair leaves the statistics: 1e-14.
-constexpr double kLogNegligible = -32.236191301916641;
-// Tiles whose words a warp of the moments reads at a time, two a lane: 2,048 frames. Segments begin
-// at an even tile.
-constexpr int kMomentTiles = 64;
-// No component, above all that there are.
-constexpr uint16_t kNone = 0xffff;
+// Pairs of a chunk whose log-densities are kept, 64 a frame at K = 1,024. A chunk with more keeps
+// none of them: they are computed again where they are needed.
+constexpr int64_t kListPairs = int64_t(1) << 24;
+// A pair of the list: its frame of the chunk in the lower bits, above them its component.
+constexpr int kFrameBits = 18;
+// A weight below which a pair leaves the statistics.
+constexpr double kNegligible = 1e-14;
+// A frame's shares are added up as integers of this unit, so that their order does not matter:
+// 8,192 of them stay below 2^63.
+constexpr double kShareUnit = 0x1p-50;
 // Beyond this z^2 times a precision may leave float32's range; such a frame is computed directly.
 constexpr float kLargest = 1e12f;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Frames between two launches: 32 MB of mask words for each of the two masks. At K = 1,024 that is
-// 262,144 frames or four blocks of the refinement for each place on an H200: with less, all would
-// wait for the slowest.
+// Frames between two launches: up to 32 MB of mask words, and no more than ten times the 192 frames
+// of each multiprocessor of an H200, which screens them one block after another (screen_tiles.cuh).
 GMM_JEPA_BOTH int64_t chunk_frames(int64_t n_components) {
-    const int64_t n = (int64_t(1) << 28) / n_components / kBlockFrames * kBlockFrames;
-    return n < 262144 ? n : 262144;
+    const int64_t n = (int64_t(1) << 28) / n_components / kSectionFrames * kSectionFrames;
+    constexpr int64_t kMost = 10 * 132 * 192 / kSectionFrames * kSectionFrames;  // 251,904
+    static_assert(kMost <= int64_t(1) << kFrameBits, "a pair's frame fits its bits");
+    return n < kMost ? n : kMost;
+}
+
+GMM_JEPA_BOTH int64_t list_pairs(int64_t n_components) {
+    const int64_t n = chunk_frames(n_components) * n_components;
+    return n < kListPairs ? n : kListPairs;
+}
+
+GMM_JEPA_BOTH int n_sections(int64_t n_frames) {
+    return static_cast<int>((n_frames + kSectionFrames - 1) / kSectionFrames);
 }
 
 // A chunk's moments are added up in this many parts, each in the order of its frames: 8,192 frames
 // at K = 1,024, for a component may have ten times as many as others, and one warp has them all.
 GMM_JEPA_BOTH int n_segments(int64_t n_components) {
     const int64_t n = 32768 / n_components;
-    return static_cast<int>(n < 4 ? 4 : n > 256 ? 256 : n);
+    return static_cast<int>(n < 4 ? 4 : n > 128 ? 128 : n);
 }
 
-// First tile of a segment; that of segment `segments` is the end, or a tile behind it.
-GMM_JEPA_BOTH int segment_start(int64_t n_tiles, int segment, int segments) {
-    return static_cast<int>(2 * ((n_tiles + 1) / 2 * segment / segments));
+// First section of a segment; that of segment `segments` is the end.
+GMM_JEPA_BOTH int segment_start(int sections, int segment, int segments) {
+    return static_cast<int>(int64_t(sections) * segment / segments);
 }
 
 GMM_JEPA_BOTH int depth_of(int n_dims) {
@@ -161,6 +170,40 @@ GMM_JEPA_BOTH uint32_t exchange_nibbles(uint32_t mine, uint32_t other, int lane,
                         : (mine & lower) | ((other << shift) & ~lower);
 }
 
+// ---- screen by warpgroups: a warp has 16 frames, a tile of 64 components at a time ----
+
+constexpr int kWarpFrames = 16;
+
+// The row of a frame in a warp's 16 x depth operand. A lane of wgmma has values of the rows
+// g = lane / 4 and g + 8, which so are frames 2 g and 2 g + 1.
+GMM_JEPA_BOTH int warp_row(int frame) { return 8 * (frame & 1) + (frame >> 1); }
+
+// The lane that takes care of a frame: one of those that have its row.
+GMM_JEPA_BOTH int lane_of(int frame) { return 4 * (frame >> 1) + (frame & 1); }
+
+// One lane's part of the scores of a warp's frames and a tile's components: of columns 8 j to 8 j +
+// 7, value i is row g + 8 (i >> 1) and component 8 j + 2 (lane & 3) + (i & 1).
+struct TileScores {
+    float c[8][4];
+
+    // Frame 2 g + q; component 8 j + 2 (lane & 3) + b.
+    GMM_JEPA_BOTH float at(int j, int b, int q) const { return c[j][2 * q + b]; }
+};
+
+// A lane's word holds in bit 16 b + 2 j + q that of frame 2 g + q and component 8 j + 2 t + b. As
+// exchange_nibbles, of pairs of bits in each half: at the end lane 4 g + t has in half b component
+// 8 g + 2 t + b, frame by frame.
+GMM_JEPA_BOTH uint32_t exchange_pairs(uint32_t mine, uint32_t other, int lane, int distance) {
+    const uint32_t lower = distance == 4 ? 0x00ff00ffu : distance == 2 ? 0x0f0f0f0fu : 0x33333333u;
+    const int shift = 2 * distance;
+    return lane & 4 * distance ? (mine & ~lower) | ((other >> shift) & lower)
+                               : (mine & lower) | ((other << shift) & ~lower);
+}
+
+// Where a row's piece of 16 bytes lies in a tile of weights in shared memory: 8 rows of a piece are
+// 128 bytes, those of the next 8 rows follow, then the next piece.
+GMM_JEPA_BOTH int piece_at(int row, int piece) { return piece * kTileComponents + row; }
+
 // The better of two (score, component); the first component of equals.
 GMM_JEPA_BOTH bool is_better(float score, int component, float than, int than_component) {
     return score > than || (score == than && component < than_component);
@@ -185,64 +228,61 @@ GMM_JEPA_BOTH double share(double value, double largest) {
     return value == -kInfinity ? 0.0 : exp(value - largest);
 }
 
+// Orders log-densities as integers, so that the largest can be found in any order; zero is below
+// all of them, and not a number above.
+GMM_JEPA_BOTH uint64_t ordered_bits(double value) {
+    if (value != value) return ~uint64_t(0);
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+}
+
+GMM_JEPA_BOTH double ordered_value(uint64_t ordered) {
+    const uint64_t bits = ordered >> 63 ? ordered & ~(uint64_t(1) << 63) : ~ordered;
+    double value;
+    memcpy(&value, &bits, 8);
+    return value;  // of ~0 not a number, of 0 neither
+}
+
+// A share as a whole number of units; what is not a number is none.
+GMM_JEPA_BOTH uint64_t whole_share(double share) {
+    return share > 0.0 ? static_cast<uint64_t>(share * (1.0 / kShareUnit) + 0.5) : 0;
+}
+
+// Of a hard assignment, whose frames have the largest of these in place of a sum: the first
+// component of equals, and none where it is zero.
+GMM_JEPA_BOTH uint64_t hard_rank(int component) { return 0xffffffffu - uint32_t(component); }
+
 // What turns a frame's log-densities into responsibilities.
 struct alignas(16) Normaliser {
-    double largest, inverse_sum;
+    double largest;
+    double scale;  // of a share of `largest`; of a hard assignment, the component that has it
 
-    GMM_JEPA_BOTH double responsibility(double value) const {
-        return share(value, largest) * inverse_sum;
+    // Of a pair, from its share. Not a number stays, for it must reach the statistics.
+    GMM_JEPA_BOTH double responsibility(double share_of_largest) const {
+        const double r = share_of_largest * scale;
+        return r < kNegligible ? 0.0 : r;
+    }
+
+    GMM_JEPA_BOTH double hard_responsibility(int component) const {
+        return scale == double(component) ? 1.0 : 0.0;
     }
 };
 
-// A frame's log-sum-exp, some pairs at a time: raise `largest`, then add their shares of it.
-struct LogSumExp {
-    double largest = -kInfinity;
-    double sum = 0.0;
-    uint16_t component = kNone;  // the first one at `largest`
-    double pending = largest;
-
-    // Components in their order.
-    GMM_JEPA_BOTH void see(double value, int k) {
-        if (value > pending || (value == pending && component == kNone)) {
-            pending = value;
-            component = static_cast<uint16_t>(k);
-        }
-    }
-
-    // After all pairs of a batch were seen.
-    GMM_JEPA_BOTH void raise() {
-        sum *= share(largest, pending);
-        largest = pending;
-    }
-
-    GMM_JEPA_BOTH void add(double part) { sum += part; }
-
-    // Takes in the same frame's sum over other components.
-    GMM_JEPA_BOTH void merge(const LogSumExp& other) {
-        const bool equal = other.largest == largest && other.component < component;
-        if (other.largest > largest || equal) component = other.component;
-        pending = other.largest > largest ? other.largest : largest;
-        raise();
-        sum += other.sum * share(other.largest, largest);
-    }
+// A frame's log-sum-exp, or its largest log-density alone; `sum` are shares or a hard rank.
+struct alignas(16) FrameSum {
+    uint64_t largest, sum;
 
     GMM_JEPA_BOTH double value(bool hard) const {
-        return hard && sum == sum ? largest : largest + log(sum);
+        const double best = ordered_value(largest);
+        return hard ? best : best + log(double(sum) * kShareUnit);
     }
 
-    // Kept apart: where log-densities are huge, their sum with a logarithm would lose the latter.
-    // Of a hard assignment the best component alone is left, and its share of itself is one.
     GMM_JEPA_BOTH Normaliser normaliser(bool hard) const {
-        return {largest, hard ? 1.0 : 1.0 / sum};
+        const double scale = hard ? double(hard_rank(0) - sum) : 1.0 / (double(sum) * kShareUnit);
+        return {ordered_value(largest), scale};
     }
 };
-
-// Whether a log-density lies below `cut`; it was rounded, so what lies near stays. So does not a
-// number, for it must reach the statistics.
-GMM_JEPA_BOTH bool is_negligible(float rounded, double cut) {
-    const double value = rounded;
-    return value + 0x1p-23 * fabs(value) < cut;
-}
 
 // ---- moments about the component's own mean ----
 

@@ -62,6 +62,29 @@ def test_shapes(shape):
 
 
 @gpu
+@pytest.mark.parametrize("hard", [False, True])
+def test_more_pairs_than_are_kept(hard):
+    """17.6 M pairs of the first chunk matter, 16.8 M would fit: they are computed again."""
+    frames, mixture = emulation.cases.drawn(262_144, 70, 5, variance=(50.0, 90.0))
+    expected = native.em_statistics_emulated(frames, *mixture, hard=hard)
+    emulation.assert_close(on_cuda(frames, *mixture, hard=hard), expected)
+
+
+@gpu
+def test_rows_that_cannot_be_copied_by_pieces():
+    """D = 80 at an address, and at a stride, that is no multiple of 16 bytes."""
+    frames, mixture = emulation.cases.drawn(3000, 100, 80)
+    expected = native.em_statistics(frames, *mixture)
+    wide = torch.zeros(3000, 83, device="cuda")
+    flat = torch.zeros(3000 * 80 + 1, device="cuda")
+    moved = tuple(p.cuda() for p in mixture)
+    for view in (wide[:, 1:81], wide[:, :80], flat[1:].view(3000, 80)):
+        view.copy_(frames)
+        got = native.em_statistics_cuda(view, *moved)
+        emulation.assert_close(tuple(field.cpu() for field in got), expected)
+
+
+@gpu
 def test_same_bits_twice():
     frames, mixture = emulation.cases.drawn(150_000, 100, 24)
     once, again = (on_cuda(frames, *mixture) for _ in range(2))
