@@ -17,13 +17,29 @@ MARGIN = tl.constexpr(128)
 
 
 @triton.jit
-def row_and_block(T, BLOCK: tl.constexpr):
-    """(batch, head) pair and first frame of this program; blocks of one pair are neighbours.
+def group_and_block(T, H, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Head, first batch row and first frame of this program; blocks of one pair are neighbours.
 
-    On one axis of the grid: the others end at 65,535 pairs.
+    On one axis of the grid: the others end at 65,535.
     """
     n_blocks = tl.cdiv(T, BLOCK)
-    return tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks * BLOCK
+    pair = tl.program_id(0) // n_blocks
+    return pair % H, pair // H * ROWS, tl.program_id(0) % n_blocks * BLOCK
+
+
+@triton.jit
+def batch_row(b0, r, B):
+    """Row r of the group from b0 on; the last row of the batch once more where there is none."""
+    return tl.minimum(b0 + r, B - 1)
+
+
+@triton.jit
+def keys_of(lengths_ptr, b, T, RAGGED: tl.constexpr):
+    """Keys that batch row b has."""
+    n_keys = T
+    if RAGGED:
+        n_keys = tl.load(lengths_ptr + b).to(tl.int32)
+    return n_keys
 
 
 @triton.jit
@@ -64,21 +80,34 @@ def seeds_of(seed_ptr, row):
 
 
 @triton.jit
-def score_numbers(frames, first, T):
-    """What queries add to the number of a score, i T + j, and to the first of the two words."""
-    return frames.to(tl.uint32) * T + first
+def without_bit_3(offs):
+    """What i and i ^ 8 share. As a difference, which the compiler sees through in full."""
+    return (offs - (offs & 8)).to(tl.uint32)
 
 
 @triton.jit
-def is_kept(of_queries, of_keys, second, dropped):
-    """Where a probability is kept: its number, mixed, is at least `dropped` of 2^32.
+def spread(frames):
+    """What queries give to the number of a score: to its lower half and, above all, its upper."""
+    return frames ^ (frames << 16) ^ (frames >> 16)
 
-    Two rounds of a multiplicative hash; the upper bits, which decide, depend on all others.
+
+@triton.jit
+def is_kept(numbers, offs_i, offs_j, second, dropped):
+    """Where a probability is kept: its word is at least `dropped` of 2^32.
+
+    Four scores share a hash, those of queries i and i ^ 8 and of keys j and j ^ 8: one thread
+    holds all of them, whichever of the two are the rows of a tile. Their number is
+    first ^ spread(i) ^ j without bits 3, `first` and `second` being the words of a (batch, head)
+    pair: a tile has it from a row and a column by one exclusive or. Two rounds of a
+    multiplicative hash mix it, and a last step lends the lower bytes what the upper ones have;
+    each score then reads the word from a byte of its own on, round its end. Tiles begin at
+    multiples of 16: bits 3 of offsets are those of frames.
     """
-    x = of_queries + of_keys
-    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = numbers * 0x7FEB352D
     x = (x ^ (x >> 15) ^ second) * 0x846CA68B
-    return x >= dropped
+    x ^= x >> 16
+    turn = ((offs_i & 8) | ((offs_j & 8) * 2)).to(tl.uint32)
+    return ((x << turn) | (x >> ((32 - turn) & 31))) >= dropped
 
 
 @triton.jit
@@ -97,6 +126,18 @@ def bias_of(table_ptr, rows, columns):
     return tl.load(ptrs - rows.to(tl.int64)[:, None])
 
 
+@triton.jit
+def laid_out_as_rows(values, q, BLOCK_J: tl.constexpr):
+    """`values` (BLOCK_I,) on the threads that hold the rows of a product of q (BLOCK_I, D_PAD).
+
+    A tile of the bias that is multiplied by them is then laid out as the product once, before,
+    and not for every row of the batch.
+    """
+    nothing = tl.zeros_like(q)
+    keys = tl.zeros((BLOCK_J, q.shape[1]), dtype=q.dtype)
+    return values + tl.sum(tl.dot(nothing, tl.trans(keys)), 1)
+
+
 class Tiles(NamedTuple):
     """Queries and keys of a tile, and the schedule, of one of the kernels."""
 
@@ -104,17 +145,18 @@ class Tiles(NamedTuple):
     BLOCK_J: int
     num_warps: int
     num_stages: int
+    ROWS: int = 1
+    """rows of the batch that share a tile of the bias"""
+    maxnreg: int | None = None
+    """registers of a thread at most"""
 
 
 def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
     """Tile and schedule of "fwd", "bwd_q", "bwd_kv" or "bwd_table" (a square tile).
 
-    Those of 16 bits and d up to 32 on one H200, bf16, d = 16, B H T^2 = 576 M scores, dropout,
-    the best of eight: fwd 0.85 ms (64 x 64: 0.98), bwd_table 0.79 (2 stages and 8 warps: 1.61).
-    bwd_q and bwd_kv took 3.5 and 1.5 ms with two stages, whose copies of the bias met in the banks
-    of shared memory; with one stage there are none (not measured yet). The others are
-    chosen by what compiles; in float32 heads of more than 32 spill some registers
-    (bench/results/compile.jsonl).
+    Those of 16 bits and d up to 32 are chosen by instructions a score and registers, of which 168
+    a thread leave room for twelve warps (not measured yet); the others by what compiles. In float32
+    heads of more than 64 spill some registers (bench/results/compile.jsonl).
     """
     if dtype == torch.float32:
         if D_pad > 32:
@@ -124,10 +166,10 @@ def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 32, 4, 2) if D_pad <= 16 else Tiles(16, 16, 4, 2)
     if D_pad <= 32:
         return {
-            "fwd": Tiles(64, 32, 4, 3),
-            "bwd_q": Tiles(128, 32, 4, 1),
-            "bwd_kv": Tiles(32, 128, 4, 1),
-            "bwd_table": Tiles(64, 64, 4, 1),
+            "fwd": Tiles(64, 64, 4, 1, 2, 168),
+            "bwd_q": Tiles(64, 32, 4, 1, 2),
+            "bwd_kv": Tiles(32, 64, 4, 1, 2),
+            "bwd_table": Tiles(64, 64, 4, 1, 1, 168),
         }[kernel]
     warps = 8 if D_pad > 64 else 4
     return Tiles(64, 64, warps, 2) if kernel == "fwd" else Tiles(32, 32, warps, 2)
@@ -137,12 +179,13 @@ def options_of(
     kernel: str, q: Tensor, dropout_p: float, key_lengths: Tensor | None
 ) -> dict[str, Any]:
     """Compile-time arguments of a kernel by `config`'s name."""
-    D = q.shape[3]
+    B, _, _, D = q.shape
     D_pad = max(16, triton.next_power_of_2(D))
     tiles = config(kernel, D_pad, q.dtype)._asdict()
+    tiles["ROWS"] = min(tiles["ROWS"], max(B, 1))
     if kernel == "bwd_table":
         tiles["BLOCK"] = tiles.pop("BLOCK_I")
-        del tiles["BLOCK_J"]
+        del tiles["BLOCK_J"], tiles["ROWS"]
     return {
         "D": D,
         "D_PAD": D_pad,
@@ -156,3 +199,9 @@ def options_of(
 def with_margins(table: Tensor) -> Tensor:
     """(H, 2 T - 1) -> (H, 2 T - 1 + 2 MARGIN) float32, contiguous."""
     return F.pad(table.float(), (MARGIN.value, MARGIN.value))
+
+
+def grid_of(q: Tensor, BLOCK: int, ROWS: int) -> int:
+    """Programs of BLOCK frames of ROWS rows of the batch each."""
+    B, H, T, _ = q.shape
+    return triton.cdiv(T, BLOCK) * triton.cdiv(B, ROWS) * H
