@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gmm_jepa import ops
-from gmm_jepa.models.padding import FrameMask, at_least_float32
+from gmm_jepa.models.padding import FrameMask
 from gmm_jepa.ops.density import CHUNKS, GAUSSIANS
 
 
@@ -25,7 +25,4 @@ class DensityAttention(nn.Module):
         """x (B, T, C), padding zero -> the same shape and dtype, padding zero."""
         squared_widths = self.widths.clamp(0.01, 10.0).square() + 1e-8
         lengths = None if mask is None else mask.lengths
-        wide = at_least_float32(x)
-        return ops.density_attention(wide, self.offsets, squared_widths, lengths_frames=lengths).to(
-            x.dtype
-        )
+        return ops.density_attention(x, self.offsets, squared_widths, lengths_frames=lengths)

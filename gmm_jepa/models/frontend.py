@@ -20,6 +20,8 @@ from gmm_jepa.models.padding import (
     zero_padding,
 )
 from gmm_jepa.models.stem import stem
+from gmm_jepa.ops.fused import takes_kernel
+from gmm_jepa.ops.triton_residual import takes_16_bits
 
 
 class Snake(nn.Module):
@@ -30,9 +32,9 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
-        """(B, T, C), finite -> the same with zero padding; float32 where `ops.snake` makes it."""
+        """(B, T, C), finite -> the same with zero padding; float32 if `takes_float32` says so."""
         a = F.softplus(self.alpha) + 0.01
-        if ops.takes_float32(x):
+        if ops.takes_float32(x) or takes_kernel(x):
             return ops.snake(x, a.float(), lengths_frames=None if mask is None else mask.lengths)
         a = a.to(x.dtype)
         return zero_padding(x + (a * x).sin().square() / a, mask)
@@ -51,7 +53,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, C) with zero padding -> the same."""
         for dilated, plain in zip(self.dilated, self.plain):
-            if ops.takes_float32(x):
+            if ops.takes_float32(x) or takes_16_bits(x):
                 x = ops.residual_unit(
                     x,
                     dilated.weight,

@@ -15,8 +15,10 @@ from gmm_jepa.ops import (
     native_losses,
     triton_attention,
     triton_depthwise,
+    triton_front_end,
     triton_gmm,
     triton_log_mel,
+    triton_residual,
 )
 from gmm_jepa.ops.attention import gated_bias_attention
 from gmm_jepa.ops.density import density_attention
@@ -62,8 +64,6 @@ for _device in ("cpu", "cuda"):
         "masked_kl_ensemble",
         "masked_kl_targets",
         "masked_mse",
-        "residual_unit",
-        "residual_unit_backward",
     ):
         torch.library.register_autocast(f"gmm_jepa::{_name}", _device, torch.float32)
 
@@ -98,6 +98,8 @@ __all__ = [
     "takes_linear",
     "triton_attention",
     "triton_depthwise",
+    "triton_front_end",
     "triton_gmm",
     "triton_log_mel",
+    "triton_residual",
 ]

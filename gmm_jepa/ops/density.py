@@ -16,6 +16,9 @@ subtraction loses 5 of 16 digits (so measured in float64, in the gradients) and 
 Below 8 frames the unbiased variance of a chunk is undefined (a chunk of one frame) or the chunk
 is empty: there DAAM is the identity. y_g is rounded in the published order, which shows in single
 gradients of silent channels (std about 2e-3).
+
+On CUDA a kernel takes x of 16 bits, too, computes in float32 and rounds once; elsewhere x is
+widened first.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.fused import takes_one_op
+from gmm_jepa.ops.fused import takes_kernel, takes_one_op
 from gmm_jepa.ops.residual import check_lengths
 
 CHUNKS = 4
@@ -44,13 +47,14 @@ def density_attention(
     """x + x softmax over a chunk's time of the summed log-densities of its Gaussians.
 
     Args:
-        x: (B, T, C) float32 or float64; frames beyond a row's length are zero.
+        x: (B, T, C) float; frames beyond a row's length are zero. Arithmetic is float32, or
+            float64 if x is.
         offsets: (4, 4) means of the Gaussians of each chunk, relative to the chunk's mean.
         squared_widths: (4, 4) their variances, positive, in units of the chunk's.
         lengths_frames: (B,) int64, real frames of each row; None: all.
 
     Returns:
-        (B, T, C); rows of fewer than 8 frames are as they were.
+        (B, T, C) of x's dtype; rows of fewer than 8 frames are as they were.
 
     Raises:
         InputError: shapes or devices make no sense.
@@ -62,8 +66,11 @@ def density_attention(
             found = f"{tuple(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name}: expected {(CHUNKS, GAUSSIANS)} on {x.device}, got {found}")
     check_lengths(lengths_frames, x.shape[0])
+    if takes_kernel(x):
+        return _density_attention(x, offsets, squared_widths, lengths_frames)
     form = _density_attention if takes_one_op(x) else density_attention_reference
-    return form(x, offsets, squared_widths, lengths_frames)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return form(wide, offsets, squared_widths, lengths_frames).to(x.dtype)
 
 
 def density_attention_reference(

@@ -1,12 +1,15 @@
 """Which of several forms of one thing a device takes: the models do not ask for devices.
 
-Where a CPU has one operator, other devices compose plain torch, which a compiler fuses; without the
-native module that is the faster form, too. An exported graph holds no ops of this package.
+Where a CPU has one operator, other devices compose plain torch, which a compiler fuses, or take one
+whose kernel is Triton's; without the native module or Triton the composed form is the faster one.
+An exported graph holds no ops of this package.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +17,12 @@ from torch import Tensor
 
 has_native = False
 """Set where the native module registers its kernels."""
+
+has_triton = importlib.util.find_spec("triton") is not None
+
+uses_unproven = os.environ.get("GMM_JEPA_UNPROVEN_KERNELS") == "1"
+"""Whether models take, on CUDA, ops whose kernels have run under Triton's interpreter alone: those
+of residual units, snake and density-adaptive attention, whose composed form is proven."""
 
 WIDE_DILATION = 16
 """Six calls of the kernel that cuDNN falls back on, `conv2d_grouped_direct`, took 112 of the 269 ms
@@ -50,6 +59,21 @@ def takes_float32(x: Tensor) -> bool:
         narrow = torch.get_autocast_dtype("cpu") == torch.bfloat16
         return narrow and x.dtype in (torch.float32, torch.bfloat16)
     return x.dtype == torch.float32
+
+
+def covers(*tensors: Tensor) -> bool:
+    """Whether Triton kernels are made for such types: all that float32 holds."""
+    return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Whether an op takes a Triton kernel for x where devices else compose plain torch.
+
+    On CUDA, with Triton there, and neither export nor `composed` under way.
+    """
+    if not (has_triton and uses_unproven and x.device.type == "cuda"):
+        return False
+    return covers(x) and not (_composes or exporting())
 
 
 def takes_phases(x: Tensor, dilation: int) -> bool:

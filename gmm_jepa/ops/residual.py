@@ -1,8 +1,9 @@
 """One unit of a residual block of convolutions, x + keep conv(lrelu(keep conv(lrelu(x)))).
 
 The first convolution is dilated; both have three taps and as many channels out as in, and keep the
-number of frames. One op reads x once and writes the result once, with everything between in cache;
-for the gradient it keeps what the first convolution made.
+number of frames. On a CPU one op reads x once and writes the result once, with everything between
+in cache; on CUDA two kernels take the place of two convolutions and six passes between. For the
+gradient it keeps what the first convolution made.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def residual_unit(
 ) -> Tensor:
     """x + conv2(lrelu(conv1(lrelu(x)))), with zeros for what a convolution makes of padding.
 
-    Under autocast to bfloat16 x is taken as float32 and stays so; what is multiplied is rounded to
-    bfloat16, on the way back too, where the processor has products of it.
+    On a CPU under autocast to bfloat16 x is taken as float32 and stays so; what is multiplied is
+    rounded to bfloat16, on the way back too, where the processor has products of it. On CUDA x
+    keeps its dtype, and one of 16 bits is multiplied as it is, with weights rounded to it.
 
     Args:
         x: (B, T, C) float; frames beyond a row's length are zero.
@@ -43,7 +45,7 @@ def residual_unit(
         lengths_frames: (B,) int64, real frames of each row; None: all.
 
     Returns:
-        (B, T, C).
+        (B, T, C) of x's dtype, or float32 as said.
 
     Raises:
         InputError: shapes, devices or dilation make no sense.
@@ -82,6 +84,7 @@ def check_lengths(lengths_frames: Tensor | None, n_rows: int) -> None:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=dilation, dilation=dilation)
     return y.transpose(1, 2)
 
@@ -105,13 +108,15 @@ def residual_unit_reference(
 ) -> tuple[Tensor, Tensor]:
     """`residual_unit` in plain torch, and what the first convolution made, or (0,) without.
 
-    It rounds nothing: `narrow` allows that, and does not ask for it.
+    It is in x's dtype: `narrow` allows to round what is multiplied, and does not ask for it. What
+    is kept is for the backward of the same device alone: another kernel may keep it differently.
     """
     if not x.numel():
         return x.clone(), x.new_empty(x.shape if keep_hidden else (0,))
     real = 1.0 if lengths_frames is None else real_frames(lengths_frames, x)
-    hidden = _convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation)
-    y = _convolution(F.leaky_relu(hidden * real, SLOPE), weight2, bias2, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        hidden = _convolution(F.leaky_relu(x, SLOPE), weight1, bias1, dilation)
+        y = _convolution(F.leaky_relu(hidden * real, SLOPE), weight2, bias2, 1)
     kept = hidden.contiguous() if keep_hidden else x.new_empty(0)
     return (x + y * real).contiguous(), kept
 
@@ -136,7 +141,7 @@ def residual_unit_backward_reference(
         d_a, d_weight, d_bias = torch.ops.aten.convolution_backward(
             gradient.transpose(1, 2),
             a,
-            weight,
+            weight.to(a.dtype),
             [weight.shape[0]],
             [1],
             [dilation],
@@ -146,15 +151,16 @@ def residual_unit_backward_reference(
             1,
             [True, True, True],
         )
-        return d_a.transpose(1, 2), d_weight, d_bias
+        return d_a.transpose(1, 2), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
     if not x.numel():
         return tuple(t.new_zeros(t.shape) for t in (x, weight1, bias1, weight2, bias2))
     real = 1.0 if lengths_frames is None else real_frames(lengths_frames, x)
     inner = hidden * real
-    d_a2, d_weight2, d_bias2 = through(inner, weight2, grad * real, 1)
-    d_hidden = torch.where(inner > 0, d_a2, SLOPE * d_a2) * real
-    d_a1, d_weight1, d_bias1 = through(x, weight1, d_hidden, dilation)
+    with torch.autocast(x.device.type, enabled=False):
+        d_a2, d_weight2, d_bias2 = through(inner, weight2, grad * real, 1)
+        d_hidden = torch.where(inner > 0, d_a2, SLOPE * d_a2) * real
+        d_a1, d_weight1, d_bias1 = through(x, weight1, d_hidden, dilation)
     d_x = grad + torch.where(x > 0, d_a1, SLOPE * d_a1)
     return d_x.contiguous(), d_weight1, d_bias1, d_weight2, d_bias2
 
@@ -191,3 +197,7 @@ def _vjp(ctx, grad, _):
 
 
 _unit.register_autograd(_vjp, setup_context=_setup)
+
+# On CUDA the ops take 16 bits as they are.
+for _op in (_unit, _unit_backward):
+    _op.register_autocast("cpu", torch.float32)

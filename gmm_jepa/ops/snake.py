@@ -2,6 +2,7 @@
 
 On a CPU one pass over x forward and one back, where torch makes six and eight. Sines are taken of
 the product a x in float64, so the distance to the next multiple of pi has all of float32's digits.
+On CUDA the result keeps x's dtype, and so do memory's reads and writes; it is rounded once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import takes_kernel
 from gmm_jepa.ops.residual import check_lengths, real_frames
 
 
@@ -22,7 +24,7 @@ def snake(x: Tensor, a: Tensor, *, lengths_frames: Tensor | None = None) -> Tens
         lengths_frames: (B,) int64, real frames of each row; None: all.
 
     Returns:
-        (B, T, C) of a's dtype.
+        (B, T, C) of a's dtype; where a kernel takes x (`takes_kernel`), of x's.
 
     Raises:
         InputError: shapes or devices do not fit.
@@ -33,7 +35,7 @@ def snake(x: Tensor, a: Tensor, *, lengths_frames: Tensor | None = None) -> Tens
         found = f"{tuple(a.shape)} on {a.device}"
         raise InputError(f"a: expected {tuple(x.shape[2:])} on {x.device}, got {found}")
     check_lengths(lengths_frames, len(x))
-    return _snake(x, a, lengths_frames)
+    return (_snake_narrow if takes_kernel(x) else _snake)(x, a, lengths_frames)
 
 
 def snake_reference(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
@@ -42,6 +44,11 @@ def snake_reference(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tens
     y = wide + (a * wide).sin().square() / a
     y = y if lengths_frames is None else y * real_frames(lengths_frames, y)
     return y.contiguous()
+
+
+def snake_narrow_reference(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
+    """`snake` in plain torch, rounded to x's dtype."""
+    return snake_reference(x, a, lengths_frames).to(x.dtype)
 
 
 def snake_backward_reference(
@@ -57,6 +64,9 @@ def snake_backward_reference(
 
 
 _snake = torch.library.custom_op("gmm_jepa::snake", snake_reference, mutates_args=())
+_snake_narrow = torch.library.custom_op(
+    "gmm_jepa::snake_narrow", snake_narrow_reference, mutates_args=()
+)
 _snake_backward = torch.library.custom_op(
     "gmm_jepa::snake_backward", snake_backward_reference, mutates_args=()
 )
@@ -65,6 +75,11 @@ _snake_backward = torch.library.custom_op(
 @_snake.register_fake
 def _(x, a, lengths_frames):
     return x.new_empty(x.shape, dtype=a.dtype)
+
+
+@_snake_narrow.register_fake
+def _(x, a, lengths_frames):
+    return x.new_empty(x.shape)
 
 
 @_snake_backward.register_fake
@@ -81,3 +96,4 @@ def _vjp(ctx, grad):
 
 
 _snake.register_autograd(_vjp, setup_context=_setup)
+_snake_narrow.register_autograd(_vjp, setup_context=_setup)
