@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -34,7 +35,10 @@ FLAGS_OF = {
     "isa_avx512": AVX512,
     "isa_avx512vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# What compilers before GCC 11 lack: without its flags such a file says that the set is absent.
+NEW_SETS = ("isa_amx",)
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 
@@ -103,13 +107,19 @@ class BuildNative(build_ext):
             link_flags += cuda.link_flags()
 
         def compiled(source: str) -> list[str]:
-            return self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                macros=macros,
-                include_dirs=[pybind11.get_include(), *self.include_dirs],
-                extra_postargs=[*FLAGS, *FLAGS_OF.get(Path(source).stem, [])],
-            )
+            own = FLAGS_OF.get(Path(source).stem, [])
+            for flags in (own, []) if Path(source).stem in NEW_SETS else (own,):
+                try:
+                    return self.compiler.compile(
+                        [source],
+                        output_dir=self.build_temp,
+                        macros=macros,
+                        include_dirs=[pybind11.get_include(), *self.include_dirs],
+                        extra_postargs=[*FLAGS, *flags],
+                    )
+                except CompileError:
+                    if not flags:
+                        raise
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(chain.from_iterable(pool.map(compiled, extension.sources)))

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 namespace gmm_jepa {
 
@@ -27,6 +29,24 @@ struct MixtureView {
     int64_t n_components;
     int64_t n_dims;
 };
+
+// Memory from the start of a cache line on: no vector of a row lies in two of them.
+template <typename T>
+struct Aligned {
+    using value_type = T;
+    static constexpr std::align_val_t kLine{64};
+    Aligned() = default;
+    template <typename Other>
+    Aligned(const Aligned<Other>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+    template <typename Other>
+    bool operator==(const Aligned<Other>&) const { return true; }
+    template <typename Other>
+    bool operator!=(const Aligned<Other>&) const { return false; }
+};
+template <typename T>
+using AlignedVector = std::vector<T, Aligned<T>>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;

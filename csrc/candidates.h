@@ -10,24 +10,24 @@
 
 namespace gmm_jepa {
 
-// Frames screened together. 24 frames by 1,024 components are 96 KB of scores, which stay in the
-// second-level cache, while a panel of weights is read from memory once for all of them.
-constexpr int kGroup = 24;
-
 // Scratch of one thread. Frames are rows of n_dims_padded values, zero behind the last dimension.
 class Candidates {
   public:
     Candidates(const ScreenedMixture& mixture, double margin)
         : mixture_(mixture),
           margin_(margin),
-          words_(size_t(kGroup) * mixture.screen.n_words),
+          words_(size_t(group()) * mixture.screen.n_words),
           stride_(static_cast<int>(mixture.screen.bias.size())),
-          scores_(size_t(kGroup) * stride_),
+          scores_(size_t(group()) * stride_),
           frame_(mixture.n_dims_padded),
           found_(stride_ + mixture.n_components),
-          log_joint_(found_.size()) {}
+          log_joint_(found_.size()),
+          usable_(group()),
+          best_(group()) {}
 
-    // Screens `n` <= kGroup frames; `find` then refers to them.
+    int group() const { return mixture_.group(); }
+
+    // Screens `n` <= group() frames; `find` then refers to them.
     template <typename T>
     void screen(const T* frames, int n) {
         const ScreenParameters& p = mixture_.screen;
@@ -38,7 +38,7 @@ class Candidates {
         const int padded = static_cast<int>(round_up(n, p.screen->tile));
         std::fill(words_.begin() + size_t(n) * p.n_words,
                   words_.begin() + size_t(padded) * p.n_words, 0u);
-        p.run(words_.data(), padded, scores_.data(), best_);
+        p.run(words_.data(), padded, scores_.data(), best_.data());
     }
 
     // Finds the components of frame i of the group; returns how many, at least one. NaN and
@@ -114,15 +114,15 @@ class Candidates {
 
     const ScreenedMixture& mixture_;
     double margin_;
-    std::vector<uint32_t> words_;
+    AlignedVector<uint32_t> words_;
     int stride_;
-    std::vector<float> scores_;
+    AlignedVector<float> scores_;
     std::vector<double> frame_;
     std::vector<int32_t> found_;
     std::vector<double> log_joint_;
     double largest_ = 0.0;
-    bool usable_[kGroup] = {};
-    float best_[kGroup] = {};
+    std::vector<char> usable_;
+    std::vector<float> best_;
 };
 
 // Copies rows `start` to `start + n` of the caller's frames into padded rows.

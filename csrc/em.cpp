@@ -30,8 +30,9 @@ struct Pair {
     double responsibility;
 };
 
-int64_t block_rows(int64_t n_frames, int64_t n_components) {
-    const int64_t rows = std::clamp(kMostPairs / n_components, int64_t(kGroup), kMostRows);
+int64_t block_rows(int64_t n_frames, const ScreenedMixture& mixture) {
+    const int64_t least = mixture.group();
+    const int64_t rows = std::clamp(kMostPairs / mixture.n_components, least, kMostRows);
     return std::max(int64_t(1), std::min(rows, n_frames));
 }
 
@@ -42,7 +43,7 @@ class Expectation {
         : frames_(frames),
           mixture_(mixture),
           n_threads_(n_threads),
-          rows_(block_rows(frames.n_rows, mixture.n_components)),
+          rows_(block_rows(frames.n_rows, mixture)),
           block_(size_t(rows_) * mixture.n_dims_padded),
           log_likelihoods_(rows_),
           pairs_(n_threads),
@@ -103,8 +104,9 @@ class Expectation {
         uint32_t* places = &places_[size_t(thread) * mixture_.n_components];
         pairs.clear();
         std::fill_n(places, mixture_.n_components, 0u);
-        for (int64_t group = share.first; group < share.last; group += kGroup) {
-            const int size = static_cast<int>(std::min<int64_t>(kGroup, share.last - group));
+        for (int64_t group = share.first; group < share.last; group += candidates.group()) {
+            const int size =
+                static_cast<int>(std::min<int64_t>(candidates.group(), share.last - group));
             T* rows = &block_[size_t(group) * mixture_.n_dims_padded];
             load_rows(frames_, start + group, size, mixture_.n_dims_padded, rows);
             candidates.screen(rows, size);
@@ -197,7 +199,7 @@ template <typename T>
 void em_statistics(const Matrix<T>& frames, const MixtureView& mixture, const Statistics& out,
                    const Kernels& kernels, int n_threads) {
     const ScreenedMixture screened(mixture, kernels);
-    const int64_t groups = std::max<int64_t>(1, frames.n_rows / kGroup);
+    const int64_t groups = std::max<int64_t>(1, frames.n_rows / screened.group());
     n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, groups));
     Expectation<T> expectation(frames, screened, n_threads);
     expectation.run();

@@ -96,6 +96,8 @@ struct Screen {
     Operands operands;
     int panel;  // components of a weight panel
     int tile;   // frames of a register tile
+    int group;  // frames to screen together, a multiple of `tile`: their scores stay in cache
+    int words;  // a frame's are a multiple of this, zeros behind the last
 
     // z = (x - centre) * inverse_scale of n_dims features, then operands. False where a value is
     // not finite or, for floats, too large for the screen. Integers: z is rounded and held within
@@ -201,6 +203,7 @@ struct Kernels {
 constexpr int kRowMultiple = 16;
 
 // The tables compiled in, best first; null where this build or this processor has no such set.
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512();

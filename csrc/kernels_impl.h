@@ -4,7 +4,8 @@
 //   GMM_JEPA_BYTES   bytes of a vector register
 //   GMM_JEPA_TILE    frames of a register tile of the screen
 //   GMM_JEPA_VECTORS vectors of components of a register tile
-//   GMM_JEPA_NARROW  Float32, or the faster 16-bit operands of a screen: Bfloat16, Int16
+//   GMM_JEPA_NARROW  Float32, or the faster 16-bit operands of a screen: Bfloat16, Int16; where the
+//                    compiler has AMX, its tiles multiply them
 //   GMM_JEPA_PRODUCT_ROWS, GMM_JEPA_PRODUCT_VECTORS   the same of a convolution's products
 //   GMM_JEPA_NAME    what the set is called
 // Accumulators (TILE x VECTORS) and VECTORS weights must fit the registers.
@@ -133,6 +134,14 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 #include "screen_kernel.h"
 #include "log_mel_kernel.h"
 #include "products_kernel.h"
+#if defined(__AMX_BF16__)
+#include "tiles_kernel.h"
+constexpr gmm_jepa::Screen kNarrow = kTileScreen;
+constexpr auto kNarrowProducts = pair_products_by_tiles;
+#else
+constexpr gmm_jepa::Screen kNarrow = kScreen<GMM_JEPA_NARROW>;
+constexpr auto kNarrowProducts = kPairProducts;
+#endif
 #include "density_kernel.h"
 #include "rows_kernel.h"
 #include "snake_kernel.h"
@@ -143,7 +152,7 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 const gmm_jepa::Kernels kTable = {
     GMM_JEPA_NAME,
     kLanes,
-    kScreen<GMM_JEPA_NARROW>,
+    kNarrow,
     kScreen<Float32>,
     find,
     at_least,
@@ -154,7 +163,7 @@ const gmm_jepa::Kernels kTable = {
     GMM_JEPA_PRODUCT_ROWS,
     kProductLanes,
     products<float>,
-    kPairProducts,
+    kNarrowProducts,
     activate_rows,
     add_rows,
     leaky_gradient_rows,

@@ -33,14 +33,15 @@ template <typename T, typename Each>
 void for_each_frame(const Matrix<T>& frames, const MixtureView& mixture, double margin,
                     const Kernels& kernels, int n_threads, const Each& each) {
     const ScreenedMixture screened(mixture, kernels);
-    const int64_t groups = std::max<int64_t>(1, frames.n_rows / kGroup);
+    const int group = screened.group();
+    const int64_t groups = std::max<int64_t>(1, frames.n_rows / group);
     n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, groups));
     parallel(n_threads, [&](int thread) {
         const Share share(frames.n_rows, thread, n_threads);
         Candidates candidates(screened, margin);
-        std::vector<T> rows(size_t(kGroup) * screened.n_dims_padded);
-        for (int64_t start = share.first; start < share.last; start += kGroup) {
-            const int n = static_cast<int>(std::min<int64_t>(kGroup, share.last - start));
+        std::vector<T> rows(size_t(group) * screened.n_dims_padded);
+        for (int64_t start = share.first; start < share.last; start += group) {
+            const int n = static_cast<int>(std::min<int64_t>(group, share.last - start));
             load_rows(frames, start, n, screened.n_dims_padded, rows.data());
             candidates.screen(rows.data(), n);
             for (int i = 0; i < n; ++i) each(candidates, rows.data(), i, start + i);

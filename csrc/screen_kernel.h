@@ -167,5 +167,5 @@ void screen(const gmm_jepa::ScreenProducts& p) {
 }
 
 template <typename Kind>
-constexpr gmm_jepa::Screen kScreen = {Kind::kOperands, kPanel, kTile, pack<Kind, float>,
-                                      pack<Kind, double>, screen<Kind>};
+constexpr gmm_jepa::Screen kScreen = {
+    Kind::kOperands, kPanel, kTile, 24, 1, pack<Kind, float>, pack<Kind, double>, screen<Kind>};

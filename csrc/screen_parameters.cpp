@@ -47,7 +47,8 @@ struct Rounding {
 
 ScreenParameters::ScreenParameters(const MixtureRows& mixture, const Screen& kernels)
     : screen(&kernels),
-      n_words(mixture.n_dims * (kernels.operands == Operands::kFloat32 ? 2 : 1)),
+      n_words(static_cast<int>(round_up(
+          mixture.n_dims * (kernels.operands == Operands::kFloat32 ? 2 : 1), kernels.words))),
       n_panels(static_cast<int>(round_up(mixture.n_components, kernels.panel) / kernels.panel)),
       depth(n_words),
       shift(mixture.n_dims),

@@ -47,8 +47,8 @@ struct ScreenParameters {
     const Screen* screen;
     int n_words, n_panels, depth;             // of ScreenProducts
     std::vector<float> shift, inverse_scale;  // (D,), z = (x - shift) inverse_scale
-    std::vector<uint32_t> weights;            // (n_panels, n_words, panel)
-    std::vector<float> bias, steps;           // (n_panels * panel,)
+    AlignedVector<uint32_t> weights;          // (n_panels, n_words, panel)
+    AlignedVector<float> bias, steps;         // (n_panels * panel,)
     std::vector<int32_t> unscreened;          // components whose bound would be too loose
     double gain = 0.0;                        // how much the bound loosens per nat of a low best
 

@@ -18,6 +18,10 @@ namespace gmm_jepa {
 struct ScreenedMixture {
     ScreenedMixture(const MixtureView& mixture, const Kernels& kernels);
 
+    // Frames to screen together: their scores stay in the second-level cache, while a panel of
+    // weights is read from memory once for all of them.
+    int group() const { return screen.screen->group; }
+
     const Kernels& kernels;
     int n_components, n_dims, n_dims_padded;
 

@@ -14,6 +14,7 @@ FLAGS_OF = {  # as in setup.py
     "isa_avx512": AVX512,
     "isa_avx512vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = ["-std=c++17", "-O1", "-g", "-pthread", "-fno-omit-frame-pointer", f"-I{CSRC}"]

@@ -79,7 +79,7 @@ double misplaced(const ScreenParameters& p, int d, double value, double z) {
 template <typename T>
 void bound_round(const Kernels& kernels) {
     const int64_t K = any(1, 100), D = any(0, 1) ? any(1, 3) : any(1, 300);
-    const int N = static_cast<int>(round_up(24, kernels.narrow.tile));
+    const int N = static_cast<int>(round_up(24, kernels.narrow.tile * kernels.wide.tile));
     const double apart = std::pow(10.0, any(-1, 3)), uneven = any(0, 2);
     std::vector<double> log_weights(K), means(K * D), variances(K * D);
     for (double& w : log_weights) w = normal();

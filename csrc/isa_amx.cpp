@@ -1,0 +1,23 @@
+// See kernels_impl.h; built with flags of its own by setup.py, where the compiler knows them.
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+
+#define GMM_JEPA_NAME "amx"
+#define GMM_JEPA_BYTES 64
+#define GMM_JEPA_TILE 6
+#define GMM_JEPA_VECTORS 4
+#define GMM_JEPA_NARROW Bfloat16
+#define GMM_JEPA_PRODUCT_ROWS 12
+#define GMM_JEPA_PRODUCT_VECTORS 2
+#include "kernels_impl.h"
+
+namespace gmm_jepa {
+const Kernels* kernels_amx() { return &kTable; }
+}  // namespace gmm_jepa
+#else
+#include "kernels.h"
+
+namespace gmm_jepa {
+const Kernels* kernels_amx() { return nullptr; }
+}  // namespace gmm_jepa
+#endif
