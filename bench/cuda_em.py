@@ -7,7 +7,9 @@ frame's best as one fitted to speech has: 9, and 14 within 38. The mixture is a 
 call, as in EM, and is packed anew. Each side first runs on a small part against float64 on the CPU.
 Triton has no EM kernel; the time of its log-likelihood, which does the same dense products, stands
 for a lower bound of one. Median, p20 and p80 of `--repeats`, and, by the profiler, nanoseconds a
-frame of each native kernel; a line each side is appended to ``bench/results/cuda_em.jsonl``.
+frame of each native kernel, and so which of the two screens ran: that of warpgroups' products only
+with ``GMM_JEPA_UNPROVEN_KERNELS=1``. A line each side is appended to
+``bench/results/cuda_em.jsonl``.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def kernels_ns_per_frame(call: Callable[[], object], n_frames: int) -> dict[str,
         torch.cuda.synchronize()
     taken: dict[str, float] = defaultdict(float)
     for event in run.key_averages():
-        kernel = re.search(r"em_([a-z]+)_kernel", event.key)
+        kernel = re.search(r"em_([a-z_]+)_kernel", event.key)
         name = kernel[1] if kernel else "other"
         taken[name] += 1e3 * event.self_device_time_total / (PROFILED_CALLS * n_frames)
     longest_first = sorted(taken.items(), key=lambda item: -item[1])
@@ -109,7 +111,8 @@ def main() -> None:
         if name.startswith("native"):
             kernels = kernels_ns_per_frame(turns[name], n)
             print("  ns a frame: " + ", ".join(f"{k} {ns:.2f}" for k, ns in kernels.items()))
-            line |= {"kernels_ns_per_frame": kernels}
+            screen = "wgmma" if "tiles" in kernels else "mma"
+            line |= {"kernels_ns_per_frame": kernels, "screen": screen}
         append("cuda_em", line | surroundings("cuda"), options.out)
 
 

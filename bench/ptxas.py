@@ -24,11 +24,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "ptxas.jsonl"
 TARGET = "90a"
 FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{TARGET},code=sm_{TARGET}"]
-# What float32 frames of D = 80 meet.
+# What float32 frames of D = 80 meet: one of two screens, and `_again` where the list is full.
 PAPER = (
+    "em_tiles_kernel",
     "em_screen_kernel<float, 8, 10>",
-    "em_refine_kernel<float, 80>",
+    "em_refine_kernel<float, 3, 4, 80>",
+    "em_share_kernel",
+    "em_share_again_kernel<float, 3, 4, 80>",
+    "em_frame_kernel",
     "em_moments_kernel<float, 3, 4, 80>",
+    "em_moments_again_kernel<float, 3, 4, 80>",
     "em_likelihood_kernel",
     "em_finish_kernel",
 )
@@ -46,6 +51,7 @@ def tool(name: str) -> str | None:
     folders = ["/usr/local/cuda/bin"]
     if triton := importlib.util.find_spec("triton"):
         folders.append(f"{Path(triton.origin).parent}/backends/nvidia/bin")
+    folders += REPOSITORY.glob(".venv/lib/python*/site-packages/triton/backends/nvidia/bin")
     found = (shutil.which(f"{folder}/{name}") for folder in folders)
     return shutil.which(name) or next((path for path in found if path), None)
 
@@ -59,9 +65,9 @@ def plain(symbol: str) -> str:
 
 def dynamic_shared_bytes(kernel: str) -> int:
     """Of a screen kernel at the widest frames it takes, as `screen_shared_bytes` in screen.cuh; of
-    a refinement, as `RefineShared` in refine.cuh."""
-    if kernel.startswith("em_refine_kernel"):
-        return 8 * (256 * (16 + 2) + 768 * 4 + 32 * (8 + 2))
+    the one by warpgroups, `sizeof(TileScreenShared)` in screen_tiles.cuh."""
+    if kernel == "em_tiles_kernel":
+        return 4 * (2 * 64 * 160 + 4 * 64) + 2 * 12 * 16 * (160 + 8)
     match = re.fullmatch(r"em_screen_kernel<\w+, (\d+), (\d+)>", kernel)
     if not match:
         return 0
@@ -80,7 +86,7 @@ def instructions(binary: Path) -> dict[str, dict[str, int]]:
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
     counts = {}
     for symbol, body in zip(parts[::2], parts[1::2], strict=True):
-        words = {"mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "local": "(?:LDL|STL)"}
+        words = {"mma": "HG?MMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "local": "(?:LDL|STL)"}
         counts[plain(symbol)] = {
             name: len(re.findall(rf"\b{word}\b", body)) for name, word in words.items()
         }
@@ -133,13 +139,13 @@ def main() -> int:
     lines = [
         line for source in sorted(REPOSITORY.glob("csrc/cuda/*.cu")) for line in kernels(source)
     ]
-    print(f"{'kernel (* K = 1,024, D = 80)':38} regs  spills  stack  shared KiB  mma  local")
+    print(f"{'kernel (* K = 1,024, D = 80)':42} regs  spills  stack  shared KiB  mma  local")
     for line in sorted(lines, key=lambda line: (not line["paper"], line["kernel"])):
         shared = (line["static_shared_bytes"] + line["dynamic_shared_bytes"]) / 1024
         spills = line["spill_store_bytes"] + line["spill_load_bytes"]
         name = f"{line['kernel']} *" if line["paper"] else line["kernel"]
         print(
-            f"{name:38} {line['registers']:4}  {spills:6}  {line['stack_bytes']:5}  "
+            f"{name:42} {line['registers']:4}  {spills:6}  {line['stack_bytes']:5}  "
             f"{shared:10.1f}  {line.get('mma', ''):3}  {line.get('local', ''):5}"
         )
     if not options.dry:

@@ -5,11 +5,15 @@ compute-sanitizer --tool memcheck python -m bench.tiny
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import torch
 
 from bench.cases import mixture_of
 from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, ops
+from gmm_jepa.ops import native
 
 
 def attend(device: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -31,6 +35,23 @@ def convolve(device: str, dtype: torch.dtype, channels: int) -> None:
     for n_frames in (133, 7):
         x = torch.randn(2, n_frames, channels, device=device, dtype=dtype, requires_grad=True)
         ops.depthwise_conv(x, weight, bias).float().sum().backward()
+
+
+def accumulate(device: str) -> None:
+    """EM by the native module's CUDA kernels, where it has them: both screens, soft and hard."""
+    if device != "cuda" or not native.cuda_architectures():
+        return
+    N, K, D = 215, 130, 80
+    means = torch.randn(K, D, device=device, dtype=torch.float64)
+    frames = means.float()[torch.arange(N, device=device) % K]
+    frames += torch.randn(N, D, device=device)
+    mixture = (torch.full_like(means[:, 0], 1.0 / K).log(), means, torch.ones_like(means))
+    for unproven in ("0", "1"):  # read at every call
+        with mock.patch.dict(os.environ, {"GMM_JEPA_UNPROVEN_KERNELS": unproven}):
+            for hard in (False, True):
+                counts, *_ = native.em_statistics_cuda(frames, *mixture, hard)
+                if not (counts.sum() - N).abs() < 1e-6 * N:
+                    raise SystemExit(f"counts sum to {counts.sum()}, not {N}")
 
 
 def main(device: str = "cuda") -> None:
@@ -71,6 +92,7 @@ def main(device: str = "cuda") -> None:
     for dtype, channels in ((torch.float32, 37), (torch.bfloat16, 64), (torch.bfloat16, 100)):
         convolve(device, dtype, channels)
     ops.ema_update([targets, frames], [targets + 1.0, frames + 1.0], 0.996)
+    accumulate(device)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

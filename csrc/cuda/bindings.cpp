@@ -3,8 +3,10 @@
 #include "bindings.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "em.h"
+#include "tile.h"
 
 namespace py = pybind11;
 
@@ -21,7 +23,9 @@ Matrix<T> matrix_of(const py::tuple& t) {
     const Matrix<T> matrix{pointer<const T>(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
                            t[3].cast<int64_t>(), t[4].cast<int64_t>()};
     if (matrix.n_rows < 0 || matrix.n_columns < 1 || (matrix.n_rows > 0 && !matrix.data)) {
-        throw std::invalid_argument("frames: expected an address, rows >= 0, columns >= 1");
+        throw std::invalid_argument("frames: expected an address, rows >= 0, columns >= 1, got " +
+                                    std::to_string(matrix.n_rows) + " x " +
+                                    std::to_string(matrix.n_columns));
     }
     return matrix;
 }
@@ -41,8 +45,12 @@ Operands operands_of(const py::tuple& t, int64_t n_dims) {
     for (int i = 0; i < 8; ++i) {
         if (!t[i].cast<uintptr_t>()) throw std::invalid_argument("mixture: expected addresses");
     }
-    if (operands.n_components < 1 || operands.n_components > 8192 || n_dims > 512) {
-        throw std::invalid_argument("mixture: expected 1 to 8192 components, 1 to 512 features");
+    if (operands.n_components < 1 || operands.n_components > kMostComponents ||
+        n_dims > kMostFeatures) {
+        throw std::invalid_argument("mixture: expected 1 to " + std::to_string(kMostComponents) +
+                                    " components, 1 to " + std::to_string(kMostFeatures) +
+                                    " features, got " + std::to_string(operands.n_components) +
+                                    " and " + std::to_string(n_dims));
     }
     return operands;
 }
@@ -52,15 +60,15 @@ Statistics statistics_of(const py::tuple& out) {
             pointer<double>(out[3])};
 }
 
-void emulated_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
-                 const py::tuple& out, bool hard, double margin) {
+int64_t emulated_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
+                    const py::tuple& out, bool hard, double margin) {
     const Operands operands = operands_of(mixture, frames[2].cast<int64_t>());
     const Statistics statistics = statistics_of(out);
     const auto run = [&](const auto& matrix) {
         const py::gil_scoped_release release;
-        em_statistics_emulated(matrix, operands, {hard, margin}, statistics);
+        return em_statistics_emulated(matrix, operands, {hard, margin}, statistics);
     };
-    is_float64 ? run(matrix_of<double>(frames)) : run(matrix_of<float>(frames));
+    return is_float64 ? run(matrix_of<double>(frames)) : run(matrix_of<float>(frames));
 }
 
 #if GMM_JEPA_CUDA
@@ -71,8 +79,10 @@ void cuda_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
     const Operands operands = operands_of(mixture, frames[2].cast<int64_t>());
     const Statistics statistics = statistics_of(out);
     const size_t needed = workspace_bytes(operands.n_components, operands.n_dims);
-    if (workspace[1].cast<size_t>() < needed || !workspace[0].cast<uintptr_t>()) {
-        throw std::invalid_argument("workspace: expected " + std::to_string(needed) + " bytes");
+    const size_t given = workspace[0].cast<uintptr_t>() ? workspace[1].cast<size_t>() : 0;
+    if (given < needed) {
+        throw std::invalid_argument("workspace: expected " + std::to_string(needed) +
+                                    " bytes, got " + std::to_string(given));
     }
     void* const memory = pointer<void>(workspace[0]);
     const int device = place[0].cast<int>();
@@ -83,6 +93,19 @@ void cuda_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
     };
     is_float64 ? run(matrix_of<double>(frames)) : run(matrix_of<float>(frames));
 }
+
+// Pairs and spilled chunks of the last call with a workspace.
+py::tuple refined_at(uintptr_t workspace, int64_t n_components, int64_t n_dims,
+                     const py::tuple& place) {
+    void* const stream = pointer<void>(place[1]);
+    const int device = place[0].cast<int>();
+    const auto refined = [&] {
+        const py::gil_scoped_release release;
+        return last_refined(reinterpret_cast<void*>(workspace), n_components, n_dims, device,
+                            stream);
+    }();
+    return py::make_tuple(refined.pairs, refined.spilled_chunks);
+}
 #endif
 
 }  // namespace
@@ -90,7 +113,8 @@ void cuda_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
 void define(py::module_& module) {
     module.def("em_statistics_emulated", &emulated_at, py::arg("frames"), py::arg("is_float64"),
                py::arg("mixture"), py::arg("out"), py::arg("hard"), py::arg("margin"),
-               "The CUDA kernels' algorithm, one step after another on the CPU.");
+               "The CUDA kernels' algorithm, one step after another on the CPU; returns how many "
+               "pairs its screen left.");
 #if GMM_JEPA_CUDA
     module.attr("cuda_architectures") = GMM_JEPA_CUDA_ARCHITECTURES;
     module.def("cuda_device_count", &device_count);
@@ -98,6 +122,9 @@ void define(py::module_& module) {
     module.def("em_statistics_cuda", &cuda_at, py::arg("frames"), py::arg("is_float64"),
                py::arg("mixture"), py::arg("out"), py::arg("hard"), py::arg("margin"),
                py::arg("workspace"), py::arg("place"));
+    module.def("em_refined", &refined_at, py::arg("workspace"), py::arg("n_components"),
+               py::arg("n_dims"), py::arg("place"),
+               "Pairs and spilled chunks of the last call with a workspace; waits for it.");
 #else
     module.attr("cuda_architectures") = "";
 #endif

@@ -90,12 +90,22 @@ __device__ __forceinline__ void wait_products(float (&sums)[8][4]) {
     hold(sums);
 }
 
-// Describes rows of 16 values in shared memory, without swizzle: 8 rows of 16 bytes are a matrix of
-// 128 bytes; `down` bytes further are the next 8 rows, `along` the next 8 values of the same rows.
-__device__ __forceinline__ uint64_t describe(const void* matrix, uint32_t down, uint32_t along) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(matrix));
-    return uint64_t(address >> 4 & 0x3fff) | uint64_t(along >> 4) << 16 | uint64_t(down >> 4) << 32;
-}
+// Describes rows of 16 values in shared memory to the products, without swizzle: 8 rows of 16 bytes
+// are a matrix of 128 bytes; `down` bytes further are the next 8 rows, `along` the next 8 values of
+// the same rows. The address is in the lower of two words, so that what is added needs no carry.
+struct Description {
+    __device__ __forceinline__ Description(const void* matrix, uint32_t down, uint32_t along)
+        : low((static_cast<uint32_t>(__cvta_generic_to_shared(matrix)) >> 4 & 0x3fff) |
+              (along >> 4) << 16),
+          high(down >> 4) {}
+
+    // Of what lies so many times 16 bytes further.
+    __device__ __forceinline__ uint64_t at(uint32_t sixteens) const {
+        return uint64_t(high) << 32 | (low + sixteens);
+    }
+
+    uint32_t low, high;
+};
 
 // sums (64 frames x 64 components, 16 frames a warp) += a (64 x 16) b (64 x 16)^T.
 __device__ __forceinline__ void multiply_tile(float (&d)[8][4], const uint32_t (&a)[4],

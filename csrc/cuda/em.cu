@@ -59,6 +59,7 @@ struct Workspace {
         sums = take<FrameSum>(frames);
         list.used = take<uint32_t>(1);
         list.spilled = take<uint32_t>(1);
+        list.refined = take<Refined>(1);
         zeroed = used;
         normalisers = take<Normaliser>(frames);
         mask = take<uint32_t>(frames / kTileFrames * K);
@@ -94,7 +95,7 @@ void screen(const ChunkView<T>& x, const Operands& mixture, double margin, uint3
           "shared memory of em_screen_kernel");
     const int frames = kWarps * kTileFrames;
     kernel<<<(x.n_rows + frames - 1) / frames, 32 * kWarps, bytes, stream>>>(x, mixture, margin,
-                                                                            mask);
+                                                                             mask);
     check(cudaGetLastError(), "em_screen_kernel");
 }
 
@@ -115,8 +116,7 @@ void screen_tiles(const ChunkView<float>& x, const Operands& mixture, double mar
                                kBytes),
           "shared memory of em_tiles_kernel");
     const int blocks = (x.n_rows + kTileScreenFrames - 1) / kTileScreenFrames;
-    em_tiles_kernel<<<blocks, 32 * kTileScreenWarps, kBytes, stream>>>(x, mixture, margin,
-                                                                             mask);
+    em_tiles_kernel<<<blocks, 32 * kTileScreenWarps, kBytes, stream>>>(x, mixture, margin, mask);
     check(cudaGetLastError(), "em_tiles_kernel");
 }
 
@@ -228,12 +228,27 @@ size_t workspace_bytes(int64_t n_components, int64_t n_dims) {
     return Workspace(nullptr, n_components, n_dims).used;
 }
 
+Refined last_refined(void* workspace, int64_t n_components, int64_t n_dims, int device,
+                     void* stream_handle) {
+    const OnDevice on_device(device);
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    const Workspace space(workspace, n_components, n_dims);
+    Refined refined;
+    check(cudaMemcpyAsync(&refined, space.list.refined, sizeof refined, cudaMemcpyDeviceToHost,
+                          stream),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    return refined;
+}
+
 template <typename T>
 void em_statistics(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
                    const Statistics& out, void* workspace, int device, void* stream_handle) {
     if (!device_count()) throw std::runtime_error("no CUDA device");
     if (frames.stride_row < 0 || frames.stride_row >= (int64_t(1) << 32) / int64_t(sizeof(T))) {
-        throw std::runtime_error("frames: expected rows less than 4 GB apart");
+        throw std::runtime_error("frames: expected rows less than 4 GB apart, got " +
+                                 std::to_string(frames.stride_row) + " values of " +
+                                 std::to_string(sizeof(T)) + " bytes");
     }
     const OnDevice on_device(device);
     const auto stream = static_cast<cudaStream_t>(stream_handle);

@@ -40,10 +40,21 @@ template <typename T>
 void em_statistics(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
                    const Statistics& out, void* workspace, int device, void* stream);
 
-// The same tiles, orders and arithmetic, one after another on the CPU.
+// What the refinement had to do in a call, over all of its chunks.
+struct Refined {
+    int64_t pairs;           // (frame, component) that the screen left
+    int64_t spilled_chunks;  // whose pairs did not fit the list and were computed again
+};
+
+// Of the last call with this workspace; waits for it. For tests.
+Refined last_refined(void* workspace, int64_t n_components, int64_t n_dims, int device,
+                     void* stream);
+
+// The same tiles, orders and arithmetic, one after another on the CPU; returns how many pairs the
+// screen left.
 template <typename T>
-void em_statistics_emulated(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
-                            const Statistics& out);
+int64_t em_statistics_emulated(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
+                               const Statistics& out);
 
 // How many devices there are; 0 without a driver.
 int device_count();

@@ -2,6 +2,7 @@
 // a GPU in the order of float32 sums inside an mma, which the bound allows for, and in the last
 // digits of exp and log.
 #include <algorithm>
+#include <bitset>
 #include <vector>
 
 #include "em.h"
@@ -40,12 +41,15 @@ class Emulation {
           first_(counts_.size() * D_),
           second_(first_.size()) {}
 
-    void run() {
+    // Returns how many pairs the screen left.
+    int64_t run() {
+        int64_t pairs = 0;
         for (int64_t start = 0; start < frames_.n_rows; start += chunk_) {
             start_ = start;
             n_ = std::min(chunk_, frames_.n_rows - start);
             const int64_t tiles = (n_ + kTileFrames - 1) / kTileFrames;
             for (int64_t tile = 0; tile < tiles; ++tile) screen(tile);
+            for (int64_t i = 0; i < tiles * K_; ++i) pairs += std::bitset<32>(mask_[i]).count();
             refine();
             for (int64_t tile = 0; tile < tiles; ++tile) finish_frames(tile);
             const int sections = n_sections(n_);
@@ -58,6 +62,7 @@ class Emulation {
                 }
             }
         }
+        return pairs;
     }
 
     void write(const Statistics& out) const {
@@ -99,7 +104,7 @@ class Emulation {
     }
 
     // Whether the screen's warps take 16 frames and a tile at a time (screen_tiles.cuh).
-    bool is_tiled() const { return depth_ == 10 * kStepDepth; }
+    bool is_tiled() const { return depth_ == kTileSteps * kStepDepth; }
 
     int row_of(int frame) const {
         if (!is_tiled()) return operand_row(frame);
@@ -339,16 +344,17 @@ class Emulation {
 }  // namespace
 
 template <typename T>
-void em_statistics_emulated(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
-                            const Statistics& out) {
+int64_t em_statistics_emulated(const Matrix<T>& frames, const Operands& mixture, const Mode& mode,
+                               const Statistics& out) {
     Emulation<T> emulation(frames, mixture, mode);
-    emulation.run();
+    const int64_t pairs = emulation.run();
     emulation.write(out);
+    return pairs;
 }
 
-template void em_statistics_emulated(const Matrix<float>&, const Operands&, const Mode&,
-                                     const Statistics&);
-template void em_statistics_emulated(const Matrix<double>&, const Operands&, const Mode&,
-                                     const Statistics&);
+template int64_t em_statistics_emulated(const Matrix<float>&, const Operands&, const Mode&,
+                                        const Statistics&);
+template int64_t em_statistics_emulated(const Matrix<double>&, const Operands&, const Mode&,
+                                        const Statistics&);
 
 }  // namespace gmm_jepa::cuda

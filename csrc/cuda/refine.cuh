@@ -12,11 +12,12 @@ namespace gmm_jepa::cuda {
 // The pairs of a chunk, those of a section and a component side by side, by frame. Where they begin
 // is as blocks get there; whatever is made of them does not depend on it.
 struct PairList {
-    double* values;    // log-densities, then shares of their frame's largest
-    uint32_t* pairs;   // frame of the chunk, component
-    int2* ranges;      // (sections, K): where pairs begin, how many
-    uint32_t* used;    // by the chunk at hand, whether they fitted or not
-    uint32_t* spilled; // that they did not
+    double* values;     // log-densities, then shares of their frame's largest
+    uint32_t* pairs;    // frame of the chunk, component
+    int2* ranges;       // (sections, K): where pairs begin, how many
+    uint32_t* used;     // by the chunk at hand, whether they fitted or not
+    uint32_t* spilled;  // that they did not
+    Refined* refined;   // by the call so far
     uint32_t capacity;
 
     __device__ bool fits() const { return *used <= capacity; }
@@ -168,6 +169,8 @@ template <typename T, int kSlots, int kPairs, int kFixedDims>
 struct Refinement {
     static_assert(!kFixedDims || (sizeof(T) == 4 && kFixedDims == RefineRows::kDims &&
                                   kPairs == RefineRows::kPairs), "the rows that are kept");
+    static_assert(kRefineWarps == 8 && kRefineComponents == 8,
+                  "a warp counts a component, and all threads read 64 tiles of 8 in two rounds");
     static constexpr int kAhead = RefineRows::kGroups - 1;
     static constexpr int kPieces = RefineRows::kDims / 4;  // of 16 bytes, of a row
 
@@ -353,6 +356,9 @@ __global__ void __launch_bounds__(32 * kRefineWarps, kSlots > 3 ? 2 : 3)
     });
 }
 
+static_assert(kMostComponents / kShareUnit <= 0x1p63, "whole shares of a frame add up to this");
+static_assert(int64_t(kMostComponents) << kFrameBits <= int64_t(1) << 32, "a pair is 32 bits");
+
 // Adds a pair's share to its frame's sum, and returns it; of a hard assignment, ranks a component
 // that has the largest log-density.
 __device__ __forceinline__ double add_share(FrameSum* sums, int frame, int k, double value,
@@ -433,7 +439,10 @@ __global__ void __launch_bounds__(256)
     const double total = lane_sum<32>(value);
     if (!(threadIdx.x & 31) && frame < n_rows) likelihoods[frame / kTileFrames] += total;
     if (!frame) {
-        *list.spilled = !list.fits();
+        const bool spilled = !list.fits();
+        list.refined->pairs += *list.used;
+        list.refined->spilled_chunks += spilled;
+        *list.spilled = spilled;
         *list.used = 0;
     }
 }

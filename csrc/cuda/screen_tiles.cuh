@@ -6,7 +6,6 @@
 
 namespace gmm_jepa::cuda {
 
-constexpr int kTileSteps = 10;
 constexpr int kWarpgroups = 3;
 constexpr int kTileScreenWarps = 4 * kWarpgroups;
 constexpr int kTileScreenFrames = kTileScreenWarps * kWarpFrames;
@@ -114,11 +113,11 @@ struct TileScreen {
             sums.c[j][0] = sums.c[j][2] = start.x;
             sums.c[j][1] = sums.c[j][3] = start.y;
         }
+        const Description rows(stage.weights, 16 * piece_at(8, 0), 16 * piece_at(0, 1));
         begin_products(sums.c);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-            const void* const rows = stage.weights[piece_at(0, 2 * i)];
-            multiply_tile(sums.c, a[i], describe(rows, 16 * piece_at(8, 0), 16 * piece_at(0, 1)));
+            multiply_tile(sums.c, a[i], rows.at(piece_at(0, 2 * i)));
         }
         end_products();
         fetch<kSteps>(pass, tile + kStages - 1);
@@ -281,8 +280,7 @@ struct TileScreen {
 
 __global__ void __launch_bounds__(GMM_JEPA_WARPGROUPS ? 32 * kTileScreenWarps : 32, 1)
     em_tiles_kernel(const __grid_constant__ ChunkView<float> x,
-                           const __grid_constant__ Operands mixture, double margin,
-                           uint32_t* mask) {
+                    const __grid_constant__ Operands mixture, double margin, uint32_t* mask) {
 #if GMM_JEPA_WARPGROUPS
     extern __shared__ __align__(128) unsigned char tile_bytes[];
     TileScreen screen(x, mixture, *reinterpret_cast<TileScreenShared*>(tile_bytes));

@@ -15,6 +15,9 @@
 
 namespace gmm_jepa::cuda {
 
+// Sizes of a mixture that the kernels are made for.
+constexpr int kMostComponents = 8192;
+constexpr int kMostFeatures = 512;
 // A warp owns 32 frames: bit i of a mask word is frame i of the 32.
 constexpr int kTileFrames = 32;
 // Components of a tile of the screen; a warp takes them in two groups of 32, each of them 4
@@ -43,7 +46,7 @@ constexpr int kFrameBits = 18;
 // A weight below which a pair leaves the statistics.
 constexpr double kNegligible = 1e-14;
 // A frame's shares are added up as integers of this unit, so that their order does not matter:
-// 8,192 of them stay below 2^63.
+// kMostComponents of them reach 2^63 at most.
 constexpr double kShareUnit = 0x1p-50;
 // Beyond this z^2 times a precision may leave float32's range; such a frame is computed directly.
 constexpr float kLargest = 1e12f;
@@ -173,6 +176,8 @@ GMM_JEPA_BOTH uint32_t exchange_nibbles(uint32_t mine, uint32_t other, int lane,
 // ---- screen by warpgroups: a warp has 16 frames, a tile of 64 components at a time ----
 
 constexpr int kWarpFrames = 16;
+// Steps of the depth that it takes, those of D = 73 to 80.
+constexpr int kTileSteps = 10;
 
 // The row of a frame in a warp's 16 x depth operand. A lane of wgmma has values of the rows
 // g = lane / 4 and g + 8, which so are frames 2 g and 2 g + 1.
