@@ -27,6 +27,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 import torch
 import triton
 from gmm_jepa.kernels import (
+    density_attention,
+    density_attention_backward,
     depthwise_conv,
     gated_bias_attention,
     gated_bias_attention_backward,
@@ -38,6 +40,9 @@ from gmm_jepa.kernels import (
     masked_kl,
     masked_kl_targets,
     masked_mse,
+    residual_unit,
+    residual_unit_backward,
+    snake,
 )
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -253,6 +258,7 @@ def attention_cases() -> dict[str, Callable[[], object]]:
         for dtype, D, dropout_p in (
             (BF16, 16, 0.0),
             (BF16, 16, 0.1),
+            (BF16, 32, 0.1),
             (F32, 16, 0.0),
             (F32, 16, 0.1),
             (BF16, 64, 0.0),
@@ -281,12 +287,56 @@ def depthwise_cases() -> dict[str, Callable[[], object]]:
     }
 
 
+def front_end_cases() -> dict[str, Callable[[], object]]:
+    """What follows the strided convolutions of the paper's stages, forward and backward.
+
+    The stages have 30,000, 3,750 and 750 frames of 15 s. Neither those nor the dilations, up to
+    125, are known to the compiler.
+    """
+    B = 2
+    parameters = torch.ones(4, 4)
+
+    def unit(dtype: torch.dtype, T: int, C: int, lengths: torch.Tensor | None) -> None:
+        x, weight, bias = torch.empty(B, T, C, dtype=dtype), torch.ones(C, C, 3), torch.ones(C)
+        arguments = (weight, bias, weight, bias, lengths, 25)
+        out, a = residual_unit.residual_unit(x, *arguments)
+        residual_unit_backward.residual_unit_backward(out, x, a, *arguments)
+
+    def activation(dtype: torch.dtype, T: int, C: int, lengths: torch.Tensor | None) -> None:
+        x, a = torch.empty(B, T, C, dtype=dtype), torch.ones(C)
+        snake.snake(x, a, lengths)
+        snake.snake_backward(x, x, a, lengths)
+
+    def attention(dtype: torch.dtype, T: int, C: int, lengths: torch.Tensor | None) -> None:
+        inputs = (torch.empty(B, T, C, dtype=dtype), parameters, parameters, lengths)
+        out = density_attention.density_attention(*inputs)
+        density_attention_backward.density_attention_backward(out, *inputs)
+
+    cases: dict[str, Callable[[], object]] = {}
+    for T, channels in ((30_000, 64), (3_750, 128), (750, 256)):
+        for ragged in (False, True):
+            lengths = torch.full((B,), T) if ragged else None
+            case = f"bfloat16 C={channels}{' ragged' if ragged else ''}"
+            cases |= {
+                f"residual_unit {case}": partial(unit, BF16, T, channels, lengths),
+                f"snake {case}": partial(activation, BF16, T, channels, lengths),
+                f"density_attention {case}": partial(attention, BF16, T, channels, lengths),
+            }
+    return cases | {
+        "snake float32 C=64 ragged": partial(activation, F32, 30_000, 64, torch.full((B,), 30_000)),
+        "density_attention float32 C=64 ragged": (
+            partial(attention, F32, 30_000, 64, torch.full((B,), 30_000))
+        ),
+    }
+
+
 # Each entry gives name -> launch on CPU tensors; append yours.
 REGISTRY: list[Callable[[], dict[str, Callable[[], object]]]] = [
     mixture_cases,
     log_mel_cases,
     attention_cases,
     depthwise_cases,
+    front_end_cases,
 ]
 
 

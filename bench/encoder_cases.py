@@ -1,26 +1,41 @@
 """The encoder's operators as measured: forward and gradient, beside plain torch.
 
-Shapes are those of the default conformer: units and DAAM of its first stage (64 channels, 2,000
-frames a second), attention of its blocks (32 heads of 16, 50 frames a second) and their depthwise
-convolution (512 channels, 31 taps).
+Shapes are those of the default conformer: on CPUs units, snake and DAAM of its first stage (64
+channels, 2,000 frames a second), on CUDA those of all three under autocast, as layers, the second
+stage's strided convolution, attention of its blocks (32 heads of 16, 50 frames a second) and their
+depthwise convolution (512 channels, 31 taps).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import Case, Run, short_name
 from bench.shapes import Shape
 from gmm_jepa import flops, ops
 from gmm_jepa.models.attention import attention_with_bias
+from gmm_jepa.models.daam import DensityAttention
+from gmm_jepa.models.frontend import ResidualBlock, Snake
+from gmm_jepa.ops import fused
 from gmm_jepa.ops.density import density_attention_reference
 from gmm_jepa.ops.residual import SLOPE
+from gmm_jepa.ops.snake import snake_reference
 
-CHANNELS, HOP_SAMPLES, DILATION = 64, 8, 9
+
+class Stage(NamedTuple):
+    """What a strided convolution leaves."""
+
+    channels: int
+    hop_samples: int
+
+
+STAGES = (Stage(64, 8), Stage(128, 64), Stage(256, 320))
+(CHANNELS, HOP_SAMPLES), DILATION = STAGES[0], 9
 HEADS, HEAD_DIM = 32, 16
 TAPS = 31
 DROPOUT = 0.1
@@ -34,7 +49,12 @@ def _through(function: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Ten
 def _error(run: Run, peer: Run, allowed: float) -> float:
     """Largest difference of two sides' gradients, of the largest value, over what is allowed."""
     pairs = zip(run(), peer(), strict=True)
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs) / allowed
+    return _largest((a - b).abs().max() / b.abs().max() for a, b in pairs) / allowed
+
+
+def _largest(values: Iterable[Tensor]) -> float:
+    """NaN if one is."""
+    return float(torch.stack(list(values)).max())
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -89,6 +109,164 @@ def density_attention(shape: Shape, device: str) -> Case:
         {"torch": peer},
         lambda: _error(run, peer, 1e-3),
         flops.density_attention(B * T, C),
+        "float32",
+    )
+
+
+def snake(shape: Shape, device: str) -> Case:
+    """Against its plain form."""
+    B, T, C = shape.rows, shape.samples // HOP_SAMPLES, CHANNELS
+    leaves = _leaves(torch.randn(B, T, C, device=device), 0.5 + torch.rand(C, device=device))
+    grad = torch.randn(B, T, C, device=device)
+    run = _through(lambda: ops.snake(*leaves), leaves, grad)
+    peer = _through(lambda: snake_reference(*leaves, None), leaves, grad)
+    return Case(
+        "snake + gradient",
+        "f32",
+        run,
+        {"torch": peer},
+        lambda: _error(run, peer, 1e-3),
+        _work_of_snake(B * T * C, 4),
+        "float32",
+    )
+
+
+def _work_of_snake(n_values: int, value_bytes: int) -> flops.Work:
+    """About 20 and 30 operations a value; x and y, then x, the gradient and that of x."""
+    return flops.Work(50.0 * n_values, 5.0 * value_bytes * n_values)
+
+
+def layer(
+    name: str, shape: Shape, device: str, stage: Stage, module: nn.Module, *, products: str
+) -> Case:
+    """A layer of a front end's stage under autocast to bfloat16, against its composed form.
+
+    A residual block also against the other schedules of its kernels.
+    """
+    B, T, C = shape.rows, shape.samples // stage.hop_samples, stage.channels
+    module, dtype = module.to(device), torch.bfloat16
+    x, grad = (torch.randn(B, T, C, device=device, dtype=dtype) for _ in range(2))
+    leaves = (x.requires_grad_(), *module.parameters())
+
+    def run() -> list[Tensor]:
+        with torch.autocast(device, dtype):
+            out = module(x, None)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    def composed() -> list[Tensor]:
+        with fused.composed():
+            return run()
+
+    def error() -> float:
+        """By the root of the mean square, of 5 %: values near a kink may be rounded across it."""
+        pairs = ((a.detach().float(), b.detach().float()) for a, b in zip(run(), composed()))
+        return _largest((a - b).norm() / b.norm() for a, b in pairs) / 0.05
+
+    peers: dict[str, Run] = {"torch": composed}
+    if isinstance(module, ResidualBlock):
+        least = flops.residual_unit(B * T, C)
+        work = flops.Work(least.flops, least.bytes * dtype.itemsize / 4)
+        peers |= _other_schedules(run, C)
+    elif isinstance(module, DensityAttention):
+        least = flops.density_attention(B * T, C)
+        work = flops.Work(least.flops, least.bytes * dtype.itemsize / 4)
+    else:
+        work = _work_of_snake(B * T * C, dtype.itemsize)
+    name = f"{name} C={C} + gradient"
+    return Case(name, short_name(dtype), run, peers, error, work, products)
+
+
+def _other_schedules(run: Run, channels: int) -> dict[str, Run]:
+    from gmm_jepa.kernels import residual_unit as kernel
+
+    def by(schedule: str) -> Run:
+        def scheduled() -> object:
+            before, kernel.SCHEDULE = kernel.SCHEDULE, schedule
+            try:
+                return run()
+            finally:
+                kernel.SCHEDULE = before
+
+        return scheduled
+
+    if not kernel.is_narrow(channels):
+        return {}
+    return {name: by(name) for name in kernel.SCHEDULES if name != kernel.SCHEDULE}
+
+
+def residual_layer(shape: Shape, device: str, stage: Stage, dilation: int) -> Case:
+    """One unit, of a block of one dilation."""
+    block = ResidualBlock(stage.channels, (dilation,))
+    name = f"residual_unit d={dilation}"
+    return layer(name, shape, device, stage, block, products="bfloat16")
+
+
+def snake_layer(shape: Shape, device: str, stage: Stage) -> Case:
+    """With the softplus of its parameter."""
+    return layer("snake", shape, device, stage, Snake(stage.channels), products="float32")
+
+
+def density_layer(shape: Shape, device: str, stage: Stage) -> Case:
+    """With the squares of its widths."""
+    return layer("density_attention", shape, device, stage, DensityAttention(), products="float32")
+
+
+def strided_conv(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
+    """The second stage's, from the first's frames, against torch's own convolution and gradient."""
+    before, after = STAGES[:2]
+    stride = after.hop_samples // before.hop_samples
+    B, T, C, out = shape.rows, shape.samples // before.hop_samples, before.channels, after.channels
+    x, weight, bias = leaves = _leaves(
+        torch.randn(B, T, C, device=device, dtype=dtype),
+        torch.randn(out, C, 2 * stride, device=device, dtype=dtype) / (2 * stride * C) ** 0.5,
+        torch.zeros(out, device=device, dtype=dtype),
+    )
+
+    def peer() -> Tensor:
+        images, filters = x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2)
+        y = F.conv2d(images, filters, bias, stride=(1, stride), padding=(0, stride // 2))
+        return y.squeeze(2).transpose(1, 2)
+
+    grad = torch.randn_like(peer())
+    run = _through(lambda: ops.strided_conv(*leaves, stride), leaves, grad)
+    by_torch = _through(peer, leaves, grad)
+    n_in, n_out = B * T * C, grad.numel()
+    # three products; x and y, then x, the gradient and that of x
+    values = dtype.itemsize * (3.0 * n_in + 2.0 * n_out)
+    work = flops.Work(3 * 2.0 * n_out * 2 * stride * C, values)
+    single = "tf32" if device == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+    allowed = 1e-3 if dtype == torch.float32 and single == "float32" else 5e-2
+    return Case(
+        "strided_conv + gradient",
+        short_name(dtype),
+        run,
+        {"torch": by_torch},
+        lambda: _error(run, by_torch, allowed),
+        work,
+        single if dtype == torch.float32 else "bfloat16",
+    )
+
+
+def linear(shape: Shape, device: str) -> Case:
+    """Of a feed-forward module, from the blocks' width to four times that, against torch's."""
+    N, K = shape.rows * shape.samples // 320, shape.channels
+    leaves = _leaves(
+        torch.randn(N, K, device=device),
+        torch.randn(4 * K, K, device=device) / K**0.5,
+        torch.zeros(4 * K, device=device),
+    )
+    grad = torch.randn(N, 4 * K, device=device)
+    run = _through(lambda: ops.linear(*leaves), leaves, grad)
+    peer = _through(lambda: F.linear(*leaves), leaves, grad)
+    # three products; each of the three matrices is read twice and the first two's gradients written
+    work = flops.Work(3 * 2.0 * N * K * 4 * K, 4.0 * (3 * N * K + 3 * 4 * K * K + 2 * N * 4 * K))
+    return Case(
+        "linear + gradient",
+        "f32",
+        run,
+        {"torch": peer},
+        lambda: _error(run, peer, 1e-3),
+        work,
         "float32",
     )
 

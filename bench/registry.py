@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,12 +18,19 @@ from bench.cases import (
     log_mel,
 )
 from bench.encoder_cases import (
+    STAGES,
     attention_with_dropout,
     density_attention,
+    density_layer,
     depthwise_conv,
     dropout,
     gated_bias_attention,
+    linear,
+    residual_layer,
     residual_unit,
+    snake,
+    snake_layer,
+    strided_conv,
 )
 from bench.loss_cases import (
     masked_cross_entropy,
@@ -32,6 +40,7 @@ from bench.loss_cases import (
     masked_mse,
 )
 from bench.shapes import Shape
+from gmm_jepa.ops import fused
 
 IN_BOTH_TYPES = (
     log_mel,
@@ -53,8 +62,16 @@ EVERYWHERE = (
     em_statistics,
     ema_update,
 )
-ON_CPUS = (residual_unit, density_attention, dropout)
-"""Elsewhere plain torch does these."""
+ON_CPUS = (residual_unit, snake, density_attention, dropout, linear)
+"""Elsewhere plain torch does these, or layers of the default conformer's front end."""
+ON_CUDA = (strided_conv, partial(strided_conv, dtype=torch.bfloat16))
+"""On CPUs models take torch's own."""
+UNPROVEN = (
+    *(partial(residual_layer, stage=STAGES[0], dilation=d) for d in (1, 25, 125)),
+    *(partial(residual_layer, stage=stage, dilation=25) for stage in STAGES[1:]),
+    *(partial(make, stage=stage) for make in (snake_layer, density_layer) for stage in STAGES),
+)
+"""On CUDA, by kernels that have not run on a GPU yet: where `fused.uses_unproven` asks for them."""
 
 
 def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
@@ -63,6 +80,9 @@ def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
     if device == "cpu":
         made += [lambda make=make: make(shape, device) for make in ON_CPUS]
     if device == "cuda":
+        made += [lambda make=make: make(shape, device) for make in ON_CUDA]
         half = torch.bfloat16
         made += [lambda make=make: make(shape, device, half) for make in IN_BOTH_TYPES]
+        if fused.uses_unproven and fused.has_triton:
+            made += [lambda make=make: make(shape, device) for make in UNPROVEN]
     return made

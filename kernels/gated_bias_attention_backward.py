@@ -220,7 +220,7 @@ def _bwd_kv_step(
     if DROPOUT:
         numbers = (of_keys ^ spread(tl.cast(i0, tl.uint32)))[:, None] ^ of_queries[None, :]
         keep = is_kept(numbers, offs_i[None, :], offs_j[:, None], second, dropped)
-        kept = tl.where(keep, p, scale - scale)  # no constant: see the forward
+        kept = tl.where(keep, p, scale * 0.0)  # no constant: see the forward
     ds = kept * dp + p * minus_delta[None, :]
     dv = tl.dot(kept.to(g.dtype), g, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

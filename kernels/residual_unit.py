@@ -27,6 +27,34 @@ MOST_RESIDENT = 64
 """Channels up to which a program keeps the weights of all taps."""
 PROCESSORS = 132
 """Multiprocessors to launch for where there is no device."""
+SCHEDULE = "several"
+"""How the programs of a narrow unit load their tiles, a key of `SCHEDULES`; not measured yet."""
+SCHEDULES = {
+    # A tile is asked for when the one before is done: what hides the wait is other programs.
+    "several": {
+        "first": {"STAGES": None, "num_stages": 2, "PER_PROCESSOR": 4},
+        "second": {"STAGES": None, "num_stages": 2, "PER_PROCESSOR": 2},
+        "second_bwd": {"STAGES": 2, "PER_PROCESSOR": 2},
+        "first_bwd": {"STAGES": 2, "PER_PROCESSOR": 2},
+    },
+    # A tile is asked for a turn ahead, and has memory of its own. "first_bwd" spills 52 bytes.
+    "ahead": {
+        "first": {"STAGES": None, "num_stages": 3, "PER_PROCESSOR": 2},
+        "second": {"STAGES": None, "num_stages": 3, "PER_PROCESSOR": 2},
+        "second_bwd": {"STAGES": 3, "PER_PROCESSOR": 2},
+        "first_bwd": {"STAGES": None, "num_stages": 3, "PER_PROCESSOR": 2},
+    },
+    # Through registers and L1, where taps find what the one before has loaded; others go past it.
+    "direct": {
+        "first": {"STAGES": 1, "PER_PROCESSOR": 3},
+        "second": {"STAGES": 1, "PER_PROCESSOR": 4},
+        "second_bwd": {"STAGES": 1, "PER_PROCESSOR": 2},
+        "first_bwd": {"STAGES": 1, "PER_PROCESSOR": 2},
+    },
+}
+"""PER_PROCESSOR programs walk over the tiles: as many as shared memory (228 KB, each program's and
+1 KB more) and registers hold at 64 channels, ragged or not, as compiled for sm_90. STAGES of None:
+`num_stages` of the launch, which leaves lengths and what is added last out of the pipeline."""
 
 
 @triton.jit
@@ -127,12 +155,12 @@ def _residual_unit_narrow_fwd_kernel(
         frames = t0 + tl.arange(0, BLOCK_T)
         n_real = real_frames(lengths_ptr, row, T, RAGGED)
         skip = load_frames(skip_ptr, row, frames, offs_c, T, T, C) if not FIRST else None
-        x = load_frames(x_ptr, row, frames - dilation, offs_c, T, T, C)
-        acc = tl.dot(leaky(x, PACKED) if FIRST else x, w0)
-        x = load_frames(x_ptr, row, frames, offs_c, T, T, C)
-        acc = tl.dot(leaky(x, PACKED) if FIRST else x, w1, acc)
-        x = load_frames(x_ptr, row, frames + dilation, offs_c, T, T, C)
-        acc = tl.dot(leaky(x, PACKED) if FIRST else x, w2, acc)
+        x0 = load_frames(x_ptr, row, frames - dilation, offs_c, T, T, C)
+        x1 = load_frames(x_ptr, row, frames, offs_c, T, T, C)
+        x2 = load_frames(x_ptr, row, frames + dilation, offs_c, T, T, C)
+        acc = tl.dot(leaky(x0, PACKED) if FIRST else x0, w0)
+        acc = tl.dot(leaky(x1, PACKED) if FIRST else x1, w1, acc)
+        acc = tl.dot(leaky(x2, PACKED) if FIRST else x2, w2, acc)
         acc = _finish(acc, bias, skip, frames, n_real, FIRST, RAGGED)
         store_frames(out_ptr, acc, row, frames, offs_c, T, C)
 
@@ -175,16 +203,14 @@ def _residual_unit_pack_kernel(
         tl.store(out_ptr + 3 * C * C + offs, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def config(kernel: str, C: int) -> dict[str, int]:
+def config(kernel: str, C: int) -> dict[str, int | None]:
     """Tile and schedule of "first", "second" (convolution), their "_bwd", or "weights_bwd".
 
     Chosen by registers and shared memory for two to four programs a multiprocessor; not measured
-    yet. PER_PROCESSOR programs walk over the tiles of a narrow unit. STAGES of None: `num_stages`
-    of the launch, which leaves lengths and what is added last out of the pipeline.
+    yet. Of a narrow unit the schedule is that of `SCHEDULE`.
     """
     if is_narrow(C):
-        n_programs = 4 if kernel == "first" else 2
-        return {"BLOCK_T": 64, "STAGES": 2, "num_warps": 4, "PER_PROCESSOR": n_programs}
+        return {"BLOCK_T": 64, "num_warps": 4, **SCHEDULES[SCHEDULE][kernel]}
     widest = C & -C  # the largest power of two in C
     block = {"BLOCK_T": 128, "BLOCK_N": min(128, widest), "STAGES": 3, "num_warps": 8}
     if kernel == "weights_bwd":

@@ -57,7 +57,8 @@ def _remainder(a, x):
     r = tl.fma(turns, -PI_1, product)
     r = tl.fma(turns, -PI_2, r)
     r = tl.fma(turns, -PI_3, r) - tl.fma(-a, x, product)
-    return tl.where(tl.abs(product) > FARTHEST, product - product, r)
+    # Zero or NaN; a difference would be contracted with the product: its rounding error.
+    return tl.where(tl.abs(product) > FARTHEST, product * 0.0, r)
 
 
 @triton.jit

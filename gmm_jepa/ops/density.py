@@ -65,7 +65,7 @@ def density_attention(
         if tensor.shape != (CHUNKS, GAUSSIANS) or tensor.device != x.device:
             found = f"{tuple(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name}: expected {(CHUNKS, GAUSSIANS)} on {x.device}, got {found}")
-    check_lengths(lengths_frames, x.shape[0])
+    check_lengths(lengths_frames, x)
     if takes_kernel(x):
         return _density_attention(x, offsets, squared_widths, lengths_frames)
     form = _density_attention if takes_one_op(x) else density_attention_reference

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ has_native = False
 has_triton = importlib.util.find_spec("triton") is not None
 
 uses_unproven = os.environ.get("GMM_JEPA_UNPROVEN_KERNELS") == "1"
-"""Whether models take, on CUDA, ops whose kernels have run under Triton's interpreter alone: those
-of residual units, snake and density-adaptive attention, whose composed form is proven."""
+"""Whether ops take, on CUDA, kernels that have run under Triton's interpreter alone: those of
+residual units, snake and density-adaptive attention. Otherwise models compose, and the ops
+themselves are plain torch. Asked for at every call."""
 
 WIDE_DILATION = 16
 """Six calls of the kernel that cuDNN falls back on, `conv2d_grouped_direct`, took 112 of the 269 ms
@@ -64,6 +66,15 @@ def takes_float32(x: Tensor) -> bool:
 def covers(*tensors: Tensor) -> bool:
     """Whether Triton kernels are made for such types: all that float32 holds."""
     return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+
+
+def where_unproven(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` while `uses_unproven` is set, else `reference`, both of an op's arguments."""
+
+    def chosen(*arguments: Any) -> Any:
+        return (kernel if uses_unproven else reference)(*arguments)
+
+    return chosen
 
 
 def takes_kernel(x: Tensor) -> bool:

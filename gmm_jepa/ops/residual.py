@@ -2,8 +2,8 @@
 
 The first convolution is dilated; both have three taps and as many channels out as in, and keep the
 number of frames. On a CPU one op reads x once and writes the result once, with everything between
-in cache; on CUDA two kernels take the place of two convolutions and six passes between. For the
-gradient it keeps what the first convolution made.
+in cache; on CUDA two kernels, where they are asked for (`fused.uses_unproven`), take the place of
+two convolutions and six passes between. For the gradient it keeps what the first convolution made.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _check(
 ) -> None:
     if x.ndim != 3 or not x.is_floating_point():
         raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
-    B, _, C = x.shape
+    C = x.shape[2]
     names = ("weight1", "bias1", "weight2", "bias2")
     for name, tensor, shape in zip(names, parameters, ((C, C, 3), (C,)) * 2):
         if tensor.shape != shape or tensor.device != x.device:
@@ -71,16 +71,18 @@ def _check(
             raise InputError(f"{name}: expected {shape} on {x.device}, got {found}")
     if dilation < 1:
         raise InputError(f"dilation: expected at least 1, got {dilation}")
-    check_lengths(lengths_frames, B)
+    check_lengths(lengths_frames, x)
 
 
-def check_lengths(lengths_frames: Tensor | None, n_rows: int) -> None:
-    """Raise InputError unless there is one integer a row."""
+def check_lengths(lengths_frames: Tensor | None, x: Tensor) -> None:
+    """Raise InputError unless there is one integer a row of x (B, T, C), on its device."""
     if lengths_frames is None:
         return
-    if lengths_frames.shape != (n_rows,) or lengths_frames.is_floating_point():
+    if lengths_frames.shape != x.shape[:1] or lengths_frames.is_floating_point():
         found = f"{lengths_frames.dtype} {tuple(lengths_frames.shape)}"
-        raise InputError(f"lengths_frames: expected integers ({n_rows},), got {found}")
+        raise InputError(f"lengths_frames: expected integers ({len(x)},), got {found}")
+    if lengths_frames.device != x.device:
+        raise InputError(f"lengths_frames: on {lengths_frames.device}, but x on {x.device}")
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -151,7 +153,9 @@ def residual_unit_backward_reference(
             1,
             [True, True, True],
         )
-        return d_a.transpose(1, 2), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+        # Channels last on some devices, which the op's description does not promise.
+        d_weight = d_weight.to(weight.dtype).contiguous()
+        return d_a.transpose(1, 2), d_weight, d_bias.to(weight.dtype)
 
     if not x.numel():
         return tuple(t.new_zeros(t.shape) for t in (x, weight1, bias1, weight2, bias2))

@@ -34,7 +34,7 @@ def snake(x: Tensor, a: Tensor, *, lengths_frames: Tensor | None = None) -> Tens
     if a.shape != x.shape[2:] or a.device != x.device:
         found = f"{tuple(a.shape)} on {a.device}"
         raise InputError(f"a: expected {tuple(x.shape[2:])} on {x.device}, got {found}")
-    check_lengths(lengths_frames, len(x))
+    check_lengths(lengths_frames, x)
     return (_snake_narrow if takes_kernel(x) else _snake)(x, a, lengths_frames)
 
 

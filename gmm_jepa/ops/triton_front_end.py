@@ -1,7 +1,8 @@
 """The Triton kernels take the place of the plain-torch DAAM and snake on CUDA.
 
-Triton is imported when an op first runs on a CUDA tensor. Where it is absent, and for float64, the
-plain-torch implementations that define the ops stay.
+They do where `fused.uses_unproven` is set; Triton is imported when an op first runs on a CUDA
+tensor then. Where it is absent, and for float64, the plain-torch implementations that define the
+ops stay.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gmm_jepa.ops import density
-from gmm_jepa.ops.fused import covers, has_triton
+from gmm_jepa.ops.fused import covers, has_triton, where_unproven
 from gmm_jepa.ops.snake import (
     _snake_backward,
     _snake_narrow,
@@ -66,7 +67,14 @@ def snake_backward(
 
 
 if has_triton:
-    density._density_attention.register_kernel("cuda")(density_attention)
-    density._density_attention_backward.register_kernel("cuda")(density_attention_backward)
-    _snake_narrow.register_kernel("cuda")(snake_narrow)
-    _snake_backward.register_kernel("cuda")(snake_backward)
+    for _op, _kernel, _reference in (
+        (density._density_attention, density_attention, density.density_attention_reference),
+        (
+            density._density_attention_backward,
+            density_attention_backward,
+            density.density_attention_backward_reference,
+        ),
+        (_snake_narrow, snake_narrow, snake_narrow_reference),
+        (_snake_backward, snake_backward, snake_backward_reference),
+    ):
+        _op.register_kernel("cuda")(where_unproven(_kernel, _reference))

@@ -1,8 +1,8 @@
 """The Triton kernels take the place of the plain-torch residual unit on CUDA, for 16-bit values.
 
-Triton is imported when the op first runs on a CUDA tensor. Where it is absent, for float32 and
-float64, and for channels that are no multiple of 16 or more than 512, the plain-torch
-implementation that defines the op stays.
+They do where `fused.uses_unproven` is set; Triton is imported when the op first runs on a CUDA
+tensor then. Where it is absent, for float32 and float64, and for channels that are no multiple of
+16 or more than 512, the plain-torch implementation that defines the op stays.
 """
 
 from __future__ import annotations
@@ -72,5 +72,9 @@ def _covered(x: Tensor) -> bool:
 
 
 if fused.has_triton:
-    residual._unit.register_kernel("cuda")(residual_unit)
-    residual._unit_backward.register_kernel("cuda")(residual_unit_backward)
+    residual._unit.register_kernel("cuda")(
+        fused.where_unproven(residual_unit, residual.residual_unit_reference)
+    )
+    residual._unit_backward.register_kernel("cuda")(
+        fused.where_unproven(residual_unit_backward, residual.residual_unit_backward_reference)
+    )

@@ -17,6 +17,7 @@ from gmm_jepa.ops import density, fused, triton_front_end
 
 from .guard_pages import guarded, run_in_child
 from .interpreter import mend_the_interpreter
+from .strides import moved
 
 mend_the_interpreter()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,8 +35,8 @@ class Case(NamedTuple):
 
     def to(self, device: str, dtype: torch.dtype) -> Case:
         """The Gaussians stay as they are, as under autocast; so do strides."""
-        x, cotangent = (t.to(device, dtype) for t in (self.x, self.cotangent))
-        lengths = None if self.lengths is None else self.lengths.to(device)
+        x, cotangent = (moved(t, device, dtype) for t in (self.x, self.cotangent))
+        lengths = None if self.lengths is None else moved(self.lengths, device)
         return Case(x, self.offsets.to(device), self.squared_widths.to(device), lengths, cotangent)
 
 
@@ -291,18 +292,21 @@ def test_a_compiled_step_under_autocast_holds_the_kernels(T, monkeypatch):
             leaves = (x, module.offsets, module.widths)
             found.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     assert [t.dtype for t in found[0]] == [BF16, BF16, F32, F32]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    for compiled, eager in zip(found[1], found[0], strict=True):
+        # the widths' square may differ in its last bit, and then a rounding to bf16 falls otherwise
+        rtol = 2**-7 if eager.dtype == BF16 else 1e-5
+        torch.testing.assert_close(compiled, eager, rtol=rtol, atol=1e-5)
     ran = {event.key for event in profile.key_averages()}
     assert {"_density_out_kernel", "_density_dx_kernel"} <= ran
 
 
 OPCHECK = """
 import sys, torch
-from gmm_jepa.ops import density, triton_front_end
+from gmm_jepa.ops import density, fused, triton_front_end
 from tests.kernels.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
-device = sys.argv[1]
+device, fused.uses_unproven = sys.argv[1], True
 if device == "cpu":
     density._density_attention.register_kernel("cpu")(triton_front_end.density_attention)
     backward = triton_front_end.density_attention_backward

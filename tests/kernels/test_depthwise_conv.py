@@ -16,6 +16,7 @@ from torch import Tensor
 from gmm_jepa.ops import depthwise, triton_depthwise
 
 from .interpreter import mend_the_interpreter
+from .strides import moved
 
 mend_the_interpreter()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
     def to(self, device: str, dtype: torch.dtype) -> Case:
         """Weight and bias stay as they are, as under autocast; so do strides."""
-        x, cotangent = (t.to(device, dtype) for t in (self.x, self.cotangent))
+        x, cotangent = (moved(t, device, dtype) for t in (self.x, self.cotangent))
         bias = None if self.bias is None else self.bias.to(device)
         return Case(x, self.weight.to(device), bias, cotangent)
 

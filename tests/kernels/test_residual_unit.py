@@ -14,11 +14,14 @@ from gmm_jepa.kernels import residual_unit as kernel
 from gmm_jepa.kernels import residual_unit_backward as kernel_backward
 from torch import Tensor
 
+from gmm_jepa import ops
+from gmm_jepa.errors import InputError
 from gmm_jepa.models.frontend import ResidualBlock
 from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.ops import fused, residual, triton_residual
 
 from .interpreter import mend_the_interpreter
+from .strides import moved
 
 mend_the_interpreter()
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -36,9 +39,9 @@ class Case(NamedTuple):
 
     def to(self, device: str, dtype: torch.dtype) -> Case:
         """Parameters stay in float32, as under autocast; so do strides."""
-        x, cotangent = (t.to(device, dtype) for t in (self.x, self.cotangent))
+        x, cotangent = (moved(t, device, dtype) for t in (self.x, self.cotangent))
         parameters = tuple(p.to(device) for p in self.parameters)
-        lengths = None if self.lengths is None else self.lengths.to(device)
+        lengths = None if self.lengths is None else moved(self.lengths, device)
         return Case(x, parameters, lengths, self.dilation, cotangent)
 
 
@@ -58,10 +61,8 @@ def _strided() -> Case:
     """x channels-first, the gradient every other channel of a wider one, lengths every other."""
     case = drawn(2, 70, 32, 3, (70, 21))
     wide = torch.randn(2, 70, 64)
-    lengths = torch.stack((case.lengths, case.lengths), 1)[:, 0]
-    return case._replace(
-        x=case.x.mT.contiguous().mT, cotangent=wide[..., ::2], lengths=lengths.int()
-    )
+    lengths = torch.stack((case.lengths, case.lengths), 1).int()[:, 0]
+    return case._replace(x=case.x.mT.contiguous().mT, cotangent=wide[..., ::2], lengths=lengths)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -208,12 +209,29 @@ def test_a_program_walks_over_several_tiles(shape, device, monkeypatch):
         torch.testing.assert_close(few, first, rtol=1e-4, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("name", kernel.SCHEDULES)
+@pytest.mark.parametrize("lengths", [None, (130, 77)], ids=["whole", "ragged"])
+def test_every_schedule_gives_the_same(lengths, name, device, monkeypatch):
+    case = drawn(2, 130, 64, 5, lengths).to(device, F16)
+    expected, _ = results(case)
+    monkeypatch.setattr(kernel, "SCHEDULE", name)
+    for name, ours, first in zip(NAMES, results(case)[0], expected):
+        torch.testing.assert_close(ours, first, rtol=1e-4, atol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("shape", [(0, 9, 16), (2, 0, 16)])
 def test_nothing(shape, device):
     case = drawn(*shape, 5).to(device, BF16)
     (out, d_x, *gradients), _ = results(case)
     assert out.shape == d_x.shape == shape
     assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_lengths_elsewhere_are_refused():
+    case = drawn(2, 9, 16, 1)
+    lengths = torch.zeros(2, dtype=torch.int64, device="meta")
+    with pytest.raises(InputError, match="lengths_frames: on meta, but x on cpu"):
+        ops.residual_unit(case.x, *case.parameters, lengths_frames=lengths)
 
 
 @pytest.mark.parametrize("change", ["float32", "float64", "channels"])
@@ -276,11 +294,11 @@ def test_a_block_under_autocast_agrees_with_its_composition(C, monkeypatch):
 
 OPCHECK = """
 import sys, torch
-from gmm_jepa.ops import residual, triton_residual
+from gmm_jepa.ops import fused, residual, triton_residual
 from tests.kernels.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
-device = sys.argv[1]
+device, fused.uses_unproven = sys.argv[1], True
 if device == "cpu":
     residual._unit.register_kernel("cpu")(triton_residual.residual_unit)
     residual._unit_backward.register_kernel("cpu")(triton_residual.residual_unit_backward)

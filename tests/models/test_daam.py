@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gmm_jepa.errors import InputError
 from gmm_jepa.models.daam import DensityAttention
 from gmm_jepa.models.padding import frame_mask, zero_padding
 from gmm_jepa.ops.density import MIN_FRAMES
@@ -93,6 +94,13 @@ def test_identity_below_eight_frames(n_frames: int) -> None:
     gradients = torch.autograd.grad(y.sum(), (x, daam.offsets, daam.widths))
     assert torch.equal(gradients[0], torch.ones_like(x))
     assert all((g == 0).all() for g in gradients[1:])
+
+
+def test_lengths_elsewhere_are_refused() -> None:
+    daam, x = DensityAttention(), torch.zeros(2, 20, 3)
+    mask = frame_mask(torch.zeros(2, dtype=torch.int64, device="meta"), 20)
+    with pytest.raises(InputError, match="lengths_frames: on meta, but x on cpu"):
+        daam(x, mask)
 
 
 def test_constant_channel_has_finite_gradients() -> None:
