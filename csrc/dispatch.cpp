@@ -76,6 +76,15 @@ const Kernels& kernels(const char* name) {
                                 ", got " + name);
 }
 
+bool is_intel() {
+#ifdef GMM_JEPA_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 const char* available_kernels() { return available().names.c_str(); }
 
 }  // namespace gmm_jepa

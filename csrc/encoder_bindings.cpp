@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "bindings.h"
 #include "density.h"
+#include "depthwise.h"
 #include "dropout.h"
 #include "kernels.h"
 #include "losses.h"
@@ -218,6 +219,38 @@ void attention_backward_at(const py::tuple& shape, const py::tuple& inputs,
                        pointer<const float>(log_sum), to, table, n_threads);
 }
 
+// shape: B, T, C, K
+DepthwiseShape depthwise_shape(const py::tuple& t, const Kernels& table) {
+    const DepthwiseShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
+                               t[3].cast<int>()};
+    if (shape.n_rows < 1 || shape.n_frames < 1 || shape.n_channels < 1 ||
+        shape.n_channels % table.lanes || shape.n_taps < 1 || shape.n_taps % 2 == 0) {
+        throw std::invalid_argument("shape: expected sizes, channels that fill vectors, odd taps");
+    }
+    return shape;
+}
+
+void depthwise_at(const py::tuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                  uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const DepthwiseShape sizes = depthwise_shape(shape, table);
+    const py::gil_scoped_release release;
+    depthwise(sizes, pointer<const float>(x), pointer<const float>(weight),
+              pointer<const float>(bias), pointer<float>(out), table, n_threads);
+}
+
+void depthwise_backward_at(const py::tuple& shape, uintptr_t grad, uintptr_t x, uintptr_t weight,
+                           const py::tuple& out, int n_threads,
+                           const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const DepthwiseShape sizes = depthwise_shape(shape, table);
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    const DepthwiseGradients gradients{at(0), at(1), at(2)};
+    const py::gil_scoped_release release;
+    depthwise_backward(sizes, pointer<const float>(grad), pointer<const float>(x),
+                       pointer<const float>(weight), gradients, table, n_threads);
+}
+
 // addresses of values, weights and gradient (or 0), with n, stride and K
 WeightedRows weighted_rows(const py::tuple& t) {
     const WeightedRows rows{pointer<const float>(t[0].cast<uintptr_t>()), t[3].cast<int64_t>(),
@@ -291,6 +324,12 @@ void define_encoder(py::module_& module) {
     module.def("density_attention_backward", &density_attention_backward_at, py::arg("shape"),
                py::arg("parameters"), py::arg("x"), py::arg("grad"), py::arg("out"),
                py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("depthwise", &depthwise_at, py::arg("shape"), py::arg("x"), py::arg("weight"),
+               py::arg("bias"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("depthwise_backward", &depthwise_backward_at, py::arg("shape"), py::arg("grad"),
+               py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
     module.def("dropout", &dropout_at, py::arg("x"), py::arg("n"), py::arg("drawn_by"),
                py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("attention", &attention_at, py::arg("shape"), py::arg("inputs"),

@@ -178,6 +178,15 @@ struct Kernels {
                              const float* grad, ptrdiff_t stride, int n, float* scratch,
                              float* grad_x, double* grad_parameters);
 
+    // Of `lanes` channels of one row, n frames `stride` floats apart: out[t] = start + sum over j of
+    // taps[j] x[t + j - n_taps / 2], zero beyond the row. taps (n_taps, lanes), start (lanes,). The
+    // others add to the gradients of taps, and to sums (lanes,).
+    void (*depthwise)(const float* x, ptrdiff_t stride, int n, const float* taps, int n_taps,
+                      const float* start, float* out);
+    void (*depthwise_weights)(const float* x, const float* grad, ptrdiff_t stride, int n,
+                              int n_taps, float* taps);
+    void (*sum_columns)(const float* x, ptrdiff_t stride, int n, float* sums);
+
     // Rows of n scores, read and written in whole vectors, minus infinity behind the last. Forward:
     // exp(score - largest), dropped out; returns the largest, and the sum without dropout. Backward
     // returns the gradient of the gate. `row` is the row's number among all.
@@ -212,6 +221,9 @@ const Kernels* kernels_portable();
 
 // The table called `name`, or the best one for an empty name; throws std::invalid_argument.
 const Kernels& kernels(const char* name);
+
+// Whether the processor is one for which MKL, torch's BLAS, uses all instructions that there are.
+bool is_intel();
 
 // Names of all tables that this processor can run, best first, comma separated.
 const char* available_kernels();

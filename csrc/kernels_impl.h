@@ -143,6 +143,7 @@ constexpr gmm_jepa::Screen kNarrow = kScreen<GMM_JEPA_NARROW>;
 constexpr auto kNarrowProducts = kPairProducts;
 #endif
 #include "density_kernel.h"
+#include "depthwise_kernel.h"
 #include "rows_kernel.h"
 #include "snake_kernel.h"
 #include "dropout_kernel.h"
@@ -176,6 +177,9 @@ const gmm_jepa::Kernels kTable = {
     snake_backward<uint16_t>,
     density_forward,
     density_backward,
+    depthwise,
+    depthwise_weights,
+    sum_columns,
     softmax_row,
     softmax_row_backward,
     dropout,

@@ -170,6 +170,7 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Kernels for CPUs, and for CUDA where built with nvcc; see gmm_jepa.ops.native.";
     module.def("instruction_sets", [] { return std::string(available_kernels()); },
                "Names of the sets that this processor can run, best first, comma separated.");
+    module.def("is_intel", &is_intel, "Whether the processor is Intel's.");
     module.def("use_openmp", &use_openmp_at, py::arg("addresses"),
                "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads.");
     module.def("em_statistics", &em_statistics_at, py::arg("frames"), py::arg("is_float64"),

@@ -67,7 +67,8 @@ def build_objective(recipe: Recipe, model: JepaModel, labels: Labels) -> MaskedP
         terms.append(JepaTerm(objective.jepa_weight))
     if objective.anchored:
         terms.append(ClusterTerm(_targets(recipe, labels), objective.head_input))
-    return MaskedPrediction(model, terms, mask_place=objective.mask_place).to(device)
+    place, one_graph = objective.mask_place, recipe.train.compile
+    return MaskedPrediction(model, terms, mask_place=place, one_graph=one_graph).to(device)
 
 
 def _targets(recipe: Recipe, labels: Labels) -> Targets | OnlineTargets:

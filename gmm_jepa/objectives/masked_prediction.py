@@ -130,12 +130,19 @@ class MaskedPrediction(nn.Module):
         model: the networks that are trained.
         terms: of the loss, one or more.
         mask_place: "latent" (the encoder's output is masked) or "input" (its frames are).
+        one_graph: rows are always masked behind their lengths, even where all are full.
     """
 
     def __init__(
-        self, model: JepaModel, terms: list[JepaTerm | ClusterTerm], *, mask_place: str
+        self,
+        model: JepaModel,
+        terms: list[JepaTerm | ClusterTerm],
+        *,
+        mask_place: str,
+        one_graph: bool = False,
     ) -> None:
         super().__init__()
+        self.one_graph = one_graph
         self.model = model
         self.terms = nn.ModuleList(terms)
         self.masks_input = mask_place == "input"
@@ -144,13 +151,14 @@ class MaskedPrediction(nn.Module):
 
     def forward(self, batch: MaskedBatch, schedule: Schedule) -> Losses:
         """Losses of one micro-batch."""
-        model, lengths = self.model, batch.lengths_samples
+        model, lengths = self.model, self._lengths(batch)
         at_input, at_latent = (batch.keep, None) if self.masks_input else (None, batch.keep)
         taught = None if model.teacher is None else model.teach(batch.clean, lengths)
         encoded = model.encode(batch.disturbed, lengths, keep=at_input)
         predicted = None
         if model.predictor is not None:
-            predicted = model.predict(encoded.output, at_latent, encoded.lengths_frames)
+            frames = None if lengths is None else encoded.lengths_frames
+            predicted = model.predict(encoded.output, at_latent, frames)
         heard = Heard(batch, schedule, encoded, predicted, taught)
         found = [term(model, heard) for term in self.terms]
         return Losses(
@@ -159,6 +167,17 @@ class MaskedPrediction(nn.Module):
             embeddings=self._embeddings(heard),
             clusters=next((term.clusters for term in found if term.clusters is not None), None),
         )
+
+    def _lengths(self, batch: MaskedBatch) -> Tensor | None:
+        """The rows' lengths; None on a CPU where all are full, for layers are faster without masks.
+
+        A twelfth of a step of the small conformer. A GPU would have to be waited for to know, and
+        compiled networks would have two graphs of one shape.
+        """
+        lengths, full = batch.lengths_samples, batch.clean.shape[1]
+        if self.one_graph or lengths.device.type != "cpu":
+            return lengths
+        return None if (lengths == full).all() else lengths
 
     @torch.no_grad()
     def _embeddings(self, heard: Heard) -> dict[str, Tensor]:

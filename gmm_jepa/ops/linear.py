@@ -1,8 +1,10 @@
-"""x W' + b in float32, by oneDNN on CPUs with AVX-512.
+"""x W' + b in float32, by oneDNN on CPUs with AVX-512 that are not Intel's.
 
 Torch hands float32 products to its BLAS, which may be MKL, and that does not use AVX-512 on AMD's
-processors. 792 rows, 128 to 512 and back, one core with AVX512-BF16: 115 GFLOP/s forward by torch,
-255 by oneDNN; with the gradient 2.9 against 1.4 ms. Compiled networks call the same entry.
+processors. 792 rows, 128 to 512 and back, one Zen 5 core: 115 GFLOP/s forward by torch, 255 by
+oneDNN; with the gradient 2.9 against 1.4 ms. On an Intel Xeon oneDNN copies both operands of a
+weight's gradient, and a step of the small conformer took 198 ms by it, 163 ms by MKL.
+Compiled networks call the same entry.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_one_op
+from gmm_jepa.ops.native import is_intel
 
-_has_fast_product = (
+_has_onednn = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+_has_fast_product = _has_onednn and not is_intel()
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is the way to go: float32 on a CPU with AVX-512, not under autocast."""
+    """Whether `linear` is the way to go: float32 on a CPU as above, not under autocast."""
     wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return _has_fast_product and wide and takes_one_op(x)
 

@@ -88,6 +88,11 @@ def cuda_status() -> str:
     return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
 
 
+def is_intel() -> bool:
+    """Whether the processor is Intel's, as far as the module can tell."""
+    return _native is not None and _native.is_intel()
+
+
 def call(name: str, *arguments: object) -> None:
     """A function of the module, on torch's number of threads and the chosen instruction set."""
     getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)

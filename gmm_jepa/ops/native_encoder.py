@@ -21,6 +21,12 @@ from gmm_jepa.ops.density import (
     density_attention_backward_reference,
     density_attention_reference,
 )
+from gmm_jepa.ops.depthwise import (
+    _depthwise,
+    _depthwise_backward,
+    depthwise_backward_reference,
+    depthwise_reference,
+)
 from gmm_jepa.ops.dropout import _dropout, dropout_reference
 from gmm_jepa.ops.native import call, instruction_sets
 from gmm_jepa.ops.residual import (
@@ -245,6 +251,40 @@ def _is_density(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A filter of odd length a channel over (B, T, C), in float32; of x's dtype."""
+    if not _is_depthwise(x, weight):
+        return depthwise_reference(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    wide, *parameters = (t.float().contiguous() for t in tensors)
+    out = torch.empty_like(wide)
+    addresses = [p.data_ptr() for p in parameters] + [0] * (bias is None)
+    shape = (*x.shape, weight.shape[-1])
+    call("depthwise", shape, wide.data_ptr(), *addresses, out.data_ptr())
+    return out.to(x.dtype)
+
+
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, or (0,) without one."""
+    if not _is_depthwise(x, weight):
+        return depthwise_backward_reference(grad, x, weight, with_bias)
+    inputs = tuple(t.float().contiguous() for t in (grad, x, weight))
+    d_x, d_weight = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
+    d_bias = d_weight.new_empty(x.shape[2] if with_bias else 0)
+    addresses = (d_x.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr() if with_bias else 0)
+    shape = (*x.shape, weight.shape[-1])
+    call("depthwise_backward", shape, *(t.data_ptr() for t in inputs), addresses)
+    return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
+    """No float64, and channels that fill the vectors of every instruction set."""
+    narrow = all(t.dtype != torch.float64 for t in (x, weight))
+    return narrow and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
 def residual_unit(
     x: Tensor,
     weight1: Tensor,
@@ -361,6 +401,8 @@ if instruction_sets():
     _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
     _density_attention.register_kernel("cpu")(density_attention)
     _density_attention_backward.register_kernel("cpu")(density_attention_backward)
+    _depthwise.register_kernel("cpu")(depthwise_conv)
+    _depthwise_backward.register_kernel("cpu")(depthwise_conv_backward)
     _dropout.register_kernel("cpu")(dropout)
     _unit.register_kernel("cpu")(residual_unit)
     _unit_backward.register_kernel("cpu")(residual_unit_backward)

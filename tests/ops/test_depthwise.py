@@ -1,4 +1,4 @@
-"""Depthwise convolution in plain torch: the bits of the module, autocast, compiled, refusals."""
+"""Depthwise convolution on CPUs against float64, under autocast, compiled, and its refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.convolution import DepthwiseConv, FrameConv
+from gmm_jepa.ops import native, native_encoder
 
 SIZES = {
     "as_in_the_conformer": (2, 100, 64, 31),
@@ -30,23 +31,47 @@ def results_of(module: FrameConv, x: Tensor, *, autocast: bool = False) -> list[
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
 
 
+@pytest.fixture(params=[*native.instruction_sets(), "torch"])
+def kernel(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native_encoder, "_is_depthwise", lambda *tensors: False)
+    else:
+        native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set("")
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("name", SIZES)
-def test_the_bits_of_the_plain_convolution(name, autocast):
-    """Under autocast those of float32 on rounded inputs: 16 bits are for what comes in and out."""
+def test_against_float64(name, autocast, kernel):
+    """Under autocast float32 on rounded inputs: 16 bits are for what comes in and out."""
     torch.manual_seed(0)
     B, T, C, K = SIZES[name]
     ours, x = DepthwiseConv(C, K), torch.randn(B, T, C).bfloat16().float()
     plain = FrameConv(C, C, K, padding=K // 2, groups=C)
     plain.load_state_dict(ours.state_dict())
-    out, d_x, *gradients = results_of(ours, x, autocast=autocast)
-    plain_out, plain_d_x, *plain_gradients = results_of(plain, x)
-    if autocast:
-        assert out.dtype == torch.bfloat16
-        plain_out, plain_d_x = plain_out.bfloat16(), plain_d_x.bfloat16().float()
-    for a, b in zip((out, d_x, *gradients), (plain_out, plain_d_x, *plain_gradients)):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+    found = results_of(ours, x, autocast=autocast)
+    of_plain, exact = results_of(plain, x), results_of(plain.double(), x.double())
+    narrow = (0, 1) if autocast else ()  # what comes out, and the gradient of what comes in
+    assert found[0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    for i, (a, p, e) in enumerate(zip(found, of_plain, exact, strict=True)):
+        error, of_peer = (float((t - e).abs().max()) for t in (a, p))
+        scale = float(e.abs().max())
+        assert error <= 2 * of_peer + scale * (2**-8 if i in narrow else 1e-6), i
+
+
+def test_the_same_bits_on_one_thread_and_two():
+    torch.manual_seed(0)
+    module, x = DepthwiseConv(48, 31), torch.randn(3, 90, 48)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(results_of(module, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_the_same_first_parameters():
