@@ -12,6 +12,7 @@
 #include "depthwise.h"
 #include "dropout.h"
 #include "kernels.h"
+#include "lists.h"
 #include "losses.h"
 #include "residual.h"
 #include "snake.h"
@@ -251,6 +252,36 @@ void depthwise_backward_at(const py::tuple& shape, uintptr_t grad, uintptr_t x, 
                        pointer<const float>(weight), gradients, table, n_threads);
 }
 
+template <typename T>
+TensorList<T> tensor_list(const py::list& addresses, const py::list& sizes) {
+    TensorList<T> list;
+    for (const py::handle address : addresses) {
+        list.tensors.push_back(pointer<T>(address.cast<uintptr_t>()));
+    }
+    for (const py::handle size : sizes) list.sizes.push_back(size.cast<int64_t>());
+    if (list.tensors.size() != list.sizes.size()) {
+        throw std::invalid_argument("sizes: expected as many as addresses");
+    }
+    return list;
+}
+
+double sum_of_squares_at(const py::list& addresses, const py::list& sizes, int n_threads,
+                         const std::string& instruction_set) {
+    const auto list = tensor_list<const float>(addresses, sizes);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    return sum_of_squares(list, table, n_threads);
+}
+
+void move_towards_at(const py::list& to, const py::list& from, const py::list& sizes, float weight,
+                     int n_threads, const std::string& instruction_set) {
+    const auto moved = tensor_list<float>(to, sizes);
+    const auto others = tensor_list<const float>(from, sizes);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    move_towards(moved, others, weight, table, n_threads);
+}
+
 // addresses of values, weights and gradient (or 0), with n, stride and K
 WeightedRows weighted_rows(const py::tuple& t) {
     const WeightedRows rows{pointer<const float>(t[0].cast<uintptr_t>()), t[3].cast<int64_t>(),
@@ -313,6 +344,10 @@ void define_encoder(py::module_& module) {
     module.def("residual_backward", &residual_backward_at, py::arg("shape"), py::arg("weights"),
                py::arg("x"), py::arg("hidden"), py::arg("grad"), py::arg("out"),
                py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("sum_of_squares", &sum_of_squares_at, py::arg("addresses"), py::arg("sizes"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("move_towards", &move_towards_at, py::arg("to"), py::arg("from"), py::arg("sizes"),
+               py::arg("weight"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("snake", &snake_at, py::arg("shape"), py::arg("x"), py::arg("is_bfloat16"),
                py::arg("a"), py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("snake_backward", &snake_backward_at, py::arg("shape"), py::arg("x"),

@@ -154,6 +154,9 @@ struct Kernels {
     void (*leaky_gradient_rows)(const float* at, const float* grad, const float* added, ptrdiff_t n,
                                 float* out);
     void (*sum_rows)(const float* rows, ptrdiff_t n_rows, int n, float* sums);
+    // Sum of n squares, and to += weight (from - to).
+    double (*sum_of_squares)(const float* x, ptrdiff_t n);
+    void (*move_towards)(float* to, const float* from, float weight, ptrdiff_t n);
     // Null without pair_products, n a multiple of `lanes`: to bfloat16, two a word, after a leaky
     // ReLU if asked for; and words of equal places in two such rows of n, zero for a null one.
     void (*round_rows)(const float* x, ptrdiff_t n, bool activate, uint32_t* out);

@@ -169,6 +169,8 @@ const gmm_jepa::Kernels kTable = {
     add_rows,
     leaky_gradient_rows,
     sum_rows,
+    sum_of_squares,
+    move_towards,
     kRoundRows,
     kPairRows,
     snake<float>,

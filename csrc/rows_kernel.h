@@ -1,4 +1,5 @@
-// What a residual unit does to rows between its products; included by kernels_impl.h.
+// What a residual unit does to rows between its products, and an optimiser to all tensors; included
+// by kernels_impl.h after density_kernel.h.
 
 constexpr float kLeakySlope = 0.1f;
 
@@ -56,6 +57,40 @@ void sum_rows(const float* rows, ptrdiff_t n_rows, int n, float* sums) {
             for (; i < n; ++i) {
                 for (ptrdiff_t row = 0; row < n_rows; ++row) sums[i] += rows[row * n + i];
             }
+        });
+}
+
+// In float64 a vector of float32 at a time: squares of large gradients leave float32's range.
+double sum_of_squares(const float* x, ptrdiff_t n) {
+    Doubles sums[2] = {};
+    double rest = 0.0;
+    over_vectors(
+        n,
+        [&](ptrdiff_t i) {
+            for (int half = 0; half < 2; ++half) {
+                const Doubles v = load(x + i + half * kWide);
+                sums[half] += v * v;
+            }
+        },
+        [&](ptrdiff_t i, ptrdiff_t) {
+            for (; i < n; ++i) rest += double(x[i]) * x[i];
+        });
+    return sum_of(sums[0] + sums[1]) + rest;
+}
+
+// From the nearer end, so that a weight of one is a copy.
+void move_towards(float* to, const float* from, float weight, ptrdiff_t n) {
+    const bool far = weight >= 0.5f;
+    const auto moved = [=](auto a, auto b) {
+        return far ? b - (1.0f - weight) * (b - a) : a + weight * (b - a);
+    };
+    over_vectors(
+        n,
+        [&](ptrdiff_t i) {
+            store_floats(to + i, moved(load_floats(to + i), load_floats(from + i)));
+        },
+        [&](ptrdiff_t i, ptrdiff_t) {
+            for (; i < n; ++i) to[i] = moved(to[i], from[i]);
         });
 }
 

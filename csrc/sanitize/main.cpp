@@ -15,8 +15,10 @@
 #include "cuda/em.h"
 #include "cuda/tile.h"
 #include "density.h"
+#include "depthwise.h"
 #include "dropout.h"
 #include "em.h"
+#include "lists.h"
 #include "log_mel.h"
 #include "losses.h"
 #include "posterior.h"
@@ -226,6 +228,45 @@ void residual_round(const Kernels& kernels) {
     }
 }
 
+void depthwise_round(const Kernels& kernels) {
+    const int64_t B = any(1, 3), T = any(1, 100), C = 16 * any(1, 4), K = 2 * any(0, 16) + 1;
+    const std::vector<float> x = drawn(B * T * C), grad = drawn(B * T * C), weight = drawn(C * K),
+                             bias = drawn(C);
+    std::vector<float> out(B * T * C, NAN), grad_x(B * T * C, NAN), grad_weight(C * K, NAN),
+        grad_bias(C, NAN);
+    const DepthwiseShape shape{B, T, int(C), int(K)};
+    const int threads = static_cast<int>(any(1, 4));
+    depthwise(shape, x.data(), weight.data(), any(0, 1) ? bias.data() : nullptr, out.data(), kernels,
+              threads);
+    depthwise_backward(shape, grad.data(), x.data(), weight.data(),
+                       {grad_x.data(), grad_weight.data(), any(0, 1) ? grad_bias.data() : nullptr},
+                       kernels, threads);
+    demand_finite(out, "depthwise convolution", kernels);
+    demand_finite(grad_x, "gradient of a depthwise convolution", kernels);
+    demand_finite(grad_weight, "gradient of its filters", kernels);
+}
+
+void list_round(const Kernels& kernels) {
+    std::vector<std::vector<float>> values, others;
+    TensorList<float> to;
+    TensorList<const float> from;
+    for (int64_t i = any(0, 4); i > 0; --i) {
+        const int64_t n = any(0, 3) ? any(0, 90) : any(16000, 40000);
+        values.push_back(drawn(n));
+        others.push_back(drawn(n));
+        to.sizes.push_back(n);
+        from.sizes.push_back(n);
+    }
+    for (size_t i = 0; i < values.size(); ++i) {
+        to.tensors.push_back(values[i].data());
+        from.tensors.push_back(others[i].data());
+    }
+    const int threads = static_cast<int>(any(1, 4));
+    move_towards(to, from, 0.25f * float(any(0, 4)), kernels, threads);
+    for (const auto& moved : values) demand_finite(moved, "moving average", kernels);
+    if (!(sum_of_squares(from, kernels, threads) >= 0.0)) std::exit(1);
+}
+
 template <typename T>
 void snake_round(const Kernels& kernels) {
     const int64_t B = any(0, 3), n_frames = any(1, 600), C = 16 * any(1, 4), n = B * n_frames * C;
@@ -333,6 +374,8 @@ int main() {
             snake_round<float>(kernels(name.c_str()));
             snake_round<uint16_t>(kernels(name.c_str()));
             density_round(kernels(name.c_str()));
+            depthwise_round(kernels(name.c_str()));
+            list_round(kernels(name.c_str()));
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops import lists
 
 
 def ema_update(teacher: list[Tensor], student: list[Tensor], decay: float) -> None:
@@ -39,6 +40,8 @@ def ema_update(teacher: list[Tensor], student: list[Tensor], decay: float) -> No
 
 @torch.library.custom_op("gmm_jepa::ema_update", mutates_args=("teacher",))
 def _ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
+    if lists.are_native([*teacher, *student]):
+        return lists.move_towards(teacher, student, 1.0 - decay)
     torch._foreach_lerp_(list(teacher), list(student), 1.0 - decay)
 
 

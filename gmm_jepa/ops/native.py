@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,9 +94,9 @@ def is_intel() -> bool:
     return _native is not None and _native.is_intel()
 
 
-def call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> Any:
     """A function of the module, on torch's number of threads and the chosen instruction set."""
-    getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
+    return getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
 
 
 def em_statistics(

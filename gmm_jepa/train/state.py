@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gmm_jepa.config import Recipe, TrainConfig
 from gmm_jepa.objectives.build import Labels, build_objective, initial_model
 from gmm_jepa.objectives.schedules import Schedule
+from gmm_jepa.ops.lists import total_norm
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.compile import compile_networks
 from gmm_jepa.train.copies import Copies
@@ -110,12 +111,12 @@ class TrainState:
             () gradient norm before clipping, and () 1.0 if the step was skipped, else 0.0.
         """
         norm = self._gradient_norm()
-        nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm, foreach=True)
         skipped = (~torch.isfinite(norm)).float()
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate
-        # The fused optimisers leave out a step by this flag, as they do for torch.amp.GradScaler.
-        self.optimizer.grad_scale = None
+        # The fused optimisers divide gradients, and leave out a step, as for torch.amp.GradScaler:
+        # to clip is no pass of its own.
+        self.optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -128,7 +129,7 @@ class TrainState:
         if self._shards is not None:
             self._shards.take_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = total_norm(gradients)
         return norm if self._shards is None else self._peers.add(norm.square()).sqrt()
 
 
