@@ -10,8 +10,8 @@
 # profile. JSON lines and the profile go to ${OUT:-bench/results}. A part that fails does not stop
 # the others: the exit code is 1 at the end.
 # CORPUS=folder takes a packed corpus for that training instead of synthetic audio. PARTS="em train"
-# leaves out all but the named parts (tests sanitizer ops em train run): "tests sanitizer ops em"
-# and "train run" are two calls of 8 minutes at most each. Kernels that have not run on a GPU yet
+# leaves out all but the named parts (tests sanitizer ops layers em train run): "tests sanitizer ops
+# layers em" and "train run" are two calls of 8 minutes at most each. Kernels that have not run on a GPU yet
 # take part; EM and the compiled training step are measured without them, too (that step's lines go
 # to a folder "proven" of the results). GMM_JEPA_UNPROVEN_KERNELS=0 leaves them out altogether.
 # TUNE=1 sweeps the mixture kernels' tiles after all that, which takes longer than the rest.
@@ -32,7 +32,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="${OUT:-$repository/bench/results}"
 shapes="${SHAPES:-paper small large}"
-parts="${PARTS:-tests sanitizer ops em train run}"
+parts="${PARTS:-tests sanitizer ops layers em train run}"
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 mkdir -p "$out"
 
@@ -50,8 +50,8 @@ unset TRITON_INTERPRET
 cd "$site"
 unproven() { [ "$GMM_JEPA_UNPROVEN_KERNELS" = 1 ]; }
 
-# Each part has its own limit, in seconds: native module 40, tests 120, sanitizer 40, ops 55, EM
-# 60 + 20 twice, training steps 140 + 140 + 55 + 55, short training 40. That is 845 at most.
+# Each part has its own limit, in seconds: native module 40, tests 120, sanitizer 40, ops 55, layers 60, EM
+# 60 + 20 twice, training steps 140 + 140 + 55 + 55, short training 40. That is 905 at most.
 failed=0
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
@@ -156,6 +156,12 @@ if wanted ops; then
     # shellcheck disable=SC2086  # several shapes are several words
     limited 55 "$python" -m bench.ops --device cuda --shapes $shapes --seconds 0.3 --out "$out" ||
         failed=1
+fi
+
+if wanted layers; then
+    echo "== layers of the front end beside their composed forms"
+    limited 60 "$python" -m bench.ops --device cuda --shapes paper --seconds 0.3 --out "$out" \
+        --only residual_unit snake density_attention strided_conv || failed=1
 fi
 
 # A process each: an illegal access of the screen by warpgroups' products spoils all that follows in

@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="the ops whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="ops whose names contain one")
     parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each case")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results")
     parser.add_argument("--tune", action="store_true", help="sweep the mixture kernels' tiles")
@@ -185,7 +185,8 @@ def main() -> None:
     if options.tune:
         from bench.tune import sweep
 
-        sweep([SHAPES[name] for name in options.shapes], options.device, options.only, options.out)
+        shapes = [SHAPES[name] for name in options.shapes]
+        sweep(shapes, options.device, options.only[0], options.out)
         return
     peaks = peaks_of(options.device)
     where = surroundings(options.device, peaks)
@@ -198,7 +199,7 @@ def main() -> None:
         for make in makers(shape, options.device):
             torch.manual_seed(0)
             case = make()
-            if options.only not in case.name:
+            if not any(part in case.name for part in options.only):
                 continue
             error = case.check()
             if not error <= 1.0:  # also where it is not a number
