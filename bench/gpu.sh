@@ -50,8 +50,8 @@ unset TRITON_INTERPRET
 cd "$site"
 unproven() { [ "$GMM_JEPA_UNPROVEN_KERNELS" = 1 ]; }
 
-# Each part has its own limit, in seconds: native module 40, tests 120, sanitizer 40, ops 55, layers 60, EM
-# 60 + 20 twice, training steps 140 + 140 + 55 + 55, short training 40. That is 905 at most.
+# Each part has its own limit, in seconds: native module 40, tests 120, sanitizer 40, ops 55, layers
+# 60, EM 60 + 20 twice, training steps 140 + 140 + 55 + 55, short training 40. That is 905 at most.
 failed=0
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
