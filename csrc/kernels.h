@@ -120,7 +120,7 @@ struct Kernels {
     // First index at which `scores` has `value`, or -1.
     int (*find)(const float* scores, int n, float value);
 
-    // Indices of scores >= threshold, rising; returns how many.
+    // Indices of scores >= threshold, rising; returns how many. `indices` has room for all n.
     int (*at_least)(const float* scores, int n, float threshold, int32_t* indices);
 
     // distances[i] = sum_d (x_d - mean_d)^2 precision_d of component indices[i]; rows of

@@ -46,6 +46,16 @@ int find(const float* scores, int n, float value) {
 
 int at_least(const float* scores, int n, float threshold, int32_t* indices) {
     int count = 0;
+#if GMM_JEPA_BYTES == 64
+    // Every vector stores 16 indices and keeps those that count: which do cannot be predicted.
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int i = 0; i < n; i += kLanes, index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes))) {
+        const __mmask16 mask = static_cast<__mmask16>(mask_at_least(scores + i, threshold));
+        _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(mask, index));
+        count += __builtin_popcount(mask);
+    }
+    return count;
+#endif
     for (int i = 0; i < n; i += kLanes) {
         for (uint32_t mask = mask_at_least(scores + i, threshold); mask; mask &= mask - 1) {
             indices[count++] = i + __builtin_ctz(mask);
@@ -73,15 +83,14 @@ void distances(const double* x, const double* means, const double* precisions, i
     for (int i = 0; i < n; ++i) {
         const double* mean = means + ptrdiff_t(indices[i]) * n_dims_padded;
         const double* precision = precisions + ptrdiff_t(indices[i]) * n_dims_padded;
-        if (i + 2 < n) {  // rows of the candidate after next: they lie in the last-level cache
-            const ptrdiff_t ahead = ptrdiff_t(indices[i + 2]) * n_dims_padded;
-            for (int d = 0; d < n_dims_padded; d += 8) {
-                __builtin_prefetch(means + ahead + d);
-                __builtin_prefetch(precisions + ahead + d);
-            }
-        }
+        // Rows of the candidate after next: they lie in the last-level cache.
+        const ptrdiff_t ahead = ptrdiff_t(indices[i + 2 < n ? i + 2 : i]) * n_dims_padded;
         Doubles even{}, odd{};
         for (int d = 0; d < n_dims_padded; d += 2 * kWide) {
+            for (int line = d; line < d + 2 * kWide; line += 8) {
+                __builtin_prefetch(means + ahead + line);
+                __builtin_prefetch(precisions + ahead + line);
+            }
             const Doubles a = load(x + d) - load(mean + d);
             const Doubles b = load(x + d + kWide) - load(mean + d + kWide);
             even += a * a * load(precision + d);
