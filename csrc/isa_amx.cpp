@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define GMM_JEPA_NAME "amx"
+#define GMM_JEPA_TILES
 #define GMM_JEPA_BYTES 64
 #define GMM_JEPA_TILE 6
 #define GMM_JEPA_VECTORS 4

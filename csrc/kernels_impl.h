@@ -4,8 +4,8 @@
 //   GMM_JEPA_BYTES   bytes of a vector register
 //   GMM_JEPA_TILE    frames of a register tile of the screen
 //   GMM_JEPA_VECTORS vectors of components of a register tile
-//   GMM_JEPA_NARROW  Float32, or the faster 16-bit operands of a screen: Bfloat16, Int16; where the
-//                    compiler has AMX, its tiles multiply them
+//   GMM_JEPA_NARROW  Float32, or the faster 16-bit operands of a screen: Bfloat16, Int16
+//   GMM_JEPA_TILES   where AMX is to multiply pairs of bfloat16
 //   GMM_JEPA_PRODUCT_ROWS, GMM_JEPA_PRODUCT_VECTORS   the same of a convolution's products
 //   GMM_JEPA_NAME    what the set is called
 // Accumulators (TILE x VECTORS) and VECTORS weights must fit the registers.
@@ -143,7 +143,7 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 #include "screen_kernel.h"
 #include "log_mel_kernel.h"
 #include "products_kernel.h"
-#if defined(__AMX_BF16__)
+#if defined(GMM_JEPA_TILES)
 #include "tiles_kernel.h"
 constexpr gmm_jepa::Screen kNarrow = kTileScreen;
 constexpr auto kNarrowProducts = pair_products_by_tiles;

@@ -8,6 +8,9 @@
 constexpr int kSide = 16;  // rows, columns and words of a tile
 constexpr int kTileBytes = 64;
 
+// What the intrinsics read from memory GCC does not know: it is to be there before.
+inline void as_written() { asm volatile("" ::: "memory"); }
+
 // This thread's tiles, of `words` words of depth, for as long as it lives.
 struct Tiles {
     explicit Tiles(int words) {
@@ -20,6 +23,7 @@ struct Tiles {
         for (int i = 0; i < 4; ++i) set(config, i, kSide, kSide);       // sums
         for (int i = 4; i < 6; ++i) set(config, i, kSide, words);       // left
         for (int i = 6; i < 8; ++i) set(config, i, words, kSide);       // right
+        as_written();
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
@@ -193,6 +197,7 @@ void turned_tiles(const gmm_jepa::PairProducts& p, int row, int k, int n, int wo
             }
         }
     }
+    as_written();
     float* c = p.c + row * p.stride_c;
     const uint32_t* b = p.b + k * kColumns;
     for (int panel = 0; panel < p.n_panels; ++panel, c += kColumns, b += p.n_k * kColumns) {
@@ -203,8 +208,8 @@ void turned_tiles(const gmm_jepa::PairProducts& p, int row, int k, int n, int wo
 }
 
 template <bool kWide>
-void products_by_tiles(const gmm_jepa::PairProducts& p) {
-    if (p.stride_k == 1) {
+void products_by_tiles(const gmm_jepa::PairProducts& p, bool rows_of_words) {
+    if (rows_of_words) {
         const int step = p.n_k % kSide ? kSide / 2 : kSide;
         const Tiles tiles(step);
         for (int row = 0; row < p.n_rows; row += 2 * kSide) {
@@ -229,5 +234,6 @@ void pair_products_by_tiles(const gmm_jepa::PairProducts& p) {
     const bool rows_of_words = p.stride_k == 1 && p.n_k % (kSide / 2) == 0;
     const bool words_of_rows = p.stride_a == 1 && p.n_taps == 1 && p.n_rows % kSide == 0;
     if (!rows_of_words && !words_of_rows) return products<uint32_t>(p);
-    p.half_panels ? products_by_tiles<false>(p) : products_by_tiles<true>(p);
+    p.half_panels ? products_by_tiles<false>(p, rows_of_words)
+                  : products_by_tiles<true>(p, rows_of_words);
 }

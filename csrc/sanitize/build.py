@@ -9,7 +9,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-FLAGS_OF = {  # as in setup.py
+FLAGS_OF = {  # as in setup.py; the compiler must know them all (GCC 11)
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
     "isa_avx512vnni": [*AVX512, "-mavx512vnni"],

@@ -3,7 +3,7 @@
     y[b, t, c] = bias[c] + sum_k weight[c, k] x[b, t + k - K // 2, c],   zeros beyond a row's ends
 
 The plain form is torch's own convolution, as two-dimensional and channels-last as in
-`gmm_jepa.models.convolution`. On CUDA a kernel takes its place.
+`gmm_jepa.models.convolution`. On CUDA and on CPUs kernels take its place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gmm_jepa.ops.mixture import kind_of
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve every channel with its own filter; differentiable in all three.
 
-    Sums are float32 for bf16 and float16. The CUDA kernel takes weight and bias as they are
-    stored; plain torch rounds them to x's dtype, as autocast does. Under autocast a float32 x is
+    Sums are float32 for bf16 and float16. Kernels take weight and bias as they are stored; plain
+    torch on a GPU rounds them to x's dtype, as autocast does. Under autocast a float32 x is
     rounded to autocast's dtype first, as for torch's convolutions. Gradients have the dtype of
     what they are of.
 

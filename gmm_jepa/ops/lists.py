@@ -19,7 +19,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not are_native(tensors):
         return nn.utils.get_total_norm(tensors, foreach=True)
-    return torch.tensor(math.sqrt(call("sum_of_squares", *_addressed(tensors))))
+    norm = math.sqrt(call("sum_of_squares", *_addressed(tensors)))
+    return torch.tensor(norm, dtype=torch.float32, device="cpu")
 
 
 def move_towards(to: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:

@@ -116,7 +116,7 @@ class TrainState:
             group["lr"] = schedule.learning_rate
         # The fused optimisers divide gradients, and leave out a step, as for torch.amp.GradScaler:
         # to clip is no pass of its own.
-        self.optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+        self.optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0)
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

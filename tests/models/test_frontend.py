@@ -44,6 +44,12 @@ def test_bfloat16_of_few_channels(channels: int, kernel: int, autocast: bool) ->
     assert (got - expected).norm() < 0.01 * expected.norm()
 
 
+def test_float64_stays_under_autocast() -> None:
+    conv = FrameConv(4, 8, 7).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(torch.randn(1, 30, 4, dtype=torch.float64)).dtype == torch.float64
+
+
 @pytest.mark.parametrize("n_frames", [1, 4, 5, 21, 60])
 def test_phases_are_the_dilated_convolution(n_frames: int) -> None:
     conv = FrameConv(4, 4, 3, dilation=5, padding=5).double()

@@ -127,6 +127,56 @@ def test_the_loss_falls_on_one_batch(system, batch, labels):
     assert (found[0].clusters is None) == (system == "pure-jepa")
 
 
+@pytest.mark.parametrize("system", ["gmm-anchored", "wavlm-style"])
+def test_a_full_batch_needs_no_masks(system, waveform, labels):
+    """Masked in the latents or at the input; with one graph for all batches lengths are kept."""
+    recipe = recipe_of(system)
+    lengths = torch.full((4,), 16_000)
+    n_frames = recipe.encoder.n_frames(16_000)
+    mask = torch.arange(n_frames).expand(4, -1) % 3 == 0
+    places = torch.arange(4 * n_frames)
+    rows = [(r, torch.full((len(r),), 1 / len(r))) for r in (places[mask.flatten()], places)]
+    batch = MaskedBatch(
+        waveform, waveform, lengths, ~mask, *rows[0], *rows[1], places[~mask.flatten()]
+    )
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        train = dataclasses.replace(recipe.train, compile=compiled)
+        model = initial_model(recipe)
+        fitted = labels(recipe)
+        objective = build_objective(dataclasses.replace(recipe, train=train), model, fitted)
+        assert (objective._lengths(batch) is None) is not compiled
+        assert objective._lengths(batch._replace(lengths_samples=lengths - 1)) is not None
+        loss = objective(batch, schedule_at(recipe, 0)).total
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, parameters)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_where_the_moments_see_them(batch, labels):
+    """The optimiser divides by the scale that it is given, and leaves a step of no number out."""
+    recipe = recipe_of("gmm-anchored")
+    state = TrainState(recipe, labels(recipe), ALONE)
+    schedule = schedule_at(recipe, state.step)
+    state.forward(batch, schedule).total.backward()
+    gradients = [p.grad.clone() for p in state.parameters]
+    norm = torch.cat([g.flatten().double() for g in gradients]).norm()
+    found, skipped = state.update(schedule, 0.25 * float(norm))
+    torch.testing.assert_close(found.double(), norm, rtol=1e-5, atol=0.0)
+    assert not skipped
+    for parameter, gradient in zip(state.parameters, gradients):
+        moment = state.optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, (1 - recipe.train.betas[0]) * gradient / 4)
+
+    before = [p.detach().clone() for p in state.parameters]
+    for parameter in state.parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    _, skipped = state.update(schedule, 1.0)
+    assert skipped
+    assert all(torch.equal(p, b) for p, b in zip(state.parameters, before))
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_trained_parameter_gets_a_gradient_and_no_target_does(system, batch, labels):
     recipe = recipe_of(system)

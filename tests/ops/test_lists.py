@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gmm_jepa import ops
 from gmm_jepa.ops import fused, native
 from gmm_jepa.ops.lists import total_norm
 
@@ -35,15 +36,50 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_total_norm(name, kernel):
     shapes, scale = CASES[name]
+    if kernel == "torch" and scale != 1.0:
+        pytest.skip("torch's squares leave float32's range")
     torch.manual_seed(0)
     tensors = [scale * torch.randn(shape) for shape in shapes]
     expected = torch.cat([t.double().flatten() for t in tensors]).norm()
     got = total_norm(tensors)
     assert got.dtype == torch.float32
     assert got.shape == ()
-    if kernel == "torch" and scale != 1.0:
-        return  # torch's squares leave float32's range
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.996, 1.0])
+def test_moving_average(decay, kernel):
+    torch.manual_seed(0)
+    shapes = [(), (7,), (0, 4), (37, 13), (40_003,)]
+    teacher, student = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    expected = [decay * t.double() + (1 - decay) * s.double() for t, s in zip(teacher, student)]
+    ops.ema_update(teacher, student, decay)
+    for t, e in zip(teacher, expected):
+        torch.testing.assert_close(t.double(), e, rtol=0, atol=1e-6)
+        assert decay not in (0.0, 1.0) or torch.equal(t.double(), e)
+
+
+def test_the_same_bits_on_one_thread_and_two():
+    torch.manual_seed(0)
+    tensors = [torch.randn(n) for n in (100_003, 5, 40_000)]
+    threads = torch.get_num_threads()
+    try:
+        norms = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            norms.append(total_norm(tensors))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*norms)
+
+
+def test_the_defaults_of_torch_change_nothing():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert total_norm([torch.ones(3, dtype=torch.float32)]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("rubbish", [torch.inf, torch.nan])
