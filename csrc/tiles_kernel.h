@@ -6,7 +6,6 @@
 // the left one lie side by side by row, as for the gradients of weights, they are turned first.
 
 constexpr int kSide = 16;  // rows, columns and words of a tile
-constexpr int kTileBytes = 64;
 
 // What the intrinsics read from memory GCC does not know: it is to be there before.
 inline void as_written() { asm volatile("" ::: "memory"); }
