@@ -161,7 +161,10 @@ def load_published_kmeans(path: str | os.PathLike[str]) -> KMeans:
 
 
 def published_mixture(gm: GaussianMixture) -> dict[str, Any]:
-    """A mixture in the published layout, for `torch.save`; the inverse of `load_published`."""
+    """A mixture in the published layout, for `torch.save`; the inverse of `load_published`.
+
+    Logarithms are rounded from float64: float32's own differ by the processor in the last digit.
+    """
     gm.check_fitted()
     arrays = (gm.means_, gm.covariances_ - PUBLISHED_VARIANCE_OFFSET, gm.weights_)
     means, covariances, weights = (torch.from_numpy(array).float() for array in arrays)
@@ -169,8 +172,8 @@ def published_mixture(gm: GaussianMixture) -> dict[str, Any]:
         "means": means,
         "covariances": covariances,
         "weights": weights,
-        "log_vars": covariances.log(),
-        "log_weights": weights.log(),
+        "log_vars": covariances.double().log().float(),
+        "log_weights": weights.double().log().float(),
         "K": means.shape[0],
         "dim": means.shape[1],
     }
