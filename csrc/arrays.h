@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -47,6 +48,24 @@ struct Aligned {
 };
 template <typename T>
 using AlignedVector = std::vector<T, Aligned<T>>;
+
+// Memory like that, with whatever it held before.
+template <typename T>
+class Buffer {
+  public:
+    explicit Buffer(size_t n)
+        : values_(static_cast<T*>(::operator new(n * sizeof(T), Aligned<T>::kLine))) {}
+    T* data() { return values_.get(); }
+    const T* data() const { return values_.get(); }
+    T& operator[](size_t i) { return values_.get()[i]; }
+    const T& operator[](size_t i) const { return values_.get()[i]; }
+
+  private:
+    struct Free {
+        void operator()(T* values) const { ::operator delete(values, Aligned<T>::kLine); }
+    };
+    std::unique_ptr<T, Free> values_;
+};
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;

@@ -12,7 +12,11 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// The operators of encoders and of their losses.
+// Throws unless there are none, or one a row, each 0 to n_frames.
+void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames);
+
+// The operators of encoders and of their losses; the parts of conformer blocks.
 void define_encoder(pybind11::module_& module);
+void define_blocks(pybind11::module_& module);
 
 }  // namespace gmm_jepa

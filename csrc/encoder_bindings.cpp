@@ -18,9 +18,6 @@
 #include "snake.h"
 
 namespace gmm_jepa {
-namespace {
-
-namespace py = pybind11;
 
 void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames) {
     for (int64_t row = 0; lengths && row < n_rows; ++row) {
@@ -29,6 +26,10 @@ void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames) {
         }
     }
 }
+
+namespace {
+
+namespace py = pybind11;
 
 // shape: B, T, C, dilation, address of lengths or 0, whether narrow
 ResidualShape residual_shape(const py::tuple& t) {

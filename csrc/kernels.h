@@ -73,6 +73,13 @@ struct SoftmaxGradient {
     float* grad_table;  // (n,), added to
 };
 
+// One frame's queries and the parameters of its gates: (n_heads, n_dims) each, n_dims a multiple of 16,
+// and (n_heads,).
+struct GateRow {
+    const float *queries, *u, *r, *scale;
+    int n_heads, n_dims;
+};
+
 // What a screen multiplies; its sums become float32 in any case.
 enum class Operands { kFloat32, kBfloat16, kInt16 };
 
@@ -209,6 +216,28 @@ struct Kernels {
     // Returns the mean over the row.
     float (*squared_error_row)(const float* prediction, const float* target, int n, float weight,
                                float* gradient);
+
+    // to[w][r] = from[r][w] of 16 x 16 words, rows so many words apart.
+    void (*turn_words)(const uint32_t* from, ptrdiff_t stride, uint32_t* to, ptrdiff_t to_stride);
+
+    // What lies between the linear maps of a block, on runs of n values, a multiple of 16; words are
+    // of two values of bfloat16.
+    // GELU (with the error function); `kept` receives x, may be null.
+    void (*gelu_rows)(const float* x, ptrdiff_t n, float* kept, float* out);
+    void (*gelu_words)(const float* x, ptrdiff_t n, uint32_t* kept, uint32_t* out);
+    // `grad` behind a GELU of x becomes that before it, also to `rounded`; its value to `value`.
+    void (*gelu_backward_rows)(const float* x, ptrdiff_t n, float* grad, float* value,
+                               float* rounded);
+    void (*gelu_backward_words)(const uint32_t* x, ptrdiff_t n, float* grad, uint32_t* value,
+                                uint32_t* rounded);
+    // x + scale y, of a null x scale y.
+    void (*add_scaled_rows)(const float* x, const float* y, float scale, ptrdiff_t n, float* out);
+
+    // An attention's gates (n_heads,); and through them: grad_queries, grad_u, grad_r and grad_scale
+    // are added to.
+    void (*gate_row)(const GateRow& row, float* gates);
+    void (*gate_row_backward)(const GateRow& row, const float* grad, float* grad_queries,
+                              float* grad_u, float* grad_r, float* grad_scale);
 };
 
 // Rows of parameters and of frames are padded with zeros to a multiple of this many values.

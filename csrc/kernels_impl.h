@@ -143,6 +143,7 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
 #include "screen_kernel.h"
 #include "log_mel_kernel.h"
 #include "products_kernel.h"
+#include "turn_kernel.h"
 #if defined(GMM_JEPA_TILES)
 #include "tiles_kernel.h"
 constexpr gmm_jepa::Screen kNarrow = kTileScreen;
@@ -158,6 +159,7 @@ constexpr auto kNarrowProducts = kPairProducts;
 #include "dropout_kernel.h"
 #include "attention_kernel.h"
 #include "loss_kernel.h"
+#include "block_kernel.h"
 
 const gmm_jepa::Kernels kTable = {
     GMM_JEPA_NAME,
@@ -197,6 +199,14 @@ const gmm_jepa::Kernels kTable = {
     kl_row,
     cross_entropy_row,
     squared_error_row,
+    turn_words,
+    gelu_rows<float>,
+    gelu_rows<uint32_t>,
+    gelu_backward_rows<float>,
+    gelu_backward_rows<uint32_t>,
+    add_scaled_rows,
+    gate_row,
+    gate_row_backward,
 };
 
 }  // namespace

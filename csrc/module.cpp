@@ -193,5 +193,6 @@ PYBIND11_MODULE(_native, module) {
                py::arg("instruction_set") = "");
     module.def("log_mel_supports", &log_mel_supports, py::arg("n_fft"));
     define_encoder(module);
+    define_blocks(module);
     cuda::define(module);
 }

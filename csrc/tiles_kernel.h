@@ -1,11 +1,9 @@
 // Products of pairs of bfloat16 by AMX, 16 x 16 sums of 16 words of depth an instruction; included
-// by kernels_impl.h after products_kernel.h.
+// by kernels_impl.h after products_kernel.h and turn_kernel.h.
 //
 // Operands lie in memory as the vector loops have them: rows of words are what a tile of the left
 // one holds, and panels, a vector of columns a word, what one of the right one does. Where words of
 // the left one lie side by side by row, as for the gradients of weights, they are turned first.
-
-constexpr int kSide = 16;  // rows, columns and words of a tile
 
 // What the intrinsics read from memory GCC does not know: it is to be there before.
 inline void as_written() { asm volatile("" ::: "memory"); }
@@ -129,33 +127,6 @@ constexpr gmm_jepa::Screen kTileScreen = {gmm_jepa::Operands::kBfloat16,
                                           pack<Bfloat16, double>,
                                           screen_by_tiles};
 
-// 16 x 16 words, rows `stride` words apart, turned into dense rows.
-inline void turn(const uint32_t* from, ptrdiff_t stride, uint32_t* to) {
-    __m512i row[kSide], pair[kSide];
-    for (int i = 0; i < kSide; ++i) row[i] = _mm512_loadu_si512(from + i * stride);
-    for (int i = 0; i < kSide; i += 2) {
-        pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-        pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    // row[4 g + c]: column c of each four, of rows 4 g .. 4 g + 3
-    for (int g = 0; g < kSide; g += 4) {
-        row[g] = _mm512_unpacklo_epi64(pair[g], pair[g + 2]);
-        row[g + 1] = _mm512_unpackhi_epi64(pair[g], pair[g + 2]);
-        row[g + 2] = _mm512_unpacklo_epi64(pair[g + 1], pair[g + 3]);
-        row[g + 3] = _mm512_unpackhi_epi64(pair[g + 1], pair[g + 3]);
-    }
-    for (int c = 0; c < 4; ++c) {
-        const __m512i a = _mm512_shuffle_i32x4(row[c], row[c + 4], 0x44);
-        const __m512i b = _mm512_shuffle_i32x4(row[c + 8], row[c + 12], 0x44);
-        const __m512i d = _mm512_shuffle_i32x4(row[c], row[c + 4], 0xee);
-        const __m512i e = _mm512_shuffle_i32x4(row[c + 8], row[c + 12], 0xee);
-        _mm512_storeu_si512(to + c * kSide, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(to + (c + 4) * kSide, _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(to + (c + 8) * kSide, _mm512_shuffle_i32x4(d, e, 0x88));
-        _mm512_storeu_si512(to + (c + 12) * kSide, _mm512_shuffle_i32x4(d, e, 0xdd));
-    }
-}
-
 // Some rows, all panels and taps, of products whose rows have their words side by side.
 template <bool kBoth, bool kWide>
 void row_tiles(const gmm_jepa::PairProducts& p, int row, int step) {
@@ -188,7 +159,7 @@ void turned_tiles(const gmm_jepa::PairProducts& p, int row, int k, int n, int wo
             const uint32_t* from = p.a + row + half * kSide + (k + i * kSide) * p.stride_k;
             uint32_t* to = turned + (half * kTurned + i) * kTile;
             if (words == kSide) {
-                turn(from, p.stride_k, to);
+                turn_words(from, p.stride_k, to, kSide);
                 continue;
             }
             for (int w = 0; w < words; ++w) {

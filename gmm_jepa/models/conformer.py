@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
 from gmm_jepa.models.attention import GatedRelativeBias, attention, gated_bias_attention
 from gmm_jepa.models.config import AGGREGATION_HEADS, ConformerConfig
 from gmm_jepa.models.convolution import DepthwiseConv
@@ -34,13 +35,17 @@ class FeedForward(nn.Module):
         self.down = Linear(4 * dim, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """x (..., D) and `scale` times what the layers make of it: (..., D)."""
+        drops = self.training and self.dropout.p > 0
+        if ops.takes_block(x) and not drops:
+            up, down = self.up, self.down
+            return ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, scale=scale)
+        return x + scale * self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention whose position bias, if any, is handed in."""
+    """Multi-head attention with its residual; the position bias, if any, is handed in."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -56,10 +61,31 @@ class SelfAttention(nn.Module):
         table: Tensor | None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); `table` is ``bias.table(T)``, made once for all blocks."""
+        dropout_p = self.dropout if self.training else 0.0
+        if bias is None or table is None:
+            return x + self._composed(x, mask, None, None, dropout_p)
+        if ops.takes_block(x, self.heads) and not dropout_p:
+            qkv, out = self.qkv, self.out
+            gates = (bias.gate_u, bias.gate_r, bias.scale)
+            weights = ops.AttentionWeights(
+                qkv.weight, qkv.bias, out.weight, out.bias, table, *gates
+            )
+            lengths = None if mask is None else mask.lengths
+            return ops.self_attention(x, weights, lengths_frames=lengths)
+        return x + self._composed(x, mask, bias, table, dropout_p)
+
+    def _composed(
+        self,
+        x: Tensor,
+        mask: FrameMask | None,
+        bias: GatedRelativeBias | None,
+        table: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         options = {
             "key_lengths": None if mask is None else mask.lengths.clamp(min=1),
-            "dropout_p": self.dropout if self.training else 0.0,
+            "dropout_p": dropout_p,
         }
         if bias is None or table is None:
             y = attention(q, k, v, **options)
@@ -106,10 +132,10 @@ class ConformerBlock(nn.Module):
         table: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding."""
-        x = x + 0.5 * self.ff1(x)
-        x = x + self.attention(x, mask, bias, table)
+        x = self.ff1(x, 0.5)
+        x = self.attention(x, mask, bias, table)
         x = x + self.convolution(x, mask)
-        return zero_padding(x + 0.5 * self.ff2(x), mask)
+        return zero_padding(self.ff2(x, 0.5), mask)
 
 
 class LayerAggregation(nn.Module):

@@ -11,6 +11,7 @@ import torch
 
 from gmm_jepa.ops import (
     native,
+    native_blocks,
     native_encoder,
     native_losses,
     triton_attention,
@@ -26,7 +27,8 @@ from gmm_jepa.ops.depthwise import depthwise_conv
 from gmm_jepa.ops.dropout import dropout
 from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
 from gmm_jepa.ops.ema import ema_update
-from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.feed_forward import feed_forward
+from gmm_jepa.ops.fused import takes_block, takes_float32
 from gmm_jepa.ops.linear import linear, takes_linear
 from gmm_jepa.ops.log_mel import log_mel
 from gmm_jepa.ops.losses import (
@@ -39,6 +41,7 @@ from gmm_jepa.ops.losses import (
 from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.residual import residual_unit
+from gmm_jepa.ops.self_attention import AttentionWeights, self_attention
 from gmm_jepa.ops.snake import snake
 from gmm_jepa.ops.strided import strided_conv
 
@@ -68,6 +71,7 @@ for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"gmm_jepa::{_name}", _device, torch.float32)
 
 __all__ = [
+    "AttentionWeights",
     "EMStatistics",
     "Ensemble",
     "MaskedLoss",
@@ -77,6 +81,7 @@ __all__ = [
     "dropout",
     "em_statistics",
     "ema_update",
+    "feed_forward",
     "gated_bias_attention",
     "gmm_log_likelihood",
     "gmm_posterior",
@@ -92,8 +97,10 @@ __all__ = [
     "native_encoder",
     "native_losses",
     "residual_unit",
+    "self_attention",
     "snake",
     "strided_conv",
+    "takes_block",
     "takes_float32",
     "takes_linear",
     "triton_attention",

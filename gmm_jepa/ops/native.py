@@ -56,6 +56,11 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets().split(",") if _native is not None else []
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the chosen set has products of pairs of bfloat16."""
+    return (_instruction_set or next(iter(instruction_sets()), "")) in ("amx", "avx512bf16")
+
+
 def use_instruction_set(name: str) -> None:
     """Run with one of `instruction_sets`, or with the best for ``""``; for tests and benchmarks."""
     global _instruction_set

@@ -1,0 +1,37 @@
+// The feed-forward part of a block, x + scale (W2 gelu(W1 x + b1) + b2), and its gradients.
+#pragma once
+
+#include "arrays.h"
+#include "kernels.h"
+
+namespace gmm_jepa {
+
+// Both sizes are multiples of kMapMultiple. `narrow`: what is multiplied is rounded to bfloat16; the
+// set has pair_products then.
+struct FeedForwardShape {
+    int64_t n_rows;
+    int n_dims, n_hidden;
+    float scale;
+    bool narrow;
+};
+
+// Weights as torch has them: up (n_hidden, n_dims), down (n_dims, n_hidden).
+struct FeedForwardWeights {
+    const float *up, *up_bias;
+    const float *down, *down_bias;
+};
+
+// x (n_rows, n_dims) -> out, the same. `hidden` (n_rows, n_hidden), bfloat16 if narrow and float32
+// else, receives what `up` made, for the gradient; may be null. The same bits for any n_threads.
+void feed_forward(const FeedForwardShape& shape, const FeedForwardWeights& weights, const float* x,
+                  void* hidden, float* out, const Kernels& kernels, int n_threads);
+
+// Written in full: x (n_rows, n_dims), and the weights'.
+struct FeedForwardGradients {
+    float *x, *up, *up_bias, *down, *down_bias;
+};
+void feed_forward_backward(const FeedForwardShape& shape, const FeedForwardWeights& weights,
+                           const float* x, const void* hidden, const float* grad,
+                           const FeedForwardGradients& out, const Kernels& kernels, int n_threads);
+
+}  // namespace gmm_jepa
