@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "convolution_module.h"
 #include "feed_forward.h"
 #include "kernels.h"
 #include "linear_maps.h"
@@ -114,6 +115,60 @@ void self_attention_backward_at(const py::tuple& shape, const py::tuple& weights
                             pointer<const float>(grad), gradients, table, n_threads);
 }
 
+// shape: B, T, D, K, address of lengths or 0, epsilon, whether narrow
+ConvolutionModuleShape convolution_module_shape(const py::tuple& t, const Kernels& table) {
+    const ConvolutionModuleShape shape{t[0].cast<int64_t>(),
+                                       t[1].cast<int64_t>(),
+                                       t[2].cast<int>(),
+                                       t[3].cast<int>(),
+                                       pointer<const int64_t>(t[4].cast<uintptr_t>()),
+                                       t[5].cast<float>(),
+                                       t[6].cast<bool>()};
+    check_maps(shape.narrow, table, {shape.n_dims});
+    if (shape.n_rows < 0 || shape.n_frames < 1 || shape.n_taps < 1 || shape.n_taps % 2 == 0) {
+        throw std::invalid_argument("shape: expected sizes, and an odd number of taps");
+    }
+    check_lengths(shape.lengths, shape.n_rows, shape.n_frames);
+    return shape;
+}
+
+ConvolutionModuleWeights convolution_module_weights(const py::tuple& t) {
+    const auto at = [&](int i) { return pointer<const float>(t[i].cast<uintptr_t>()); };
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+}
+
+ConvolutionModuleKept convolution_module_kept(const py::tuple& t) {
+    const auto at = [&](int i) { return pointer<float>(t[i].cast<uintptr_t>()); };
+    return {at(0), at(1), at(2)};
+}
+
+void convolution_module_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                           const py::tuple& kept, uintptr_t out, int n_threads,
+                           const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const ConvolutionModuleShape sizes = convolution_module_shape(shape, table);
+    const ConvolutionModuleWeights parameters = convolution_module_weights(weights);
+    const ConvolutionModuleKept made = convolution_module_kept(kept);
+    const py::gil_scoped_release release;
+    convolution_module(sizes, parameters, pointer<const float>(x), made, pointer<float>(out),
+                       table, n_threads);
+}
+
+void convolution_module_backward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                                    const py::tuple& kept, uintptr_t grad, const py::tuple& out,
+                                    int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const ConvolutionModuleShape sizes = convolution_module_shape(shape, table);
+    const ConvolutionModuleWeights parameters = convolution_module_weights(weights);
+    const ConvolutionModuleKept made = convolution_module_kept(kept);
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    const ConvolutionModuleGradients gradients{at(0), at(1), at(2), at(3), at(4), at(5),
+                                               at(6), at(7), at(8), at(9), at(10)};
+    const py::gil_scoped_release release;
+    convolution_module_backward(sizes, parameters, pointer<const float>(x), made,
+                                pointer<const float>(grad), gradients, table, n_threads);
+}
+
 }  // namespace
 
 void define_blocks(py::module_& module) {
@@ -123,6 +178,12 @@ void define_blocks(py::module_& module) {
     module.def("feed_forward_backward", &feed_forward_backward_at, py::arg("shape"),
                py::arg("weights"), py::arg("x"), py::arg("hidden"), py::arg("grad"),
                py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("convolution_module", &convolution_module_at, py::arg("shape"), py::arg("weights"),
+               py::arg("x"), py::arg("kept"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("convolution_module_backward", &convolution_module_backward_at, py::arg("shape"),
+               py::arg("weights"), py::arg("x"), py::arg("kept"), py::arg("grad"), py::arg("out"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("self_attention", &self_attention_at, py::arg("shape"), py::arg("weights"),
                py::arg("x"), py::arg("kept"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

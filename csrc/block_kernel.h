@@ -63,16 +63,126 @@ void add_scaled_rows(const float* x, const float* y, float scale, ptrdiff_t n, f
     }
 }
 
-inline float dot(const float* a, const float* b, int n) {
-    Floats sum{};
-    for (int i = 0; i < n; i += kLanes) sum += load_floats(a + i) * load_floats(b + i);
-    return total_of_lanes(sum);
-}
-
 // 1 / (1 + exp(-x)); the exponential takes what is not positive.
 inline Floats sigmoid(Floats x) {
     const Floats small = exponential(-magnitude(x));
     return (x < 0.0f ? small : Floats{} + 1.0f) / (1.0f + small);
+}
+
+template <typename Word>
+void glu_rows(const float* x, int n_rows, int n, Word* kept, float* out) {
+    for (int row = 0; row < n_rows; ++row, x += 2 * n, out += n) {
+        for (int i = 0; i < n; i += kLanes) {
+            const Floats value = load_floats(x + i), gate = load_floats(x + n + i);
+            put_floats(kept, ptrdiff_t(row) * 2 * n + i, value);
+            put_floats(kept, ptrdiff_t(row) * 2 * n + n + i, gate);
+            store_floats(out + i, value * sigmoid(gate));
+        }
+    }
+}
+
+template <typename Word>
+void glu_again(const Word* kept, int n_rows, int n, float* out) {
+    for (int row = 0; row < n_rows; ++row, out += n) {
+        const ptrdiff_t at = ptrdiff_t(row) * 2 * n;
+        for (int i = 0; i < n; i += kLanes) {
+            store_floats(out + i, get_floats(kept, at + i) * sigmoid(get_floats(kept, at + n + i)));
+        }
+    }
+}
+
+template <typename Word>
+void glu_backward(const Word* kept, const float* grad, int n_rows, int n, float* out) {
+    for (int row = 0; row < n_rows; ++row, grad += n, out += 2 * n) {
+        const ptrdiff_t at = ptrdiff_t(row) * 2 * n;
+        for (int i = 0; i < n; i += kLanes) {
+            const Floats open = sigmoid(get_floats(kept, at + n + i));
+            const Floats g = load_floats(grad + i) * open;
+            store_floats(out + i, g);
+            store_floats(out + n + i, g * get_floats(kept, at + i) * (1.0f - open));
+        }
+    }
+}
+
+double sum_of_values(const float* x, ptrdiff_t n) {
+    Doubles sums[2] = {};
+    for (ptrdiff_t i = 0; i < n; i += kLanes) {
+        sums[0] += load(x + i);
+        sums[1] += load(x + i + kWide);
+    }
+    return sum_of(sums[0] + sums[1]);
+}
+
+double squares_about(const float* x, ptrdiff_t n, double centre) {
+    Doubles sums[2] = {};
+    for (ptrdiff_t i = 0; i < n; i += kLanes) {
+        for (int half = 0; half < 2; ++half) {
+            const Doubles v = load(x + i + half * kWide) - centre;
+            sums[half] += v * v;
+        }
+    }
+    return sum_of(sums[0] + sums[1]);
+}
+
+template <bool kSilu>
+void norm_rows(const gmm_jepa::RowNorm& norm, const float* x, int n_rows, float* out) {
+    for (int row = 0; row < n_rows; ++row, x += norm.n, out += norm.n) {
+        for (int i = 0; i < norm.n; i += kLanes) {
+            const Floats normal = (load_floats(x + i) - norm.mean) * norm.scale;
+            const Floats v = normal * load_floats(norm.weight + i) + load_floats(norm.bias + i);
+            store_floats(out + i, kSilu ? v * sigmoid(v) : v);
+        }
+    }
+}
+
+template <bool kSilu>
+void norm_backward(const gmm_jepa::RowNorm& norm, const float* x, const float* grad, int n_rows,
+                   const gmm_jepa::NormGradients& to) {
+    for (int row = 0; row < n_rows; ++row) {
+        const ptrdiff_t at = ptrdiff_t(row) * norm.n;
+        for (int i = 0; i < norm.n; i += kLanes) {
+            const Floats normal = (load_floats(x + at + i) - norm.mean) * norm.scale;
+            const Floats weight = load_floats(norm.weight + i);
+            const Floats v = normal * weight + load_floats(norm.bias + i);
+            Floats g = load_floats(grad + at + i);
+            Floats value = v;
+            if (kSilu) {
+                const Floats open = sigmoid(v);
+                value = v * open;
+                g *= open + value * (1.0f - open);
+            }
+            store_floats(to.value + at + i, value);
+            store_floats(to.of_normal + at + i, g * weight);
+            store_floats(to.weight + i, load_floats(to.weight + i) + g * normal);
+            store_floats(to.bias + i, load_floats(to.bias + i) + g);
+        }
+    }
+}
+
+void norm_gradient(const gmm_jepa::RowNorm& norm, const float* x, const float* added, ptrdiff_t n,
+                   float* grads) {
+    if (!n) return;
+    Doubles sums[2] = {}, products[2] = {};
+    for (ptrdiff_t i = 0; i < n; i += kLanes) {
+        for (int half = 0; half < 2; ++half) {
+            const Doubles g = load(grads + i + half * kWide);
+            sums[half] += g;
+            products[half] += g * (load(x + i + half * kWide) - double(norm.mean));
+        }
+    }
+    const float mean = float(sum_of(sums[0] + sums[1]) / n);
+    const float along = float(sum_of(products[0] + products[1]) * norm.scale / n);
+    for (ptrdiff_t i = 0; i < n; i += kLanes) {
+        const Floats normal = (load_floats(x + i) - norm.mean) * norm.scale;
+        const Floats g = norm.scale * (load_floats(grads + i) - mean - normal * along);
+        store_floats(grads + i, added ? load_floats(added + i) + g : g);
+    }
+}
+
+inline float dot(const float* a, const float* b, int n) {
+    Floats sum{};
+    for (int i = 0; i < n; i += kLanes) sum += load_floats(a + i) * load_floats(b + i);
+    return total_of_lanes(sum);
 }
 
 // u and r of one head.

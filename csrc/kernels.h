@@ -80,6 +80,19 @@ struct GateRow {
     int n_heads, n_dims;
 };
 
+// The norm of one row's frames, of n channels: (x - mean) scale weight + bias.
+struct RowNorm {
+    float mean, scale;
+    const float *weight, *bias;
+    int n;
+};
+
+// What comes back through a norm and what follows it, by frame: the value behind both, and the
+// gradient of (x - mean) scale, both (n_rows, n); added to (n,): of weight and bias.
+struct NormGradients {
+    float *value, *of_normal, *weight, *bias;
+};
+
 // What a screen multiplies; its sums become float32 in any case.
 enum class Operands { kFloat32, kBfloat16, kInt16 };
 
@@ -232,6 +245,31 @@ struct Kernels {
                                 uint32_t* rounded);
     // x + scale y, of a null x scale y.
     void (*add_scaled_rows)(const float* x, const float* y, float scale, ptrdiff_t n, float* out);
+
+    // Half of a row of 2 n values times the sigmoid of the other half; `kept` receives the rows. Again
+    // from what was kept; and the gradient (n_rows, 2 n).
+    void (*glu_rows)(const float* x, int n_rows, int n, float* kept, float* out);
+    void (*glu_words)(const float* x, int n_rows, int n, uint32_t* kept, float* out);
+    void (*glu_again_rows)(const float* kept, int n_rows, int n, float* out);
+    void (*glu_again_words)(const uint32_t* kept, int n_rows, int n, float* out);
+    void (*glu_backward_rows)(const float* kept, const float* grad, int n_rows, int n, float* out);
+    void (*glu_backward_words)(const uint32_t* kept, const float* grad, int n_rows, int n,
+                               float* out);
+
+    // In float64: the sum of n values, and of their squared distances from a centre.
+    double (*sum_of_values)(const float* x, ptrdiff_t n);
+    double (*squares_about)(const float* x, ptrdiff_t n, double centre);
+    // A norm, and x sigmoid(x) of it; the gradients behind both. At last that of the frames: of n
+    // values of a row whose norm has no weight, `grads` become what comes out, `added` (may be null)
+    // with them.
+    void (*norm_rows)(const RowNorm& norm, const float* x, int n_rows, float* out);
+    void (*norm_silu_rows)(const RowNorm& norm, const float* x, int n_rows, float* out);
+    void (*norm_backward_rows)(const RowNorm& norm, const float* x, const float* grad, int n_rows,
+                               const NormGradients& to);
+    void (*norm_silu_backward_rows)(const RowNorm& norm, const float* x, const float* grad,
+                                    int n_rows, const NormGradients& to);
+    void (*norm_gradient)(const RowNorm& norm, const float* x, const float* added, ptrdiff_t n,
+                          float* grads);
 
     // An attention's gates (n_heads,); and through them: grad_queries, grad_u, grad_r and grad_scale
     // are added to.

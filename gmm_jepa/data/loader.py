@@ -197,7 +197,7 @@ def make_loader(
         start_method: of the worker processes; None is the platform's.
 
     Raises:
-        InputError: an argument is out of its range; `prepare` raised one.
+        InputError: an argument is out of its range; `prepare` raised one; a worker could not start.
         WorkerError: something else failed in a worker; the message names the step.
     """
     if not 0 <= rank < world_size:

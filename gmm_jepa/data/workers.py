@@ -95,7 +95,7 @@ class _Begun:
                 worker.kill()  # one that still starts would be waited for
             raise InputError(
                 f"loader worker {number} of {len(workers)} (from 0) ended before it began, exit "
-                f"code {code}: what it printed says why; a script must start work only under "
+                f"code {code}: see what it printed; a script must start work only under "
                 f'`if __name__ == "__main__":`, and 0 workers need no other process'
             )
 

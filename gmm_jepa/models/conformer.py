@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """GroupNorm, pointwise to 2 D, GLU, depthwise, GroupNorm, SiLU, pointwise, dropout."""
+    """GroupNorm, pointwise to 2 D, GLU, depthwise, GroupNorm, SiLU, pointwise, dropout; residual."""
 
     def __init__(self, dim: int, kernel: int, dropout: float) -> None:
         super().__init__()
@@ -107,10 +107,20 @@ class ConvolutionModule(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = F.glu(self.up(self.norm_in(x, mask)), dim=-1)
-        x = self.depthwise(zero_padding(x, mask))
-        return self.dropout(self.down(F.silu(self.norm_out(x, mask))))
+        """(B, T, D) and what the layers make of it: (B, T, D)."""
+        drops = self.training and self.dropout.p > 0
+        if ops.takes_block(x) and not drops:
+            layers = (self.norm_in, self.up, self.depthwise, self.norm_out, self.down)
+            weights = (p for layer in layers for p in (layer.weight, layer.bias))
+            return ops.convolution_module(
+                x,
+                ops.ConvolutionWeights(*weights),
+                epsilon=self.norm_in.eps,
+                lengths_frames=None if mask is None else mask.lengths,
+            )
+        y = F.glu(self.up(self.norm_in(x, mask)), dim=-1)
+        y = self.depthwise(zero_padding(y, mask))
+        return x + self.dropout(self.down(F.silu(self.norm_out(y, mask))))
 
 
 class ConformerBlock(nn.Module):
@@ -134,7 +144,7 @@ class ConformerBlock(nn.Module):
         """(B, T, D) -> (B, T, D) with zero padding."""
         x = self.ff1(x, 0.5)
         x = self.attention(x, mask, bias, table)
-        x = x + self.convolution(x, mask)
+        x = self.convolution(x, mask)
         return zero_padding(self.ff2(x, 0.5), mask)
 
 

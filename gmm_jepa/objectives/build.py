@@ -59,7 +59,10 @@ def initial_model(recipe: Recipe) -> JepaModel:
 
 
 def build_objective(recipe: Recipe, model: JepaModel, labels: Labels) -> MaskedPrediction:
-    """The objective of a recipe around a model, on the model's device."""
+    """The objective of a recipe around a model, on the model's device.
+
+    Of a model without values (on the meta device), the targets have theirs, on the CPU.
+    """
     objective = recipe.objective
     device = next(model.parameters()).device
     terms: list[JepaTerm | ClusterTerm] = []
@@ -68,7 +71,8 @@ def build_objective(recipe: Recipe, model: JepaModel, labels: Labels) -> MaskedP
     if objective.anchored:
         terms.append(ClusterTerm(_targets(recipe, labels), objective.head_input))
     place, one_graph = objective.mask_place, recipe.train.compile
-    return MaskedPrediction(model, terms, mask_place=place, one_graph=one_graph).to(device)
+    whole = MaskedPrediction(model, terms, mask_place=place, one_graph=one_graph)
+    return whole if device.type == "meta" else whole.to(device)
 
 
 def _targets(recipe: Recipe, labels: Labels) -> Targets | OnlineTargets:

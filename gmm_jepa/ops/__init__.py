@@ -22,6 +22,7 @@ from gmm_jepa.ops import (
     triton_residual,
 )
 from gmm_jepa.ops.attention import gated_bias_attention
+from gmm_jepa.ops.convolution_module import ConvolutionWeights, convolution_module
 from gmm_jepa.ops.density import density_attention
 from gmm_jepa.ops.depthwise import depthwise_conv
 from gmm_jepa.ops.dropout import dropout
@@ -72,10 +73,12 @@ for _device in ("cpu", "cuda"):
 
 __all__ = [
     "AttentionWeights",
+    "ConvolutionWeights",
     "EMStatistics",
     "Ensemble",
     "MaskedLoss",
     "Mixture",
+    "convolution_module",
     "density_attention",
     "depthwise_conv",
     "dropout",

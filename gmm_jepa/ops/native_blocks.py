@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gmm_jepa.ops.convolution_module import (
+    _convolution_module,
+    _convolution_module_backward,
+    convolution_module_backward_reference,
+    convolution_module_reference,
+)
 from gmm_jepa.ops.feed_forward import (
     _feed_forward,
     _feed_forward_backward,
@@ -33,7 +39,7 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor]:
     """x + scale (W2 gelu(W1 x + b1) + b2), and what the first map made, rounded if `narrow`."""
     tensors = (x, up_weight, up_bias, down_weight, down_bias)
-    if not _are_maps(*tensors):
+    if not (_fits_maps(*tensors) and len(up_bias) % MAP_MULTIPLE == 0):
         return feed_forward_reference(*tensors, scale, keep_hidden, narrow)
     x, *parameters = (t.contiguous() for t in tensors)
     H, D = up_weight.shape
@@ -65,7 +71,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights and biases of `feed_forward`."""
     tensors = (grad, x, hidden, up_weight, up_bias, down_weight, down_bias)
-    if not _are_maps(grad, x, *tensors[3:]):
+    if not (_fits_maps(grad, x, *tensors[3:]) and len(up_bias) % MAP_MULTIPLE == 0):
         return feed_forward_backward_reference(*tensors, scale, narrow)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     H, D = up_weight.shape
@@ -155,19 +161,103 @@ def self_attention_backward(
 
 def _is_self_attention(x: Tensor, *weights: Tensor) -> bool:
     """Float32, widths that fill panels and tiles, and heads that fill vectors."""
-    head_dims = weights[-2].shape[1]
-    fits = x.numel() > 0 and x.shape[2] % MAP_MULTIPLE == 0 and head_dims % HEAD_MULTIPLE == 0
+    return weights[-2].shape[1] % HEAD_MULTIPLE == 0 and _fits_maps(x, *weights)
+
+
+def convolution_module(
+    x: Tensor,
+    norm_in: Tensor,
+    norm_in_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    norm_out: Tensor,
+    norm_out_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    lengths_frames: Tensor | None,
+    epsilon: float,
+    narrow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + W_d silu(norm(taps(glu(W_u norm(x))))), and what its gradient needs."""
+    of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)
+    tensors = (x, *of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
+    if not _fits_maps(*tensors):
+        return convolution_module_reference(*tensors, lengths_frames, epsilon, narrow)
+    x, *weights = (t.contiguous() for t in tensors)
+    (B, T, D), narrow = x.shape, narrow and multiplies_bfloat16()
+    out, lengths = torch.empty_like(x), _lengths(lengths_frames)
+    kept = (
+        x.new_empty((B, T, 2 * D), dtype=torch.bfloat16 if narrow else torch.float32),
+        torch.empty_like(x),
+        x.new_empty((B, 4)),
+    )
+    call(
+        "convolution_module",
+        (B, T, D, taps.shape[-1], _address(lengths), epsilon, narrow),
+        tuple(w.data_ptr() for w in weights),
+        x.data_ptr(),
+        tuple(t.data_ptr() for t in kept),
+        out.data_ptr(),
+    )
+    return out, *kept
+
+
+def convolution_module_backward(
+    grad: Tensor,
+    x: Tensor,
+    made: Tensor,
+    convolved: Tensor,
+    statistics: Tensor,
+    norm_in: Tensor,
+    norm_in_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    norm_out: Tensor,
+    norm_out_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    lengths_frames: Tensor | None,
+    narrow: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """Gradients of x and the weights of `convolution_module`."""
+    kept = (made, convolved, statistics)
+    of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)
+    weights = (*of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
+    if not _fits_maps(x, *weights):
+        return convolution_module_backward_reference(
+            grad, x, *kept, *weights, lengths_frames, narrow
+        )
+    grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
+    kept, weights = rest[:3], rest[3:]
+    gradients, lengths = tuple(torch.empty_like(t) for t in (x, *weights)), _lengths(lengths_frames)
+    is_narrow = made.dtype == torch.bfloat16
+    call(
+        "convolution_module_backward",
+        (*x.shape, taps.shape[-1], _address(lengths), 0.0, is_narrow),
+        tuple(w.data_ptr() for w in weights),
+        x.data_ptr(),
+        tuple(t.data_ptr() for t in kept),
+        grad.data_ptr(),
+        tuple(g.data_ptr() for g in gradients),
+    )
+    return gradients
+
+
+def _fits_maps(x: Tensor, *weights: Tensor) -> bool:
+    """Float32, and a width that fills panels and tiles."""
+    fits = x.numel() > 0 and x.shape[-1] % MAP_MULTIPLE == 0
     return fits and all(t.dtype == torch.float32 for t in (x, *weights))
 
 
-def _are_maps(*tensors: Tensor) -> bool:
-    """What the module's maps are made for: float32, and sizes that fill panels and tiles."""
-    return all(
-        t.dtype == torch.float32 and t.numel() and t.shape[-1] % MAP_MULTIPLE == 0 for t in tensors
-    )
-
-
 if instruction_sets():
+    _convolution_module.register_kernel("cpu")(convolution_module)
+    _convolution_module_backward.register_kernel("cpu")(convolution_module_backward)
     _self_attention.register_kernel("cpu")(self_attention)
     _self_attention_backward.register_kernel("cpu")(self_attention_backward)
     _feed_forward.register_kernel("cpu")(feed_forward)

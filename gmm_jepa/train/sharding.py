@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -34,7 +35,8 @@ class Shards:
     """A sharded objective as one process holds it.
 
     Args:
-        objective: sharded in place, and moved to the device unit by unit.
+        objective: sharded in place, and moved to the device unit by unit; its model has values
+            in the main process, and none elsewhere (on the meta device).
         config: precisions of the forward pass and of the sums.
         peers: this process among its peers.
 
@@ -140,7 +142,9 @@ def _shard(objective: MaskedPrediction, config: TrainConfig, peers: Processes) -
     encoders = [module for module in objective.modules() if isinstance(module, Encoder)]
     front_ends = {encoder.front_end for encoder in encoders}
     for unit in units(objective):
+        _fill(unit, objective.model, peers)
         fully_shard(unit, mesh=mesh, mp_policy=wide if unit in front_ends else narrow)
+    _fill(objective, objective.model, peers)
     fully_shard(objective, mesh=mesh, mp_policy=wide)
     for module in objective.modules():
         if isinstance(module, FSDPModule):
@@ -150,6 +154,19 @@ def _shard(objective: MaskedPrediction, config: TrainConfig, peers: Processes) -
     # teacher, which has no backward pass: it gathers itself, which is to say nothing.
     first = objective.model.online.front_end
     first.set_modules_to_backward_prefetch([first])
+
+
+def _fill(unit: nn.Module, model: JepaModel, peers: Processes) -> None:
+    """Give what of a unit is the model's, and not in parts yet, the main process's values."""
+    trained = set(model.modules())  # what else the objective holds has values everywhere
+    for module in unit.modules():
+        held = list(module.parameters(recurse=False))
+        if not held or module not in trained or isinstance(held[0], DTensor):
+            continue
+        if not peers.is_main:
+            module.to_empty(device=peers.device, recurse=False)
+        for p in module.parameters(recurse=False):
+            dist.broadcast(p.detach().to(peers.device), src=0)
 
 
 def _split(whole: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ class TrainState:
         self.step = self._first_step = first_step
         self._peers = peers
         sharded = config.shard and peers.world_size > 1
-        self.model = initial_model(recipe)
+        # Sharded, the main process alone makes the values, and sends them a unit at a time.
+        valueless = sharded and not peers.is_main
+        with torch.device("meta") if valueless else contextlib.nullcontext():
+            self.model = initial_model(recipe)
         if not sharded:
             self.model.to(peers.device)
         self.model.online.recomputes_blocks = config.checkpoint_blocks

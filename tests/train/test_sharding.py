@@ -55,6 +55,8 @@ def runs(tmp_path_factory) -> Path:
     assert main(words("one")) == 0
     assert main(words("one-transformer", *TRANSFORMER)) == 0
     commands = [
+        ["start", "smoke", "conformer"],
+        ["start", "smoke", "transformer-cpu"],
         words("two", "--train.shard"),
         words("two-transformer", "--train.shard", *TRANSFORMER),
         ["cut", str(root / "two"), str(root / "two-resumed"), "2"],
