@@ -26,10 +26,10 @@ void check_maps(bool narrow, const Kernels& table, std::initializer_list<int> si
     }
 }
 
-// shape: N, D, H, scale, whether narrow
+// shape: N, D, H, scale, epsilon, whether narrow
 FeedForwardShape feed_forward_shape(const py::tuple& t, const Kernels& table) {
     const FeedForwardShape shape{t[0].cast<int64_t>(), t[1].cast<int>(), t[2].cast<int>(),
-                                 t[3].cast<float>(), t[4].cast<bool>()};
+                                 t[3].cast<float>(), t[4].cast<float>(), t[5].cast<bool>()};
     if (shape.n_rows < 0) throw std::invalid_argument("shape: expected sizes");
     check_maps(shape.narrow, table, {shape.n_dims, shape.n_hidden});
     return shape;
@@ -37,7 +37,7 @@ FeedForwardShape feed_forward_shape(const py::tuple& t, const Kernels& table) {
 
 FeedForwardWeights feed_forward_weights(const py::tuple& t) {
     const auto at = [&](int i) { return pointer<const float>(t[i].cast<uintptr_t>()); };
-    return {at(0), at(1), at(2), at(3)};
+    return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
 void feed_forward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
@@ -58,7 +58,7 @@ void feed_forward_backward_at(const py::tuple& shape, const py::tuple& weights, 
     const FeedForwardShape sizes = feed_forward_shape(shape, table);
     const FeedForwardWeights parameters = feed_forward_weights(weights);
     const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
-    const FeedForwardGradients gradients{at(0), at(1), at(2), at(3), at(4)};
+    const FeedForwardGradients gradients{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
     const py::gil_scoped_release release;
     feed_forward_backward(sizes, parameters, pointer<const float>(x), pointer<const void>(hidden),
                           pointer<const float>(grad), gradients, table, n_threads);

@@ -179,6 +179,57 @@ void norm_gradient(const gmm_jepa::RowNorm& norm, const float* x, const float* a
     }
 }
 
+// Mean and inverse deviation of n values.
+inline void frame_statistics(const float* x, int n, float epsilon, float* mean, float* scale) {
+    Floats sum{}, squares{};
+    for (int i = 0; i < n; i += kLanes) sum += load_floats(x + i);
+    *mean = total_of_lanes(sum) / n;
+    for (int i = 0; i < n; i += kLanes) {
+        const Floats centred = load_floats(x + i) - *mean;
+        squares += centred * centred;
+    }
+    *scale = 1.0f / __builtin_sqrtf(total_of_lanes(squares) / n + epsilon);
+}
+
+void frame_norm_rows(const gmm_jepa::FrameNorm& norm, const float* x, int n_rows, float* out) {
+    for (int row = 0; row < n_rows; ++row, x += norm.n, out += norm.n) {
+        float mean, scale;
+        frame_statistics(x, norm.n, norm.epsilon, &mean, &scale);
+        for (int i = 0; i < norm.n; i += kLanes) {
+            const Floats normal = (load_floats(x + i) - mean) * scale;
+            store_floats(out + i,
+                         normal * load_floats(norm.weight + i) + load_floats(norm.bias + i));
+        }
+    }
+}
+
+void frame_norm_backward_rows(const gmm_jepa::FrameNorm& norm, const float* x, const float* grad,
+                              const float* added, int n_rows, float* out, float* value,
+                              float* weight, float* bias) {
+    const int n = norm.n;
+    for (int row = 0; row < n_rows; ++row, x += n, grad += n, added += n, out += n, value += n) {
+        float mean, scale;
+        frame_statistics(x, n, norm.epsilon, &mean, &scale);
+        Floats sum{}, product{};
+        for (int i = 0; i < n; i += kLanes) {
+            const Floats normal = (load_floats(x + i) - mean) * scale;
+            const Floats w = load_floats(norm.weight + i), g = load_floats(grad + i);
+            store_floats(value + i, normal * w + load_floats(norm.bias + i));
+            store_floats(weight + i, load_floats(weight + i) + g * normal);
+            store_floats(bias + i, load_floats(bias + i) + g);
+            sum += g * w;
+            product += g * w * normal;
+        }
+        const float of_mean = total_of_lanes(sum) / n, along = total_of_lanes(product) / n;
+        for (int i = 0; i < n; i += kLanes) {
+            const Floats normal = (load_floats(x + i) - mean) * scale;
+            const Floats g = load_floats(grad + i) * load_floats(norm.weight + i);
+            store_floats(out + i,
+                         load_floats(added + i) + scale * (g - of_mean - normal * along));
+        }
+    }
+}
+
 inline float dot(const float* a, const float* b, int n) {
     Floats sum{};
     for (int i = 0; i < n; i += kLanes) sum += load_floats(a + i) * load_floats(b + i);

@@ -24,6 +24,10 @@ void gelu_backward(const Kernels& kernels, const uint32_t* x, ptrdiff_t n, float
     kernels.gelu_backward_words(x, n, grad, value, rounded);
 }
 
+FrameNorm norm_of(const FeedForwardShape& shape, const FeedForwardWeights& weights) {
+    return {weights.norm, weights.norm_bias, shape.epsilon, shape.n_dims};
+}
+
 template <typename Word>
 struct Scratch {
     Scratch(int64_t block, const FeedForwardShape& shape)
@@ -31,10 +35,12 @@ struct Scratch {
           wide((block + kMostRows) * shape.n_hidden / kValues<Word>),
           activated((block + kMostRows) * shape.n_hidden / kValues<Word>),
           hidden((block + kMostRows) * shape.n_hidden),
-          made((block + kMostRows) * shape.n_dims) {}
+          made((block + kMostRows) * shape.n_dims),
+          value(block * shape.n_dims) {}
 
     Buffer<Word> narrow, wide, activated;  // operands of n_dims, n_hidden and n_hidden values
     Buffer<float> hidden, made;            // products of n_hidden and n_dims
+    Buffer<float> value;                   // of the norm
 };
 
 template <typename Word>
@@ -47,7 +53,12 @@ void forward(const FeedForwardShape& shape, const FeedForwardWeights& weights, c
     over_blocks(shape.n_rows, block, n_threads, [&] { return Scratch<Word>(block, shape); },
                 [&](int64_t, int64_t first, int n, Scratch<Word>& s) {
         const ptrdiff_t n_values = ptrdiff_t(n) * D, n_hidden = ptrdiff_t(n) * H;
-        put_values(kernels, x + first * D, n_values, false, s.narrow.data());
+        const float* inputs = x + first * D;
+        if (weights.norm) {
+            kernels.frame_norm_rows(norm_of(shape, weights), inputs, n, s.made.data());
+            inputs = s.made.data();
+        }
+        put_values(kernels, inputs, n_values, false, s.narrow.data());
         up.multiply(s.narrow.data(), n, weights.up_bias, s.hidden.data());
         gelu(kernels, s.hidden.data(), n_hidden,
              hidden ? hidden + first * H / kValues<Word> : nullptr, s.wide.data());
@@ -69,6 +80,7 @@ void backward(const FeedForwardShape& shape, const FeedForwardWeights& weights, 
     Factor<Word> activated(kernels, N, H, true), of_output(kernels, N, D, false);
     const int64_t n_blocks = (N + block - 1) / block;
     ColumnSums up_bias(kernels, n_blocks, H), down_bias(kernels, n_blocks, D);
+    ColumnSums norm(kernels, n_blocks, D), norm_bias(kernels, n_blocks, D);
     over_blocks(N, block, n_threads, [&] { return Scratch<Word>(block, shape); },
                 [&](int64_t i, int64_t first, int n, Scratch<Word>& s) {
         const ptrdiff_t n_values = ptrdiff_t(n) * D, n_hidden = ptrdiff_t(n) * H;
@@ -84,14 +96,26 @@ void backward(const FeedForwardShape& shape, const FeedForwardWeights& weights, 
         up_bias.put(i, s.hidden.data(), n);
         of_hidden.put(first, s.wide.data(), n);
         up.multiply(s.wide.data(), n, nullptr, s.made.data());
-        kernels.add_rows(g, s.made.data(), n_values, out.x + first * D);
-        put_values(kernels, x + first * D, n_values, false, s.narrow.data());
+        const float* made_of = x + first * D;
+        if (weights.norm) {
+            kernels.frame_norm_backward_rows(norm_of(shape, weights), made_of, s.made.data(), g, n,
+                                             out.x + first * D, s.value.data(), norm.part(i),
+                                             norm_bias.part(i));
+            made_of = s.value.data();
+        } else {
+            kernels.add_rows(g, s.made.data(), n_values, out.x + first * D);
+        }
+        put_values(kernels, made_of, n_values, false, s.narrow.data());
         inputs.put(first, s.narrow.data(), n);
     });
     multiply_over_rows(of_hidden, inputs, out.up, n_threads);
     multiply_over_rows(of_output, activated, out.down, n_threads);
     up_bias.add_up(out.up_bias);
     down_bias.add_up(out.down_bias);
+    if (weights.norm) {
+        norm.add_up(out.norm);
+        norm_bias.add_up(out.norm_bias);
+    }
 }
 
 }  // namespace

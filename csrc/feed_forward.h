@@ -1,4 +1,5 @@
-// The feed-forward part of a block, x + scale (W2 gelu(W1 x + b1) + b2), and its gradients.
+// The feed-forward part of a block, x + scale (W2 gelu(W1 norm(x) + b1) + b2), with or without a norm
+// of each frame, and its gradients.
 #pragma once
 
 #include "arrays.h"
@@ -11,7 +12,7 @@ namespace gmm_jepa {
 struct FeedForwardShape {
     int64_t n_rows;
     int n_dims, n_hidden;
-    float scale;
+    float scale, epsilon;
     bool narrow;
 };
 
@@ -19,6 +20,7 @@ struct FeedForwardShape {
 struct FeedForwardWeights {
     const float *up, *up_bias;
     const float *down, *down_bias;
+    const float *norm, *norm_bias;  // (n_dims,), or null
 };
 
 // x (n_rows, n_dims) -> out, the same. `hidden` (n_rows, n_hidden), bfloat16 if narrow and float32
@@ -26,9 +28,9 @@ struct FeedForwardWeights {
 void feed_forward(const FeedForwardShape& shape, const FeedForwardWeights& weights, const float* x,
                   void* hidden, float* out, const Kernels& kernels, int n_threads);
 
-// Written in full: x (n_rows, n_dims), and the weights'.
+// Written in full: x (n_rows, n_dims), and the weights', the norm's where there is one.
 struct FeedForwardGradients {
-    float *x, *up, *up_bias, *down, *down_bias;
+    float *x, *up, *up_bias, *down, *down_bias, *norm, *norm_bias;
 };
 void feed_forward_backward(const FeedForwardShape& shape, const FeedForwardWeights& weights,
                            const float* x, const void* hidden, const float* grad,

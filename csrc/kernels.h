@@ -87,6 +87,13 @@ struct RowNorm {
     int n;
 };
 
+// The norm of frames, each for itself, of n channels.
+struct FrameNorm {
+    const float *weight, *bias;
+    float epsilon;
+    int n;
+};
+
 // What comes back through a norm and what follows it, by frame: the value behind both, and the
 // gradient of (x - mean) scale, both (n_rows, n); added to (n,): of weight and bias.
 struct NormGradients {
@@ -270,6 +277,13 @@ struct Kernels {
                                     int n_rows, const NormGradients& to);
     void (*norm_gradient)(const RowNorm& norm, const float* x, const float* added, ptrdiff_t n,
                           float* grads);
+
+    // A norm of frames. On the way back `grad` behind it, plus `added`, becomes that of the frames;
+    // `value` receives what the norm made, and weight and bias (n,) are added to.
+    void (*frame_norm_rows)(const FrameNorm& norm, const float* x, int n_rows, float* out);
+    void (*frame_norm_backward_rows)(const FrameNorm& norm, const float* x, const float* grad,
+                                     const float* added, int n_rows, float* out, float* value,
+                                     float* weight, float* bias);
 
     // An attention's gates (n_heads,); and through them: grad_queries, grad_u, grad_r and grad_scale
     // are added to.

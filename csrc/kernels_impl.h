@@ -218,6 +218,8 @@ const gmm_jepa::Kernels kTable = {
     norm_backward<false>,
     norm_backward<true>,
     norm_gradient,
+    frame_norm_rows,
+    frame_norm_backward_rows,
     gate_row,
     gate_row_backward,
 };

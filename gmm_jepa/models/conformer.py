@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if bias is None or table is None:
             return x + self._composed(x, mask, None, None, dropout_p)
-        if ops.takes_block(x, self.heads) and not dropout_p:
+        if ops.takes_block(x, n_heads=self.heads) and not dropout_p:
             qkv, out = self.qkv, self.out
             gates = (bias.gate_u, bias.gate_r, bias.scale)
             weights = ops.AttentionWeights(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
 from gmm_jepa.models.attention import GatedRelativeBias
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.conformer import ConformerBlock
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.layer_norm import LayerNorm
 from gmm_jepa.models.linear import Linear
-from gmm_jepa.models.padding import FrameMask, zero_padding
+from gmm_jepa.models.padding import FrameMask, at_least_float32, zero_padding
 from gmm_jepa.models.transformer import TransformerConfig
 
 
@@ -27,6 +28,11 @@ class ClusterBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W)."""
+        drops = self.training and self.dropout.p > 0
+        if ops.takes_block(x) and not drops:
+            layers, epsilon = (self.up, self.down, self.norm), self.norm.eps
+            tensors = (p for layer in layers for p in (layer.weight, layer.bias))
+            return ops.feed_forward(x, *tensors, epsilon=epsilon)
         return x + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(x))))))
 
 
@@ -44,7 +50,7 @@ class ClusterHead(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Frames (..., D) -> logits (..., K); each frame for itself."""
-        x = F.gelu(self.in_norm(self.in_proj(z)))
+        x = at_least_float32(F.gelu(self.in_norm(self.in_proj(z))))  # as autocast has it on CUDA
         for block in self.blocks:
             x = block(x)
         return self.out_proj(self.out_norm(x))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.attention import attention, gated_bias_attention, position_table
 from gmm_jepa.models.convolution import FrameConv
@@ -211,6 +212,11 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding; `table` is ``bias.table(T)``."""
         x = x + self.dropout(self.out_proj(self._attend(self.attention_norm(x), mask, bias, table)))
+        drops = self.training and self.dropout.p > 0
+        if ops.takes_block(x, hidden=len(self.up.bias)) and not drops:
+            layers, epsilon = (self.up, self.down, self.ffn_norm), self.ffn_norm.eps
+            tensors = (p for layer in layers for p in (layer.weight, layer.bias))
+            return zero_padding(ops.feed_forward(x, *tensors, epsilon=epsilon), mask)
         y = self.down(self.dropout(F.gelu(self.up(self.ffn_norm(x)))))
         return zero_padding(x + self.dropout(y), mask)
 

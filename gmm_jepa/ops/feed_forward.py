@@ -1,4 +1,4 @@
-"""The feed-forward part of a block with its residual, x + scale (W2 gelu(W1 x + b1) + b2).
+"""The feed-forward part of a block with its residual, x + scale (W2 gelu(W1 norm(x) + b1) + b2).
 
 On a CPU one op takes a block of frames through both maps while its hidden values are in cache; for
 the gradient it keeps what the first map made.
@@ -19,10 +19,13 @@ def feed_forward(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     scale: float = 1.0,
+    epsilon: float = 1e-5,
 ) -> Tensor:
-    """x + scale (down(gelu(up(x)))), differentiable in all tensors; no dropout.
+    """x + scale down(gelu(up(norm(x)))), differentiable in all tensors; no dropout.
 
     On a CPU under autocast to bfloat16 x is taken as float32 and stays so; what is multiplied is
     rounded to bfloat16, on the way back too, where the processor has products of it.
@@ -33,7 +36,10 @@ def feed_forward(
         up_bias: (H,)
         down_weight: (D, H)
         down_bias: (D,)
+        norm_weight: (D,), of a layer norm before the first map; None: there is none.
+        norm_bias: (D,), with it.
         scale: of what is added.
+        epsilon: added to the norm's variances.
 
     Returns:
         (..., D) of x's dtype.
@@ -42,18 +48,24 @@ def feed_forward(
         InputError: shapes do not fit.
     """
     D, H = x.shape[-1] if x.ndim else 0, len(up_bias)
-    for name, tensor, shape in (
-        ("up_weight", up_weight, (H, D)),
-        ("up_bias", up_bias, (H,)),
-        ("down_weight", down_weight, (D, H)),
-        ("down_bias", down_bias, (D,)),
-    ):
-        if tensor.shape != shape:
-            raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
-    tensors = (x, up_weight, up_bias, down_weight, down_bias)
-    keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    tensors = (x, up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
+    names = ("up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias")
+    shapes = ((H, D), (H,), (D, H), (D,), (D,), (D,))
+    for name, tensor, shape in zip(names, tensors[1:], shapes):
+        if tensor is None and norm_weight is None and norm_bias is None:
+            continue
+        if tensor is None or tensor.shape != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise InputError(f"{name}: expected {shape}, got {found}")
+    keep_hidden = torch.is_grad_enabled() and any(
+        t.requires_grad for t in tensors if t is not None
+    )
     narrow = torch.is_autocast_enabled(x.device.type)
-    return _feed_forward(*tensors, scale, keep_hidden, narrow)[0]
+    return _feed_forward(*tensors, scale, epsilon, keep_hidden, narrow)[0]
+
+
+def _normal(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
 def feed_forward_reference(
@@ -62,7 +74,10 @@ def feed_forward_reference(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     scale: float,
+    epsilon: float,
     keep_hidden: bool,
     narrow: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +86,7 @@ def feed_forward_reference(
     It is in x's dtype: `narrow` allows to round what is multiplied, and does not ask for it.
     """
     with torch.autocast(x.device.type, enabled=False):
-        hidden = F.linear(x, up_weight, up_bias)
+        hidden = F.linear(_normal(x, norm_weight, norm_bias, epsilon), up_weight, up_bias)
         out = x + scale * F.linear(F.gelu(hidden), down_weight, down_bias)
     return out, hidden if keep_hidden else x.new_empty(0)
 
@@ -84,17 +99,30 @@ def feed_forward_backward_reference(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     scale: float,
+    epsilon: float,
     narrow: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights and biases, in plain torch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights and biases, in plain torch; (0,) of a norm that there is not."""
     rows, hidden_rows = x.flatten(0, -2), hidden.flatten(0, -2)
+    d_norm, d_norm_bias = x.new_empty(0), x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         of_output = scale * grad.flatten(0, -2)
         of_hidden = torch.ops.aten.gelu_backward(of_output @ down_weight, hidden_rows)
-        d_x = grad + (of_hidden @ up_weight).reshape(x.shape)
-        d_up, d_down = of_hidden.T @ rows, of_output.T @ F.gelu(hidden_rows)
-    return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0)
+        of_rows = of_hidden @ up_weight
+        inputs = _normal(rows, norm_weight, norm_bias, epsilon)
+        if norm_weight is not None:
+            _, mean, scales = torch.native_layer_norm(
+                rows, rows.shape[-1:], norm_weight, norm_bias, epsilon
+            )
+            of_rows, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                of_rows, rows, rows.shape[-1:], mean, scales, norm_weight, norm_bias, [True] * 3
+            )
+        d_x = grad + of_rows.reshape(x.shape)
+        d_up, d_down = of_hidden.T @ inputs, of_output.T @ F.gelu(hidden_rows)
+    return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0), d_norm, d_norm_bias
 
 
 _feed_forward = torch.library.custom_op(
@@ -106,27 +134,30 @@ _feed_forward_backward = torch.library.custom_op(
 
 
 @_feed_forward.register_fake
-def _(x, up_weight, up_bias, down_weight, down_bias, scale, keep_hidden, narrow):
+def _(x, up_weight, up_bias, *rest):
+    keep_hidden = rest[-2]
     hidden = x.new_empty((*x.shape[:-1], len(up_bias)) if keep_hidden else (0,))
     return x.new_empty(x.shape), hidden
 
 
 @_feed_forward_backward.register_fake
-def _(grad, x, hidden, up_weight, up_bias, down_weight, down_bias, scale, narrow):
-    return tuple(t.new_empty(t.shape) for t in (x, up_weight, up_bias, down_weight, down_bias))
+def _(grad, x, hidden, *rest):
+    return tuple(x.new_empty((0,) if t is None else t.shape) for t in (x, *rest[:6]))
 
 
 def _setup(ctx, inputs, output):
-    x, *parameters, ctx.scale, _, ctx.narrow = inputs
+    x, *parameters, ctx.scale, ctx.epsilon, _, ctx.narrow = inputs
     ctx.save_for_backward(x, output[1], *parameters)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
-    gradients = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.narrow)
-    return *gradients, None, None, None
+        return (None,) * 11
+    tensors, options = ctx.saved_tensors, (ctx.scale, ctx.epsilon, ctx.narrow)
+    *gradients, d_norm, d_norm_bias = _feed_forward_backward(grad, *tensors, *options)
+    of_norm = (None, None) if tensors[-1] is None else (d_norm, d_norm_bias)
+    return *gradients, *of_norm, None, None, None, None
 
 
 _feed_forward.register_autograd(_vjp, setup_context=_setup)

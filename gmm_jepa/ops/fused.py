@@ -69,18 +69,24 @@ def takes_float32(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-def takes_block(x: Tensor, n_heads: int = 1) -> bool:
-    """Whether a block's linear maps of x go into one op with what lies between them, maybe heads.
+def takes_block(x: Tensor, *, hidden: int = MAP_MULTIPLE, n_heads: int = 1) -> bool:
+    """Whether a block's linear maps of x go into one op with what lies between them.
 
     On a CPU whose processor multiplies bfloat16, under autocast to it. In float32 torch's products
     are the faster ones (792 x 128 to 512 and back, one Xeon: the op took 1.2 times as long).
+
+    Args:
+        x: (..., D) that is mapped.
+        hidden: width that it is mapped to.
+        n_heads: that D is split into, if it is.
     """
     from gmm_jepa.ops.native import multiplies_bfloat16
 
     if not (takes_float32(x) and torch.is_autocast_enabled("cpu") and multiplies_bfloat16()):
         return False
-    fits = x.shape[-1] % MAP_MULTIPLE == 0 and x.shape[-1] % (n_heads * HEAD_MULTIPLE) == 0
-    return x.dtype == torch.float32 and fits and x.numel() > 0
+    D = x.shape[-1]
+    fits = D % MAP_MULTIPLE == hidden % MAP_MULTIPLE == D % (n_heads * HEAD_MULTIPLE) == 0
+    return fits and x.dtype == torch.float32 and x.numel() > 0
 
 
 def covers(*tensors: Tensor) -> bool:

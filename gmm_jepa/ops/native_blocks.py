@@ -33,24 +33,27 @@ def feed_forward(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     scale: float,
+    epsilon: float,
     keep_hidden: bool,
     narrow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x + scale (W2 gelu(W1 x + b1) + b2), and what the first map made, rounded if `narrow`."""
-    tensors = (x, up_weight, up_bias, down_weight, down_bias)
-    if not (_fits_maps(*tensors) and len(up_bias) % MAP_MULTIPLE == 0):
-        return feed_forward_reference(*tensors, scale, keep_hidden, narrow)
-    x, *parameters = (t.contiguous() for t in tensors)
-    H, D = up_weight.shape
+    """x + scale (W2 gelu(W1 norm(x) + b1) + b2), and what the first map made, rounded if `narrow`."""
+    parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
+    if not _is_feed_forward(x, parameters):
+        return feed_forward_reference(x, *parameters, scale, epsilon, keep_hidden, narrow)
+    x, (H, D) = x.contiguous(), up_weight.shape
+    parameters = tuple(None if p is None else p.contiguous() for p in parameters)
     narrow = narrow and multiplies_bfloat16()
     kept = torch.bfloat16 if narrow else torch.float32
     hidden = x.new_empty((*x.shape[:-1], H) if keep_hidden else (0,), dtype=kept)
     out = torch.empty_like(x)
     call(
         "feed_forward",
-        (x.numel() // D, D, H, scale, narrow),
-        tuple(p.data_ptr() for p in parameters),
+        (x.numel() // D, D, H, scale, epsilon, narrow),
+        tuple(map(_address, parameters)),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
         out.data_ptr(),
@@ -66,26 +69,37 @@ def feed_forward_backward(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     scale: float,
+    epsilon: float,
     narrow: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights and biases of `feed_forward`."""
-    tensors = (grad, x, hidden, up_weight, up_bias, down_weight, down_bias)
-    if not (_fits_maps(grad, x, *tensors[3:]) and len(up_bias) % MAP_MULTIPLE == 0):
-        return feed_forward_backward_reference(*tensors, scale, narrow)
-    grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights and biases of `feed_forward`; (0,) of a norm that there is not."""
+    parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
+    if not _is_feed_forward(x, parameters):
+        return feed_forward_backward_reference(
+            grad, x, hidden, *parameters, scale, epsilon, narrow
+        )
+    grad, x, hidden = (t.contiguous() for t in (grad, x, hidden))
+    parameters = tuple(None if p is None else p.contiguous() for p in parameters)
+    out = tuple(x.new_empty((0,) if t is None else t.shape) for t in (x, *parameters))
     H, D = up_weight.shape
-    out = tuple(torch.empty_like(t) for t in (x, *parameters))
     call(
         "feed_forward_backward",
-        (x.numel() // D, D, H, scale, hidden.dtype == torch.bfloat16),
-        tuple(p.data_ptr() for p in parameters),
+        (x.numel() // D, D, H, scale, epsilon, hidden.dtype == torch.bfloat16),
+        tuple(map(_address, parameters)),
         x.data_ptr(),
         hidden.data_ptr(),
         grad.data_ptr(),
         tuple(o.data_ptr() for o in out),
     )
     return out
+
+
+def _is_feed_forward(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+    given = [p for p in parameters if p is not None]
+    return _fits_maps(x, *given) and len(parameters[1]) % MAP_MULTIPLE == 0
 
 
 def self_attention(

@@ -160,13 +160,18 @@ def _fill(unit: nn.Module, model: JepaModel, peers: Processes) -> None:
     """Give what of a unit is the model's, and not in parts yet, the main process's values."""
     trained = set(model.modules())  # what else the objective holds has values everywhere
     for module in unit.modules():
-        held = list(module.parameters(recurse=False))
+        held = _own_tensors(module)
         if not held or module not in trained or isinstance(held[0], DTensor):
             continue
         if not peers.is_main:
             module.to_empty(device=peers.device, recurse=False)
-        for p in module.parameters(recurse=False):
-            dist.broadcast(p.detach().to(peers.device), src=0)
+        for tensor in _own_tensors(module):
+            dist.broadcast(tensor.detach().to(peers.device), src=0)
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module, not of those inside."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _split(whole: Tensor, like: Tensor) -> Tensor:

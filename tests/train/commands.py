@@ -2,8 +2,8 @@
 
     torchrun ... tests/train/commands.py '[["train", ...], ["cut", FROM, TO, STEP], ...]'
 
-``cut`` copies a run folder without the checkpoints after a step; ``start`` compares the weights that
-a sharded run starts from, of a preset and a model, with those of one process.
+``cut`` copies a run folder without the checkpoints after a step. ``start`` compares the weights
+that a sharded run of a model starts from with those of one process.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def cut(whole: Path, out: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def start(name: str, model: str) -> None:
+def start(model: str) -> None:
     """Every process sees, bit for bit, the weights of `initial_model` in all parts together."""
-    recipe = preset(name, model=model)
+    recipe = preset("smoke", model=model)
     expected = dict(initial_model(recipe).named_parameters())
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, shard=True))
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -20,9 +20,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gmm_jepa.calibration import synthetic_labels
 from gmm_jepa.cli import main
 from gmm_jepa.config import Recipe
+from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import preset
 from gmm_jepa.train import compile as compiling
+from gmm_jepa.train import sharding
+from gmm_jepa.train import state as state_of_training
 from gmm_jepa.train.checkpoint import load_state, newest
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import read_metrics
@@ -55,14 +58,14 @@ def runs(tmp_path_factory) -> Path:
     assert main(words("one")) == 0
     assert main(words("one-transformer", *TRANSFORMER)) == 0
     commands = [
-        ["start", "smoke", "conformer"],
-        ["start", "smoke", "transformer-cpu"],
         words("two", "--train.shard"),
         words("two-transformer", "--train.shard", *TRANSFORMER),
         ["cut", str(root / "two"), str(root / "two-resumed"), "2"],
         words("two-resumed", "--train.shard"),
         ["cut", str(root / "one"), str(root / "one-then-two"), "2"],
         words("one-then-two", "--train.shard"),
+        ["start", "conformer-cpu"],
+        ["start", "transformer-cpu"],
     ]
     done = subprocess.run(
         [sys.executable, *LAUNCHER, str(COMMANDS), json.dumps(commands)],
@@ -136,6 +139,37 @@ def two_processes() -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield
     dist.destroy_process_group()
+
+
+def test_other_processes_hold_one_whole_unit_at_a_time(monkeypatch):
+    """The main process alone makes a model; that all get its bits is a command of `runs`."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    objectives, whole = [], []
+    build, shard = state_of_training.build_objective, sharding.fully_shard
+
+    def built(*arguments):
+        objectives.append(build(*arguments))
+        return objectives[0]
+
+    def seen(unit, **options):
+        held = (p for p in objectives[0].model.parameters() if not isinstance(p, DTensor))
+        whole.append(sum(p.numel() for p in held if not p.is_meta))
+        return shard(unit, **options)
+
+    monkeypatch.setattr(state_of_training, "build_objective", built)
+    monkeypatch.setattr(sharding, "fully_shard", seen)
+    try:
+        recipe = sharded(preset("smoke"))
+        model = initial_model(recipe)
+        TrainState(recipe, synthetic_labels(recipe), dataclasses.replace(TWO, rank=1))
+    finally:
+        dist.destroy_process_group()
+    parts = sharding.units(model)
+    assert len(whole) == len(parts) + 1  # the root
+    sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
+    root = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    assert sorted(whole) == sorted([*sizes, root])
+    assert not any(p.is_meta for p in objectives[0].parameters())
 
 
 def sharded(recipe: Recipe, **changes) -> Recipe:
