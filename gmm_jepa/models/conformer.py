@@ -95,7 +95,10 @@ class SelfAttention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """GroupNorm, pointwise to 2 D, GLU, depthwise, GroupNorm, SiLU, pointwise, dropout; residual."""
+    """Norm, pointwise to 2 D, GLU, depthwise, norm, SiLU, pointwise, dropout; with its residual.
+
+    The norms are group norms of one group.
+    """
 
     def __init__(self, dim: int, kernel: int, dropout: float) -> None:
         super().__init__()

@@ -97,6 +97,7 @@ __all__ = [
     "masked_kl_targets",
     "masked_mse",
     "native",
+    "native_blocks",
     "native_encoder",
     "native_losses",
     "residual_unit",

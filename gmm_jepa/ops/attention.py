@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.operator import Operator
 
 # Scores of a block. It must not depend on the number of threads, or dropout's mask would.
 BLOCK_VALUES = 1 << 17
@@ -331,11 +332,9 @@ def attention_backward_reference(
         return *gradients, d_table.to(table.dtype), d_gate.to(gate.dtype).view(gate.shape)
 
 
-_attention = torch.library.custom_op(
-    "gmm_jepa::gated_bias_attention", attention_reference, mutates_args=()
-)
-_attention_backward = torch.library.custom_op(
-    "gmm_jepa::gated_bias_attention_backward", attention_backward_reference, mutates_args=()
+_attention = Operator("gmm_jepa::gated_bias_attention", attention_reference)
+_attention_backward = Operator(
+    "gmm_jepa::gated_bias_attention_backward", attention_backward_reference
 )
 
 

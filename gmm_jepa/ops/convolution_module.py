@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.depthwise import depthwise_backward_reference, depthwise_reference
+from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths, real_frames
 
 
@@ -50,7 +51,7 @@ def convolution_module(
     epsilon: float = 1e-5,
     lengths_frames: Tensor | None = None,
 ) -> Tensor:
-    """x + down(silu(norm(taps(glu(up(norm(x))))))), differentiable in x and all weights; no dropout.
+    """x + down(silu(norm(taps(glu(up(norm(x))))))), differentiable in x and weights; no dropout.
 
     Frames beyond a row's length are not seen, and come out as they are. On a CPU under autocast to
     bfloat16 x is taken as float32 and stays so; what the maps multiply is rounded to bfloat16, on
@@ -106,7 +107,9 @@ def _through_norm(grad: Tensor, normal: Tensor, scale: Tensor, real: Tensor) -> 
 
 def _real(lengths_frames: Tensor | None, x: Tensor) -> Tensor:
     """(B, T, 1): one on real frames, zero on padding."""
-    return x.new_ones((*x.shape[:2], 1)) if lengths_frames is None else real_frames(lengths_frames, x)
+    return (
+        x.new_ones((*x.shape[:2], 1)) if lengths_frames is None else real_frames(lengths_frames, x)
+    )
 
 
 def convolution_module_reference(
@@ -162,9 +165,7 @@ def convolution_module_backward_reference(
     down_bias: Tensor,
     lengths_frames: Tensor | None,
     narrow: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights, in plain torch."""
     real = _real(lengths_frames, x)
     mean_in, scale_in, mean_out, scale_out = statistics.unbind(dim=1)
@@ -198,13 +199,9 @@ def convolution_module_backward_reference(
         )
 
 
-_convolution_module = torch.library.custom_op(
-    "gmm_jepa::convolution_module", convolution_module_reference, mutates_args=()
-)
-_convolution_module_backward = torch.library.custom_op(
-    "gmm_jepa::convolution_module_backward",
-    convolution_module_backward_reference,
-    mutates_args=(),
+_convolution_module = Operator("gmm_jepa::convolution_module", convolution_module_reference)
+_convolution_module_backward = Operator(
+    "gmm_jepa::convolution_module_backward", convolution_module_backward_reference
 )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_kernel, takes_one_op
+from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths
 
 CHUNKS = 4
@@ -186,11 +187,9 @@ def density_attention_backward_reference(
     return d_x, d_offsets, d_widths
 
 
-_density_attention = torch.library.custom_op(
-    "gmm_jepa::density_attention", density_attention_reference, mutates_args=()
-)
-_density_attention_backward = torch.library.custom_op(
-    "gmm_jepa::density_attention_backward", density_attention_backward_reference, mutates_args=()
+_density_attention = Operator("gmm_jepa::density_attention", density_attention_reference)
+_density_attention_backward = Operator(
+    "gmm_jepa::density_attention_backward", density_attention_backward_reference
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.operator import Operator
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,12 +126,8 @@ def depthwise_backward_reference(
     return _frame_major(d_x).to(dtype), d_weight, d_bias.copy_(of_bias) if with_bias else d_bias
 
 
-_depthwise = torch.library.custom_op(
-    "gmm_jepa::depthwise_conv", depthwise_reference, mutates_args=()
-)
-_depthwise_backward = torch.library.custom_op(
-    "gmm_jepa::depthwise_conv_backward", depthwise_backward_reference, mutates_args=()
-)
+_depthwise = Operator("gmm_jepa::depthwise_conv", depthwise_reference)
+_depthwise_backward = Operator("gmm_jepa::depthwise_conv_backward", depthwise_backward_reference)
 
 
 @_depthwise.register_fake

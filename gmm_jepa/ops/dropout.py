@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.operator import Operator
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -54,7 +55,7 @@ def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return (x * keep / (1.0 - p)).contiguous()
 
 
-_dropout = torch.library.custom_op("gmm_jepa::dropout", dropout_reference, mutates_args=())
+_dropout = Operator("gmm_jepa::dropout", dropout_reference)
 
 
 @_dropout.register_fake

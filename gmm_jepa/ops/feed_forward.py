@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.operator import Operator
 
 
 def feed_forward(
@@ -57,9 +58,7 @@ def feed_forward(
         if tensor is None or tensor.shape != shape:
             found = None if tensor is None else tuple(tensor.shape)
             raise InputError(f"{name}: expected {shape}, got {found}")
-    keep_hidden = torch.is_grad_enabled() and any(
-        t.requires_grad for t in tensors if t is not None
-    )
+    keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     narrow = torch.is_autocast_enabled(x.device.type)
     return _feed_forward(*tensors, scale, epsilon, keep_hidden, narrow)[0]
 
@@ -125,11 +124,9 @@ def feed_forward_backward_reference(
     return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0), d_norm, d_norm_bias
 
 
-_feed_forward = torch.library.custom_op(
-    "gmm_jepa::feed_forward", feed_forward_reference, mutates_args=()
-)
-_feed_forward_backward = torch.library.custom_op(
-    "gmm_jepa::feed_forward_backward", feed_forward_backward_reference, mutates_args=()
+_feed_forward = Operator("gmm_jepa::feed_forward", feed_forward_reference)
+_feed_forward_backward = Operator(
+    "gmm_jepa::feed_forward_backward", feed_forward_backward_reference
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_one_op
 from gmm_jepa.ops.native import is_intel
+from gmm_jepa.ops.operator import Operator
 
 _has_onednn = (
     torch.backends.mkldnn.is_available()
@@ -81,10 +82,8 @@ def linear_backward_onednn(
     return linear_onednn(grad, weight.T, None), linear_onednn(grad.T, x.T, None), grad.sum(0)
 
 
-_linear = torch.library.custom_op("gmm_jepa::linear", linear_reference, mutates_args=())
-_linear_backward = torch.library.custom_op(
-    "gmm_jepa::linear_backward", linear_backward_reference, mutates_args=()
-)
+_linear = Operator("gmm_jepa::linear", linear_reference)
+_linear_backward = Operator("gmm_jepa::linear_backward", linear_backward_reference)
 _linear.register_kernel("cpu")(linear_onednn)
 _linear_backward.register_kernel("cpu")(linear_backward_onednn)
 

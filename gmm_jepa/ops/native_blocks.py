@@ -27,6 +27,7 @@ from gmm_jepa.ops.self_attention import (
     self_attention_reference,
 )
 
+
 def feed_forward(
     x: Tensor,
     up_weight: Tensor,
@@ -40,7 +41,7 @@ def feed_forward(
     keep_hidden: bool,
     narrow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x + scale (W2 gelu(W1 norm(x) + b1) + b2), and what the first map made, rounded if `narrow`."""
+    """x + scale (W2 gelu(W1 norm(x) + b1) + b2), and what W1 made, rounded if `narrow`."""
     parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     if not _is_feed_forward(x, parameters):
         return feed_forward_reference(x, *parameters, scale, epsilon, keep_hidden, narrow)
@@ -78,9 +79,7 @@ def feed_forward_backward(
     """Gradients of x, weights and biases of `feed_forward`; (0,) of a norm that there is not."""
     parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     if not _is_feed_forward(x, parameters):
-        return feed_forward_backward_reference(
-            grad, x, hidden, *parameters, scale, epsilon, narrow
-        )
+        return feed_forward_backward_reference(grad, x, hidden, *parameters, scale, epsilon, narrow)
     grad, x, hidden = (t.contiguous() for t in (grad, x, hidden))
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
     out = tuple(x.new_empty((0,) if t is None else t.shape) for t in (x, *parameters))
@@ -236,9 +235,7 @@ def convolution_module_backward(
     down_bias: Tensor,
     lengths_frames: Tensor | None,
     narrow: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights of `convolution_module`."""
     kept = (made, convolved, statistics)
     of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.operator import Operator
 
 SLOPE = 0.1
 """Of the leaky ReLU."""
@@ -169,10 +170,8 @@ def residual_unit_backward_reference(
     return d_x.contiguous(), d_weight1, d_bias1, d_weight2, d_bias2
 
 
-_unit = torch.library.custom_op("gmm_jepa::residual_unit", residual_unit_reference, mutates_args=())
-_unit_backward = torch.library.custom_op(
-    "gmm_jepa::residual_unit_backward", residual_unit_backward_reference, mutates_args=()
-)
+_unit = Operator("gmm_jepa::residual_unit", residual_unit_reference)
+_unit_backward = Operator("gmm_jepa::residual_unit_backward", residual_unit_backward_reference)
 
 
 @_unit.register_fake

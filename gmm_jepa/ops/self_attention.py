@@ -1,4 +1,4 @@
-"""A block's self-attention with its residual, x + W_o attention(W_qkv x), gates made of its queries.
+"""A block's self-attention with its residual, x + W_o attention(W_qkv x).
 
 On a CPU one op takes blocks of frames through the maps before and behind the attention of
 `gmm_jepa.ops.attention`, without a pass of its own for what lies between.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.attention import attention_backward_reference, attention_reference
+from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths
 
 
@@ -168,11 +169,9 @@ def self_attention_backward_reference(
         )
 
 
-_self_attention = torch.library.custom_op(
-    "gmm_jepa::self_attention", self_attention_reference, mutates_args=()
-)
-_self_attention_backward = torch.library.custom_op(
-    "gmm_jepa::self_attention_backward", self_attention_backward_reference, mutates_args=()
+_self_attention = Operator("gmm_jepa::self_attention", self_attention_reference)
+_self_attention_backward = Operator(
+    "gmm_jepa::self_attention_backward", self_attention_backward_reference
 )
 
 
@@ -180,8 +179,12 @@ _self_attention_backward = torch.library.custom_op(
 def _(x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale, lengths_frames, narrow):
     B, T, D = x.shape
     of_heads = x.new_empty((B, len(gate_scale), T))
-    return x.new_empty(x.shape), x.new_empty((B, T, 3 * D)), x.new_empty(x.shape), of_heads, (
-        torch.empty_like(of_heads)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((B, T, 3 * D)),
+        x.new_empty(x.shape),
+        of_heads,
+        (torch.empty_like(of_heads)),
     )
 
 

@@ -7,11 +7,11 @@ On CUDA the result keeps x's dtype, and so do memory's reads and writes; it is r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_kernel
+from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths, real_frames
 
 
@@ -63,13 +63,9 @@ def snake_backward_reference(
     return d_x.to(x.dtype).contiguous(), of_a.sum(dim=(0, 1))
 
 
-_snake = torch.library.custom_op("gmm_jepa::snake", snake_reference, mutates_args=())
-_snake_narrow = torch.library.custom_op(
-    "gmm_jepa::snake_narrow", snake_narrow_reference, mutates_args=()
-)
-_snake_backward = torch.library.custom_op(
-    "gmm_jepa::snake_backward", snake_backward_reference, mutates_args=()
-)
+_snake = Operator("gmm_jepa::snake", snake_reference)
+_snake_narrow = Operator("gmm_jepa::snake_narrow", snake_narrow_reference)
+_snake_backward = Operator("gmm_jepa::snake_backward", snake_backward_reference)
 
 
 @_snake.register_fake
