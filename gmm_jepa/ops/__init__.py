@@ -60,8 +60,6 @@ for _device in ("cpu", "cuda"):
         "gmm_topk",
         "gmm_topk_ensemble",
         "kmeans_assign",
-        "linear",
-        "linear_backward",
         "log_mel",
         "masked_cross_entropy",
         "masked_kl",

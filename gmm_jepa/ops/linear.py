@@ -108,3 +108,7 @@ def _vjp(ctx, grad):
 
 
 _linear.register_autograd(_vjp, setup_context=_setup)
+
+for _op in (_linear, _linear_backward):
+    for _device in ("cpu", "cuda"):
+        _op.register_autocast(_device, torch.float32)
