@@ -73,6 +73,17 @@ class Panels {
         }
     }
 
+    // Filters (C, K) as columns: panels of (K, columns), zero behind the last channel.
+    void put_columns(const float* filters, int n_taps, float* to) const {
+        for (int first = 0; first < width(); first += columns_) {
+            for (int k = 0; k < n_taps; ++k) {
+                for (int c = first; c < first + columns_; ++c) {
+                    *to++ = c < n_channels_ ? filters[size_t(c) * n_taps + k] : 0.0f;
+                }
+            }
+        }
+    }
+
     std::vector<float> padded(const float* bias) const {
         std::vector<float> out(width());
         if (bias) std::copy_n(bias, n_channels_, out.begin());

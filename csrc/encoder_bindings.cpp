@@ -16,6 +16,7 @@
 #include "losses.h"
 #include "residual.h"
 #include "snake.h"
+#include "waveform.h"
 
 namespace gmm_jepa {
 
@@ -70,6 +71,36 @@ void residual_backward_at(const py::tuple& shape, const py::tuple& weights, uint
     const py::gil_scoped_release release;
     residual_backward(sizes, parameters, pointer<const float>(x), pointer<const float>(hidden),
                       pointer<const float>(grad), gradients, table, n_threads);
+}
+
+// shape: B, S, T, stride, K, C
+WaveformShape waveform_shape(const py::tuple& t) {
+    const WaveformShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                              t[3].cast<int64_t>(), t[4].cast<int>(),     t[5].cast<int>()};
+    if (shape.n_rows < 0 || shape.n_frames < 1 || shape.stride < 1 || shape.n_taps < 1 ||
+        shape.n_channels < 1 ||
+        (shape.n_frames - 1) * shape.stride + shape.n_taps > shape.n_samples) {
+        throw std::invalid_argument("shape: expected sizes, and samples for all frames");
+    }
+    return shape;
+}
+
+void waveform_conv_at(const py::tuple& shape, uintptr_t x, uintptr_t taps, uintptr_t bias,
+                      uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const WaveformShape sizes = waveform_shape(shape);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    waveform_conv(sizes, pointer<const float>(x), pointer<const float>(taps),
+                  pointer<const float>(bias), pointer<float>(out), table, n_threads);
+}
+
+void waveform_conv_backward_at(const py::tuple& shape, uintptr_t x, uintptr_t grad, uintptr_t taps,
+                               uintptr_t bias, int n_threads, const std::string& instruction_set) {
+    const WaveformShape sizes = waveform_shape(shape);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    waveform_conv_backward(sizes, pointer<const float>(x), pointer<const float>(grad),
+                           pointer<float>(taps), pointer<float>(bias), table, n_threads);
 }
 
 // shape: B, T, C, address of lengths or 0
@@ -363,6 +394,12 @@ void define_encoder(py::module_& module) {
     module.def("depthwise", &depthwise_at, py::arg("shape"), py::arg("x"), py::arg("weight"),
                py::arg("bias"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
+    module.def("waveform_conv", &waveform_conv_at, py::arg("shape"), py::arg("x"),
+               py::arg("taps"), py::arg("bias"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("waveform_conv_backward", &waveform_conv_backward_at, py::arg("shape"),
+               py::arg("x"), py::arg("grad"), py::arg("taps"), py::arg("bias"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("depthwise_backward", &depthwise_backward_at, py::arg("shape"), py::arg("grad"),
                py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

@@ -148,8 +148,13 @@ class Factor {
         : kernels_(kernels),
           columns_(in_panels ? kernels.product_columns : n_columns),
           n_columns_(n_columns),
-          depth_((n_rows + kValues<Word> - 1) / kValues<Word>),
-          words_(size_t(depth_) * n_columns + kMostRows) {}
+          used_((n_rows + kValues<Word> - 1) / kValues<Word>),
+          depth_(round_up(used_, kWhole)),
+          words_(size_t(depth_) * n_columns + kMostRows) {
+        for (int c = 0; c < n_columns; c += columns_) {
+            std::fill(place(c, used_), place(c, depth_), Word{});
+        }
+    }
 
     // n rows of words from row `start` on, which is even.
     void put(int64_t start, const Word* rows, int n) {
@@ -157,8 +162,7 @@ class Factor {
         for (int r = 0; r < n; r += kValues<Word>) {
             PackedWeight<Word>::put_row(kernels_, rows + int64_t(r) * row, n_columns_, r + 1 < n,
                                         columns_, [&](int c) {
-                const int64_t panel = c / columns_, k = (start + r) / kValues<Word>;
-                return &words_[(panel * depth_ + k) * columns_];
+                return place(c, (start + r) / kValues<Word>);
             });
         }
     }
@@ -170,8 +174,14 @@ class Factor {
 
   private:
     const Kernels& kernels_;
+    static constexpr int kWhole = 16;  // words of depth that tiles take at once
+
+    Word* place(int64_t column, int64_t k) {
+        return &words_[(column / columns_ * depth_ + k) * columns_];
+    }
+
     int columns_, n_columns_;
-    int64_t depth_;
+    int64_t used_, depth_;  // words over all rows, and with zeros behind them
     Buffer<Word> words_;
 };
 

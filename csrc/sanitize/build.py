@@ -1,4 +1,4 @@
-"""Compile csrc/ and main.cpp with sanitizers: build.py FOLDER."""
+"""Compile csrc/ and csrc/sanitize/ with sanitizers: build.py FOLDER."""
 
 import os
 import platform
@@ -27,11 +27,13 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "g++")
     sources = [
-        path for path in CSRC.glob("*.cpp") if path.stem not in ("module", "encoder_bindings")
+        path
+        for path in CSRC.glob("*.cpp")
+        if path.stem != "module" and not path.stem.endswith("bindings")
     ]
     sources = [path for path in sources if IS_X86 or path.stem not in FLAGS_OF]
     sources.append(CSRC / "cuda" / "emulate.cpp")
-    sources.append(CSRC / "sanitize" / "main.cpp")
+    sources.extend((CSRC / "sanitize").glob("*.cpp"))
 
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")

@@ -4,8 +4,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <random>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -23,6 +21,7 @@
 #include "losses.h"
 #include "posterior.h"
 #include "residual.h"
+#include "sanitize/drawn.h"
 #include "screened_mixture.h"
 #include "snake.h"
 
@@ -30,15 +29,7 @@ using namespace gmm_jepa;
 
 namespace {
 
-std::mt19937 generator(0);
-
-int64_t any(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
-
 long screened_of[3];  // components that bound_round saw screened, by kind of operands
-
-double normal() { return std::normal_distribution<double>()(generator); }
 
 template <typename T>
 void mixture_round(const Kernels& kernels) {
@@ -178,26 +169,6 @@ void log_mel_round(const Kernels& kernels) {
     for (float value : out) {
         if (!std::isfinite(value)) std::exit(std::printf("log-mel of %s\n", kernels.name) ? 1 : 1);
     }
-}
-
-std::vector<float> drawn(int64_t n) {
-    std::vector<float> values(n);
-    for (float& v : values) v = static_cast<float>(normal());
-    return values;
-}
-
-void demand_finite(const std::vector<float>& values, const char* what, const Kernels& kernels) {
-    for (float value : values) {
-        if (std::isfinite(value)) continue;
-        std::printf("%s of %s is not finite\n", what, kernels.name);
-        std::exit(1);
-    }
-}
-
-std::vector<int64_t> drawn_lengths(int64_t n, int64_t least, int64_t most) {
-    std::vector<int64_t> lengths(n);
-    for (int64_t& length : lengths) length = any(least, most);
-    return lengths;
 }
 
 void residual_round(const Kernels& kernels) {
@@ -378,6 +349,7 @@ int main() {
             list_round(kernels(name.c_str()));
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));
+            block_round(kernels(name.c_str()));
         }
         long& screened = screened_of[int(kernels(name.c_str()).narrow.operands)];
         if (!screened) {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.padding import stage_length
+from gmm_jepa.ops import takes_float32, waveform_conv
 
 
 def stem(
@@ -45,8 +46,6 @@ def stem(
     left = first.padding + margin
     right = (n_frames - 1) * stride + taps.shape[1] - left - waveform.shape[1]
     padded = F.pad(waveform, (left, right))
-    y = F.linear(padded.unfold(1, taps.shape[1], stride), taps, bias)
-
     reach = torch.arange(margin + 2 * first.padding, device=waveform.device)
     frames = stage_length(lengths_samples, stride)[:, None]
     start = stride * (frames + 1) - margin  # where in `padded` the last frame's end is made from
@@ -56,17 +55,26 @@ def stem(
     inner = F.linear(ends.unfold(2, 2 * first.padding + 1, 1), first.weight[:, 0], first.bias)
     head, tail = inner.unbind(dim=1)  # (B, margin, C) each
     tail = tail * beyond[..., None]
-    y[:, 0] -= _contract(head, strided.weight[..., :margin])
-    last = (frames - 1).clamp(min=0)[..., None].expand(-1, -1, y.shape[2])
+    head = _contract(head, strided.weight[..., :margin])
     tail = _contract(tail, strided.weight[..., 2 * stride - margin :])
+    last = (frames[:, 0] - 1).clamp(min=0)
+    if takes_float32(padded):
+        ends = torch.stack([head, tail], dim=1)
+        return waveform_conv(padded, taps, bias, ends, last, stride=stride)
+    y = F.linear(padded.unfold(1, taps.shape[1], stride), taps, bias)
+    y[:, 0] -= head
+    last = last[:, None, None].expand(-1, -1, y.shape[2])
     return y.scatter_add(1, last, -tail[:, None].to(y.dtype))
 
 
 def _compose(first: FrameConv, strided: FrameConv) -> tuple[Tensor, Tensor]:
     """Taps (C', 2s + k - 1) and bias (C',) of the pair, not rounded by autocast."""
     with torch.autocast(strided.weight.device.type, enabled=False):
-        taps = F.conv_transpose1d(strided.weight, first.weight)[:, 0]
-        return taps, strided.bias + strided.weight.sum(dim=2) @ first.bias
+        pairs = strided.weight.mT @ first.weight[:, 0]  # (C', 2s, k), of tap j + i each
+        n, width = pairs.shape[1], pairs.shape[1] + pairs.shape[2] - 1
+        # Rows of width + 1, read as rows of width: row j is moved by j.
+        moved = F.pad(pairs, (0, n)).flatten(1)[:, : n * width].unflatten(1, (n, width))
+        return moved.sum(dim=1), strided.bias + strided.weight.sum(dim=2) @ first.bias
 
 
 def _contract(inner: Tensor, weight: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ from gmm_jepa.ops.residual import residual_unit
 from gmm_jepa.ops.self_attention import AttentionWeights, self_attention
 from gmm_jepa.ops.snake import snake
 from gmm_jepa.ops.strided import strided_conv
+from gmm_jepa.ops.waveform import waveform_conv
 
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
 # is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
@@ -111,4 +112,5 @@ __all__ = [
     "triton_gmm",
     "triton_log_mel",
     "triton_residual",
+    "waveform_conv",
 ]

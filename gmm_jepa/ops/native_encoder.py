@@ -41,6 +41,14 @@ from gmm_jepa.ops.snake import (
     snake_backward_reference,
     snake_reference,
 )
+from gmm_jepa.ops.waveform import (
+    _waveform_conv,
+    _waveform_conv_backward,
+    of_ends,
+    take_off,
+    waveform_conv_backward_reference,
+    waveform_conv_reference,
+)
 
 
 def gated_bias_attention(
@@ -285,6 +293,43 @@ def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
     return narrow and x.numel() > 0 and x.shape[2] % 16 == 0
 
 
+def waveform_conv(
+    x: Tensor, taps: Tensor, bias: Tensor, ends: Tensor, last: Tensor, stride: int
+) -> Tensor:
+    """Strided convolution of one channel, in float32, less the ends."""
+    if not _is_waveform(x, taps, bias):
+        return waveform_conv_reference(x, taps, bias, ends, last, stride)
+    x, taps, bias = x.contiguous(), taps.contiguous(), bias.contiguous()
+    out = x.new_empty((len(x), (x.shape[1] - taps.shape[1]) // stride + 1, len(taps)))
+    addresses = (x.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
+    call("waveform_conv", _waveform_shape(x, taps, stride), *addresses)
+    return take_off(out, ends, last)
+
+
+def waveform_conv_backward(
+    grad: Tensor, x: Tensor, taps: Tensor, last: Tensor, stride: int, with_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of taps, bias and ends, in float32; with that of x all by torch."""
+    if with_x or not _is_waveform(x, taps, grad):
+        return waveform_conv_backward_reference(grad, x, taps, last, stride, with_x)
+    grad, x = grad.contiguous(), x.contiguous()
+    d_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
+    d_bias = taps.new_empty(len(taps))
+    addresses = (x.data_ptr(), grad.data_ptr(), d_taps.data_ptr(), d_bias.data_ptr())
+    call("waveform_conv_backward", _waveform_shape(x, taps, stride), *addresses)
+    return x.new_empty(0), d_taps, d_bias, of_ends(grad, last)
+
+
+def _waveform_shape(x: Tensor, taps: Tensor, stride: int) -> tuple[int, ...]:
+    n_frames = (x.shape[1] - taps.shape[1]) // stride + 1
+    return (*x.shape, n_frames, stride, taps.shape[1], len(taps))
+
+
+def _is_waveform(*tensors: Tensor) -> bool:
+    """Float32, and at least one value."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
+
+
 def residual_unit(
     x: Tensor,
     weight1: Tensor,
@@ -396,6 +441,8 @@ def _is_snake(x: Tensor, a: Tensor) -> bool:
 
 
 if instruction_sets():
+    _waveform_conv.register_kernel("cpu")(waveform_conv)
+    _waveform_conv_backward.register_kernel("cpu")(waveform_conv_backward)
     fused.has_native = True
     _attention.register_kernel("cpu")(gated_bias_attention)
     _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
