@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "linear_maps.h"
 #include "self_attention.h"
+#include "strided.h"
 
 namespace gmm_jepa {
 namespace {
@@ -169,6 +170,38 @@ void convolution_module_backward_at(const py::tuple& shape, const py::tuple& wei
                                 pointer<const float>(grad), gradients, table, n_threads);
 }
 
+// shape: B, T, C, C', stride, whether narrow
+StridedShape strided_shape(const py::tuple& t, const Kernels& table) {
+    const StridedShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
+                             t[3].cast<int>(),     t[4].cast<int>(),     t[5].cast<bool>()};
+    if (shape.n_rows < 0 || shape.stride < 1 || shape.n_in < 1 || shape.frames_out() < 1) {
+        throw std::invalid_argument("shape: expected sizes, and frames for an output");
+    }
+    check_maps(shape.narrow, table, {shape.n_out, 2 * shape.stride * shape.n_in});
+    return shape;
+}
+
+void strided_conv_at(const py::tuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                     uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const StridedShape sizes = strided_shape(shape, table);
+    const py::gil_scoped_release release;
+    strided_conv(sizes, pointer<const float>(x), pointer<const float>(weight),
+                 pointer<const float>(bias), pointer<float>(out), table, n_threads);
+}
+
+void strided_conv_backward_at(const py::tuple& shape, uintptr_t x, uintptr_t weight, uintptr_t grad,
+                              const py::tuple& out, int n_threads,
+                              const std::string& instruction_set) {
+    const Kernels& table = kernels(instruction_set.c_str());
+    const StridedShape sizes = strided_shape(shape, table);
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    const StridedGradients gradients{at(0), at(1), at(2)};
+    const py::gil_scoped_release release;
+    strided_conv_backward(sizes, pointer<const float>(x), pointer<const float>(weight),
+                          pointer<const float>(grad), gradients, table, n_threads);
+}
+
 }  // namespace
 
 void define_blocks(py::module_& module) {
@@ -178,6 +211,12 @@ void define_blocks(py::module_& module) {
     module.def("feed_forward_backward", &feed_forward_backward_at, py::arg("shape"),
                py::arg("weights"), py::arg("x"), py::arg("hidden"), py::arg("grad"),
                py::arg("out"), py::arg("n_threads"), py::arg("instruction_set") = "");
+    module.def("strided_conv", &strided_conv_at, py::arg("shape"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("strided_conv_backward", &strided_conv_backward_at, py::arg("shape"), py::arg("x"),
+               py::arg("weight"), py::arg("grad"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
     module.def("convolution_module", &convolution_module_at, py::arg("shape"), py::arg("weights"),
                py::arg("x"), py::arg("kept"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

@@ -39,6 +39,20 @@ void over_blocks(int64_t n, int64_t block, int n_threads, const Make& make, cons
     });
 }
 
+// A row of n values, or two of pairs (the second may be null, for zeros) as pairs of values at equal
+// places, to at(c) for every `columns` values from c on.
+template <typename At>
+void put_row(const Kernels&, const float* row, const float*, int n, int columns, const At& at) {
+    for (int c = 0; c < n; c += columns) std::copy_n(row + c, columns, at(c));
+}
+template <typename At>
+void put_row(const Kernels& kernels, const uint32_t* first, const uint32_t* second, int n,
+             int columns, const At& at) {
+    for (int c = 0; c < n; c += columns) {
+        kernels.pair_rows(first + c / 2, second ? second + c / 2 : nullptr, columns, at(c));
+    }
+}
+
 // The weight (n_out, n_in) of a map laid out for products: of rows of n_in values, or `turned`, for
 // the gradient of its inputs, of rows of n_out.
 template <typename Word>
@@ -67,9 +81,10 @@ class PackedWeight {
     int width() const { return width_; }
 
     // to (n, width) = rows times the weight, plus the bias (width,) if there is one. Whole register
-    // tiles: rows are read and results written up to kMostRows beyond n.
-    void multiply(const Word* rows, int n, const float* bias, float* to) const {
-        gmm_jepa::multiply(kernels_, ProductsOf<Word>{rows, depth_, 1, 0, words_.data(),
+    // tiles: rows are read and results written up to kMostRows beyond n. Rows are `step` words apart;
+    // 0: dense.
+    void multiply(const Word* rows, int n, const float* bias, float* to, int step = 0) const {
+        gmm_jepa::multiply(kernels_, ProductsOf<Word>{rows, step ? step : depth_, 1, 0, words_.data(),
                                                       bias ? bias : zeros_.data(), to, width_, n,
                                                       width_ / columns_, 1, depth_, false});
     }
@@ -110,29 +125,12 @@ class PackedWeight {
         put_values(kernels_, weight + first * n_in, ptrdiff_t(n) * n_in, false, rows.data());
         for (int r = 0; r < n; r += kValues<Word>) {
             const Word* row = &rows[size_t(r) * (n_in / kValues<Word>)];
-            put_row(kernels_, row, n_in, true, columns_, [&](int c) {
+            put_row(kernels_, row, row + n_in / kValues<Word>, n_in, columns_, [&](int c) {
                 return place(c, (first + r) / kValues<Word>);
             });
         }
     }
 
-  public:
-    // A row of n values, or two neighbours (or one and zeros) as pairs, to at(c) for every `columns`
-    // values from c on.
-    template <typename At>
-    static void put_row(const Kernels&, const float* row, int n, bool, int columns, const At& at) {
-        for (int c = 0; c < n; c += columns) std::copy_n(row + c, columns, at(c));
-    }
-    template <typename At>
-    static void put_row(const Kernels& kernels, const uint32_t* rows, int n, bool both, int columns,
-                        const At& at) {
-        for (int c = 0; c < n; c += columns) {
-            const uint32_t* first = rows + c / 2;
-            kernels.pair_rows(first, both ? first + n / 2 : nullptr, columns, at(c));
-        }
-    }
-
-  private:
     const Kernels& kernels_;
     int columns_, width_, depth_;
     Buffer<Word> words_;
@@ -156,12 +154,13 @@ class Factor {
         }
     }
 
-    // n rows of words from row `start` on, which is even.
-    void put(int64_t start, const Word* rows, int n) {
-        const int row = n_columns_ / kValues<Word>;
+    // n rows of words from row `start` on, which is even; they are `step` words apart, 0: dense.
+    void put(int64_t start, const Word* rows, int n, int step = 0) {
+        if (!step) step = n_columns_ / kValues<Word>;
         for (int r = 0; r < n; r += kValues<Word>) {
-            PackedWeight<Word>::put_row(kernels_, rows + int64_t(r) * row, n_columns_, r + 1 < n,
-                                        columns_, [&](int c) {
+            const Word* row = rows + int64_t(r) * step;
+            put_row(kernels_, row, r + 1 < n ? row + step : nullptr, n_columns_, columns_,
+                    [&](int c) {
                 return place(c, (start + r) / kValues<Word>);
             });
         }

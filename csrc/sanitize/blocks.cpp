@@ -128,7 +128,7 @@ void self_attention_round(const Kernels& kernels, bool narrow) {
 }
 
 void convolution_module_round(const Kernels& kernels, bool narrow) {
-    const int64_t B = any(1, 3), T = any(0, 2) ? any(1, 100) : any(1, 3);
+    const int64_t B = any(0, 3), T = any(0, 2) ? any(1, 100) : any(1, 3);
     const int D = static_cast<int>(kMapMultiple * any(1, 4));
     const int K = static_cast<int>(2 * any(0, 16) + 1);
     const int64_t n = B * T * D;

@@ -26,6 +26,12 @@ from gmm_jepa.ops.self_attention import (
     self_attention_backward_reference,
     self_attention_reference,
 )
+from gmm_jepa.ops.strided import (
+    _strided,
+    _strided_backward,
+    strided_backward,
+    strided_forward,
+)
 
 
 def feed_forward(
@@ -260,6 +266,46 @@ def convolution_module_backward(
     return gradients
 
 
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, narrow: bool) -> Tensor:
+    """Convolution of frames with stride s and 2 s taps, in float32."""
+    if not _is_strided(x, weight):
+        return strided_forward(x, weight, bias, stride, narrow)
+    x, bias, taps = x.contiguous(), bias.contiguous(), weight.mT.contiguous()
+    shape = _strided_shape(x, weight, stride, narrow)
+    out = x.new_empty((len(x), (x.shape[1] + 2 * (stride // 2)) // stride - 1, len(weight)))
+    call("strided_conv", shape, x.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
+    return out
+
+
+def strided_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, narrow: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias of `strided_conv`."""
+    if not _is_strided(x, weight):
+        return strided_backward(grad, x, weight, stride, narrow)
+    grad, x, taps = grad.contiguous(), x.contiguous(), weight.mT.contiguous()
+    out = torch.empty_like(x), torch.empty_like(taps), taps.new_empty(len(taps))
+    call(
+        "strided_conv_backward",
+        _strided_shape(x, weight, stride, narrow),
+        x.data_ptr(),
+        taps.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out[0], out[1].mT.contiguous(), out[2]
+
+
+def _strided_shape(x: Tensor, weight: Tensor, stride: int, narrow: bool) -> tuple:
+    return (*x.shape, len(weight), stride, narrow and multiplies_bfloat16())
+
+
+def _is_strided(x: Tensor, weight: Tensor) -> bool:
+    """Float32, and as many outputs, and values that each sees, as fill panels and tiles."""
+    fits = len(weight) % MAP_MULTIPLE == weight[0].numel() % MAP_MULTIPLE == 0
+    return fits and x.numel() > 0 and x.dtype == weight.dtype == torch.float32
+
+
 def _fits_maps(x: Tensor, *weights: Tensor) -> bool:
     """Float32, and a width that fills panels and tiles."""
     fits = x.numel() > 0 and x.shape[-1] % MAP_MULTIPLE == 0
@@ -267,6 +313,8 @@ def _fits_maps(x: Tensor, *weights: Tensor) -> bool:
 
 
 if instruction_sets():
+    _strided.register_kernel("cpu")(strided_conv)
+    _strided_backward.register_kernel("cpu")(strided_conv_backward)
     _convolution_module.register_kernel("cpu")(convolution_module)
     _convolution_module_backward.register_kernel("cpu")(convolution_module_backward)
     _self_attention.register_kernel("cpu")(self_attention)

@@ -5,7 +5,8 @@
 Cut into blocks of s frames, frame t of y sees blocks t and t + 1, so block t of x gets a gradient
 from frames t and t - 1 of y: both, side by side, times the taps. On an H200 cuDNN computes that
 gradient of the default conformer's second stage, (32, 30,000, 64) bf16, stride 8, in 2.3 ms, four
-kernels that copy to another layout and back; as one product it reads and writes 0.4 GB.
+kernels that copy to another layout and back; as one product it reads and writes 0.4 GB. On CPUs
+the native module reads frames as rows of a product that overlap.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.operator import Operator
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """Convolve frame-major frames; differentiable in all three tensors.
 
-    Under autocast all three are rounded to its dtype first, as for torch's convolutions.
+    Under autocast all three are rounded to its dtype first, as for torch's convolutions; on a CPU
+    with native kernels what is multiplied is rounded, and x and the result are float32.
 
     Args:
         x: (B, T, C) float.
@@ -42,14 +46,19 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor
     if x.shape[1] + 2 * (stride // 2) < 2 * stride:
         raise InputError(f"x: {x.shape[1]} frames give none with stride {stride}")
     kind = x.device.type
+    if takes_float32(x):
+        return _strided(x, weight, bias, stride, torch.is_autocast_enabled(kind))
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _strided(x, weight, bias, stride)
+    return _strided(x, weight, bias, stride, False)
 
 
-def strided_forward(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """`strided_conv` by torch's convolution, whose channels-last images frame-major memory is."""
+def strided_forward(x: Tensor, weight: Tensor, bias: Tensor, stride: int, narrow: bool) -> Tensor:
+    """`strided_conv` by torch's convolution, whose channels-last images frame-major memory is.
+
+    In x's dtype: `narrow` allows to round what is multiplied, and does not ask for it.
+    """
     with torch.autocast(x.device.type, enabled=False):
         images, filters = x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2)
         y = F.conv2d(images, filters, bias, stride=(1, stride), padding=(0, stride // 2))
@@ -57,7 +66,7 @@ def strided_forward(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Ten
 
 
 def strided_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     with torch.autocast(x.device.type, enabled=False):
@@ -88,30 +97,32 @@ def _gradient_of_frames(grad: Tensor, weight: Tensor, stride: int, *, n_frames: 
     return F.pad(frames, (0, 0, 0, unseen)) if unseen else frames.contiguous()
 
 
-_strided = torch.library.custom_op("gmm_jepa::strided_conv", strided_forward, mutates_args=())
-_strided_backward = torch.library.custom_op(
-    "gmm_jepa::strided_conv_backward", strided_backward, mutates_args=()
-)
+_strided = Operator("gmm_jepa::strided_conv", strided_forward)
+_strided_backward = Operator("gmm_jepa::strided_conv_backward", strided_backward)
 
 
 @_strided.register_fake
-def _(x, weight, bias, stride):
+def _(x, weight, bias, stride, narrow):
     n_frames = (x.shape[1] + 2 * (stride // 2)) // stride - 1
     return x.new_empty(x.shape[0], n_frames, len(weight))
 
 
 @_strided_backward.register_fake
-def _(grad, x, weight, stride):
+def _(grad, x, weight, stride, narrow):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, ctx.stride = inputs
+    x, weight, _, ctx.stride, ctx.narrow = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _vjp(ctx, grad):
-    return *_strided_backward(grad, *ctx.saved_tensors, ctx.stride), None
+    return *_strided_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.narrow), None, None
 
 
 _strided.register_autograd(_vjp, setup_context=_setup)
+
+# On CUDA the ops take 16 bits as they are.
+for _op in (_strided, _strided_backward):
+    _op.register_autocast("cpu", torch.float32)

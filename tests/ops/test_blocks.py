@@ -8,16 +8,27 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmm_jepa import ops
-from gmm_jepa.ops import native, native_blocks
+from gmm_jepa.errors import InputError
+from gmm_jepa.models.attention import GatedRelativeBias
+from gmm_jepa.models.config import ConformerConfig
+from gmm_jepa.models.conformer import ConformerBlock
+from gmm_jepa.models.heads import ClusterHead
+from gmm_jepa.models.padding import FrameMask, frame_mask, zero_padding
+from gmm_jepa.models.transformer import GlobalGatedBias, TransformerBlock, TransformerConfig
+from gmm_jepa.ops import fused, native, native_blocks
 
 from .test_memory import peak_bytes
 
 # Names of the native module's instruction sets, and the plain torch form.
 KERNELS = [*native.instruction_sets(), "torch"]
 EPSILON = 1e-5
+
+needs_products = pytest.mark.skipif(
+    not native.multiplies_bfloat16(), reason="no products of bfloat16"
+)
 
 
 def feed_forward(x: Tensor, *parameters: Tensor, scale: float = 0.5) -> Tensor:
@@ -211,10 +222,13 @@ def cotangent(out: Tensor) -> Tensor:
     return grad.to(out.dtype)
 
 
-def results_of(function: Callable[..., Tensor], leaves: list[Tensor], options: dict) -> list:
+def results_of(
+    function: Callable[..., Tensor], leaves: list[Tensor], options: dict, autocast: bool = False
+) -> list[Tensor]:
     """Output and all gradients, padding's too, under one fixed gradient of the output."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = function(*leaves, **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = function(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent(out))]
 
 
@@ -250,9 +264,7 @@ def test_float32_against_float64(name, kernel):
 def test_bfloat16_against_float64(name, kernel):
     """What is multiplied is rounded where there are products of it; else all stays float32."""
     case = case_of(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        peer = results_of(case.in_torch, case.leaves, case.options)
-        got = results_of(case.op, case.leaves, case.options)
+    got, peer = (results_of(f, case.leaves, case.options, True) for f in (case.op, case.in_torch))
     assert_near(got, peer, exact_of(case), factor=1.5, unit=unit_of(name))
 
 
@@ -261,8 +273,7 @@ def test_float64_is_kept(name):
     case = case_of(name)
     leaves = [leaf.double() for leaf in case.leaves]
     for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got = results_of(case.op, leaves, case.options)
+        got = results_of(case.op, leaves, case.options, autocast)
         torch.testing.assert_close(got, exact_of(case), rtol=1e-10, atol=1e-10)
 
 
@@ -271,15 +282,14 @@ def test_float64_is_kept(name):
 def test_strides_change_nothing(name, autocast, kernel):
     """Nor does a gradient that is one number everywhere."""
     case = case_of(name)
-    turned = [leaf.mT.contiguous().mT if leaf.ndim > 1 else leaf for leaf in case.leaves]
-    turned = [t.repeat_interleave(2, 0)[::2] if t.ndim == 1 else t for t in turned]
-    assert not any(t.is_contiguous() for t in turned if t.numel() > len(t) > 1)
+    strided = [leaf.repeat_interleave(2, -1)[..., ::2] for leaf in case.leaves]
+    assert not any(leaf.is_contiguous() for leaf in strided)
     results = []
-    for leaves in (case.leaves, turned):
+    for leaves in (case.leaves, strided):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = case.op(*leaves, **case.options)
-        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
     for a, b in zip(*results):
         if kernel == "torch":
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -295,8 +305,7 @@ def test_the_same_bits_on_one_thread_and_two(name, autocast):
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                results.append(results_of(case.op, case.leaves, case.options))
+            results.append(results_of(case.op, case.leaves, case.options, autocast))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -307,8 +316,8 @@ def test_the_same_bits_on_one_thread_and_two(name, autocast):
 def test_what_is_kept_for_a_gradient_changes_nothing(name, autocast, kernel):
     """Nor which gradients are wanted."""
     case = case_of(name)
+    expected = results_of(case.op, case.leaves, case.options, autocast)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = results_of(case.op, case.leaves, case.options)
         with torch.no_grad():
             out = case.op(*case.leaves, **case.options)
         assert torch.equal(out, expected[0])
@@ -316,17 +325,28 @@ def test_what_is_kept_for_a_gradient_changes_nothing(name, autocast, kernel):
             leaves = list(case.leaves)
             leaves[number] = leaf.detach().requires_grad_()
             out = case.op(*leaves, **case.options)
-            (found,) = torch.autograd.grad(out, leaves[number], cotangent(out))
-            assert torch.equal(found, expected[number + 1])
+            with torch.autocast("cpu", enabled=False):
+                (found,) = torch.autograd.grad(out, leaves[number], cotangent(out))
+            assert torch.equal(found, expected[number + 1]), number
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_gradients_are_the_same_inside_of_autocast(name, kernel):
+    case = case_of(name)
+    expected = results_of(case.op, case.leaves, case.options, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results_of(case.op, case.leaves, case.options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_frames_of_bfloat16_come_out_as_float32_under_autocast(name, kernel):
     case = case_of(name)
     x = case.leaves[0].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = results_of(case.op, [x.float(), *case.leaves[1:]], case.options)
-        got = results_of(case.op, [x, *case.leaves[1:]], case.options)
+    expected, got = (
+        results_of(case.op, [frames, *case.leaves[1:]], case.options, True)
+        for frames in (x.float(), x)
+    )
     assert [t.dtype for t in got[:3]] == [torch.float32, torch.bfloat16, torch.float32]
     expected[1] = expected[1].bfloat16()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -338,10 +358,9 @@ def test_a_convolution_module_does_not_see_padding(autocast, kernel):
     (x, *weights), lengths = case.leaves, case.options["lengths"]
     padding = torch.arange(x.shape[1]) >= lengths[:, None]
     others = torch.where(padding[..., None], 1e3 * torch.randn(x.shape), x)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        first, second = (
-            results_of(case.op, [frames, *weights], case.options) for frames in (x, others)
-        )
+    first, second = (
+        results_of(case.op, [frames, *weights], case.options, autocast) for frames in (x, others)
+    )
     assert torch.equal(second[0][padding], others[padding])
     assert torch.equal(second[1][padding], cotangent(x)[padding])
     assert torch.equal(first[0][~padding], second[0][~padding])
@@ -362,7 +381,7 @@ def test_self_attention_does_not_look_at_padding(autocast, kernel):
 
 
 def _constant_frames(x: Tensor) -> Tensor:
-    return torch.full_like(x, 3.0)
+    return torch.full_like(x, -1.0)
 
 
 def _one_huge_frame(x: Tensor) -> Tensor:
@@ -376,15 +395,20 @@ def _all_huge(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("change", [_constant_frames, _one_huge_frame, _all_huge])
-@pytest.mark.parametrize("name", [*EACH, "feed-forward, as in the conformer"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, change) for name in EACH for change in (_constant_frames, _one_huge_frame)),
+        ("feed-forward, as in the conformer", _all_huge),  # norms of frames overflow
+        ("convolution module, ragged", _all_huge),
+    ],
+)
 def test_extreme_frames(name, change, autocast, kernel):
     """What is finite in plain torch is finite; of frames without variance it is near, too."""
     case = case_of(name)
     leaves = [change(case.leaves[0]), *case.leaves[1:]]
     peer = results_of(case.in_torch, leaves, case.options)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        got = results_of(case.op, leaves, case.options)
+    got = results_of(case.op, leaves, case.options, autocast)
     assert peer[0].isfinite().any()
     for number, (a, p) in enumerate(zip(got, peer, strict=True)):
         assert a[p.isfinite()].isfinite().all(), number
@@ -399,8 +423,7 @@ def test_no_rows(name, autocast, kernel):
     case = case_of(name)
     x, *weights = case.leaves
     options = {k: v[:0] if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out, d_x, *gradients = results_of(case.op, [x[:0], *weights], options)
+    out, d_x, *gradients = results_of(case.op, [x[:0], *weights], options, autocast)
     assert out.shape == d_x.shape == x[:0].shape
     assert all((g == 0).all() for g in gradients)
 
@@ -412,7 +435,7 @@ def test_a_feed_forward_of_no_frames(kernel):
     assert all((g == 0).all() for g in gradients)
 
 
-@pytest.mark.skipif(not native.multiplies_bfloat16(), reason="no products of bfloat16")
+@needs_products
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
@@ -436,10 +459,233 @@ def test_what_is_kept_and_held(name, kept):
             out = case.op(*leaves, **case.options)
         given = {leaf.data_ptr() for leaf in leaves}
         saved = sum(t.nbytes for t in packed if t.data_ptr() not in given)
-        assert saved <= kept * x.numel()
+        assert saved <= kept * x.numel() + 16 * len(x)
         with torch.no_grad():
             held = peak_bytes(lambda: case.op(*leaves, **case.options))
     assert held <= saved + out.nbytes
     gradients = sum(leaf.nbytes for leaf in leaves)
     held = peak_bytes(lambda: torch.autograd.grad(out, leaves, out.detach()))
     assert held <= gradients + 4096
+
+
+# Behind the tensors, without `narrow`: of the operator and of its gradient.
+OPTIONS = {
+    "feed_forward": ((0.5, EPSILON, True), (0.5, EPSILON)),
+    "self_attention": ((), ()),
+    "convolution_module": ((EPSILON,), ()),
+}
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EACH)
+def test_opcheck(name, narrow):
+    """With and without what may be left out: norm or lengths."""
+    case, op = case_of(name), name.split(",")[0].replace("-", "_").replace(" ", "_")
+    forward, backward = (getattr(torch.ops.gmm_jepa, op + end).default for end in ("", "_backward"))
+    leaves = [leaf.requires_grad_() for leaf in case.leaves]
+    if op == "feed_forward":
+        variants = (leaves, [*leaves[:5], None, None])
+    else:
+        variants = ([*leaves, case.options["lengths"]], [*leaves, None])
+    for tensors in variants:
+        torch.library.opcheck(forward, (*tensors, *OPTIONS[op][0], narrow))
+        x, *rest = (None if t is None else t.detach() for t in tensors)
+        out, *kept = forward(x, *rest, *OPTIONS[op][0], narrow)
+        arguments = (cotangent(out), x, *kept, *rest, *OPTIONS[op][1], narrow)
+        torch.library.opcheck(backward, arguments)
+
+
+PARAMETERS = {
+    EACH[0]: ("up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias"),
+    EACH[1]: ops.AttentionWeights._fields,
+    EACH[2]: ops.ConvolutionWeights._fields,
+}
+# Of which another size changes what is expected of others.
+OTHERS = {"up_bias": "up_weight", "gate_scale": "table", "taps": "taps"}
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t[..., None]])
+@pytest.mark.parametrize("name", EACH)
+def test_parameters_that_do_not_fit(name, change):
+    case = case_of(name)
+    for number, parameter in enumerate(PARAMETERS[name], start=1):
+        leaves = list(case.leaves)
+        leaves[number] = change(leaves[number])
+        with pytest.raises(InputError, match=f"^({parameter}|{OTHERS.get(parameter)}): expected"):
+            case.op(*leaves, **case.options)
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "message"),
+    [
+        (EACH[0], torch.zeros(()), "up_weight: expected"),
+        (EACH[0], torch.zeros(7, 31), "up_weight: expected"),
+        (EACH[1], torch.zeros(4, 64), "x: expected"),
+        (EACH[1], torch.zeros(4, 0, 64), "x: expected"),
+        (EACH[1], torch.zeros(3, 33, 64), "lengths_frames: expected"),
+        (EACH[2], torch.zeros(4, 64), "x: expected"),
+        (EACH[2], torch.zeros(4, 0, 64), "x: expected"),
+        (EACH[2], torch.zeros(3, 65, 64), "lengths_frames: expected"),
+    ],
+)
+def test_frames_that_do_not_fit(name, x, message):
+    case = case_of(name)
+    with pytest.raises(InputError, match=message):
+        case.op(x, *case.leaves[1:], **case.options)
+
+
+def test_an_even_number_of_taps_and_half_a_norm():
+    x, *tensors, norm_bias = case_of(EACH[0]).leaves
+    with pytest.raises(InputError, match="norm_bias: expected"):
+        ops.feed_forward(x, *tensors)
+    with pytest.raises(InputError, match="norm_weight: expected"):
+        ops.feed_forward(x, *tensors[:4], None, norm_bias)
+    case = case_of(EACH[2])
+    case.leaves[5] = case.leaves[5][..., 1:]
+    with pytest.raises(InputError, match="taps: expected an odd"):
+        case.op(*case.leaves, **case.options)
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason=f"native module: {native.status()}")
+@pytest.mark.parametrize("length", [-1, 10])
+@pytest.mark.parametrize("name", ["self-attention", "convolution module"])
+def test_lengths_beyond_the_frames_are_refused(name, length):
+    case = case_of(f"{name}, no frames at all")
+    with pytest.raises(ValueError, match="lengths_frames"):
+        case.op(*case.leaves, lengths=torch.tensor([9, length]))
+    with pytest.raises(InputError, match="lengths_frames: expected integers"):
+        case.op(*case.leaves, lengths=torch.tensor([9.0, 9.0]))
+
+
+class Biased(nn.Module):
+    """A block with the position bias that its encoder would hand in."""
+
+    def __init__(self, block: nn.Module, bias: nn.Module | None) -> None:
+        super().__init__()
+        self.block, self.bias = block, bias
+
+    def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
+        if self.bias is None:
+            return self.block(x)
+        return self.block(x, mask, self.bias, self.bias.table(x.shape[1]))
+
+
+POSITIONS = {"n_buckets": 16, "max_distance": 40}
+
+
+def model_of(name: str, *, dropout: float = 0.0, dim: int = 64) -> Biased:
+    torch.manual_seed(0)
+    sizes = {"code_dim": dim, "heads": 2, "dropout": dropout}
+    if name == "cluster head":
+        return Biased(ClusterHead(dim, 50, dropout), None)
+    if name == "transformer block":
+        block = TransformerBlock(TransformerConfig(ffn_dim=96, **sizes))
+        return Biased(block, GlobalGatedBias(2, dim // 2, **POSITIONS))
+    block = ConformerBlock(ConformerConfig(conv_kernel=7, **sizes))
+    return Biased(block, GatedRelativeBias(2, dim // 2, **POSITIONS))
+
+
+# Calls of feed_forward, self_attention and convolution_module.
+MODELS = {"conformer block": (2, 1, 1), "cluster head": (3, 0, 0), "transformer block": (1, 0, 0)}
+
+
+def frames_of(model: Biased, has_mask: bool) -> tuple[Tensor, FrameMask | None]:
+    dim = next(p.shape[-1] for p in model.parameters() if p.ndim == 2)
+    mask = frame_mask(torch.tensor([21, 0, 13]), 21) if has_mask else None
+    return zero_padding(torch.randn(3, 21, dim), mask), mask
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Callable[[], tuple[int, ...]]:
+    """How often each of the three operators was called."""
+    counts = {"feed_forward": 0, "self_attention": 0, "convolution_module": 0}
+    for name in counts:
+        op = getattr(ops, name)
+
+        def counting(*arguments, name=name, op=op, **options):
+            counts[name] += 1
+            return op(*arguments, **options)
+
+        monkeypatch.setattr(ops, name, counting)
+    return lambda: tuple(counts.values())
+
+
+def results_of_model(
+    model: nn.Module, x: Tensor, mask: FrameMask | None, autocast: bool = True
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(leaves[0], mask)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent(out))]
+
+
+@needs_products
+@pytest.mark.parametrize("has_mask", [False, True], ids=["whole", "mask"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_as_near_as_plain_torch(name, has_mask, calls):
+    """To the model in float64; padding of a block comes out as zeros."""
+    model = model_of(name)
+    x, mask = frames_of(model, has_mask)
+    got = results_of_model(model, x, mask)
+    assert calls() == MODELS[name]
+    with fused.composed():
+        peer = results_of_model(model, x, mask)
+    assert calls() == MODELS[name]
+    exact = results_of_model(model.double(), x.double(), mask, autocast=False)
+    assert [t.dtype for t in got] == [t.dtype for t in peer]
+    if has_mask and name != "cluster head":
+        assert (got[0][mask.keep.expand_as(got[0]) == 0] == 0).all()
+    for number, (a, p, e) in enumerate(zip(got, peer, exact, strict=True)):
+        error, of_peer, size = (float(t.norm()) for t in (a - e, p - e, e))
+        assert error <= 1.3 * of_peer + 1e-6 * size, f"{number}: {error}, {of_peer} of {size}"
+
+
+@needs_products
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "why", ["dropout", "float32", "float16", "float64", "width", "instruction set", "narrow frames"]
+)
+def test_models_that_do_not_take_the_operators(name, why, calls):
+    model = model_of(name, dropout=0.1, dim=24 if why == "width" else 64)
+    x, mask = frames_of(model, True)
+    model.train(why == "dropout")
+    if why == "float64":
+        model, x = model.double(), x.double()
+    if why == "narrow frames":
+        x = x.bfloat16()
+        if name == "cluster head":  # which widens its own
+            model = model.block.blocks[0]
+            model, x = (lambda block: lambda x, _: block(x))(model), x.repeat(1, 1, 2)
+    narrow = torch.float16 if why == "float16" else torch.bfloat16
+    native.use_instruction_set("portable" if why == "instruction set" else "")
+    try:
+        with torch.autocast("cpu", narrow, enabled=why != "float32"):
+            model(x, mask)
+    finally:
+        native.use_instruction_set("")
+    assert calls() == (0, 0, 0)
+
+
+@needs_products
+def test_training_without_dropout_takes_them(calls):
+    model = model_of("conformer block").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*frames_of(model, True))
+    assert calls() == MODELS["conformer block"]
+
+
+@needs_products
+def test_one_graph_holds_a_conformer_block():
+    model, graphs = model_of("conformer block").eval(), []
+    x, mask = frames_of(model, True)
+
+    def noting(graph, inputs):
+        graphs.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=noting)
+    eager, ours = (results_of_model(form, x, mask) for form in (model, compiled))
+    found = [graphs[0].count(f"gmm_jepa.{name}.") for name in OPTIONS]
+    assert found == list(MODELS["conformer block"])
+    for a, e in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * float(e.abs().max()))
