@@ -127,6 +127,7 @@ void self_attention_round(const Kernels& kernels, bool narrow) {
     });
 }
 
+// Without rows `depthwise` divides by zero threads (parallel.h, Share).
 void convolution_module_round(const Kernels& kernels, bool narrow) {
     const int64_t B = any(0, 3), T = any(0, 2) ? any(1, 100) : any(1, 3);
     const int D = static_cast<int>(kMapMultiple * any(1, 4));

@@ -120,7 +120,7 @@ def a_map(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
 # shape of x, H, whether there is a norm
 FEED_FORWARDS = {
     "one frame": ((1, 32), 32, True),
-    "a vector": ((32,), 64, False),
+    "a vector": ((32,), 64, False),  # fails in plain torch: flatten(0, -2) of one dimension
     "as in the conformer": ((2, 37, 64), 256, False),
     "as in the head": ((3, 50, 96), 96, True),
     "odd frames": ((5, 13, 32), 160, True),
@@ -236,15 +236,27 @@ def exact_of(case: Case) -> list[Tensor]:
     return results_of(case.in_torch, [leaf.double() for leaf in case.leaves], case.options)
 
 
-def assert_near(got: list, peer: list, exact: list, *, factor: float, unit: float) -> None:
-    """At most `factor` times the error of plain torch, and `unit` of the largest value."""
+def largest(t: Tensor) -> float:
+    return float(t.abs().max())
+
+
+def norm(t: Tensor) -> float:
+    return float(t.double().norm())
+
+
+def assert_near(
+    got: list[Tensor],
+    peer: list[Tensor],
+    exact: list[Tensor],
+    *,
+    factor: float,
+    unit: float,
+    size: Callable[[Tensor], float] = largest,
+) -> None:
+    """At most `factor` times the error of plain torch, and `unit` of the result or of one."""
     for number, (a, p, e) in enumerate(zip(got, peer, exact, strict=True)):
-        assert a.shape == e.shape, number
-        assert a.dtype == torch.float32, number
-        if not e.numel():
-            continue
-        scale = max(1.0, float(e.abs().max()))
-        error, of_peer = (float((t - e).abs().max()) for t in (a, p))
+        assert (a.shape, a.dtype) == (e.shape, torch.float32), number
+        error, of_peer, scale = size(a - e), size(p - e), max(size(e), size(torch.ones_like(e)))
         assert error <= factor * of_peer + unit * scale, f"{number}: {error}, {of_peer} of {scale}"
 
 
@@ -265,7 +277,7 @@ def test_bfloat16_against_float64(name, kernel):
     """What is multiplied is rounded where there are products of it; else all stays float32."""
     case = case_of(name)
     got, peer = (results_of(f, case.leaves, case.options, True) for f in (case.op, case.in_torch))
-    assert_near(got, peer, exact_of(case), factor=1.5, unit=unit_of(name))
+    assert_near(got, peer, exact_of(case), factor=1.2, unit=unit_of(name), size=norm)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -330,12 +342,15 @@ def test_what_is_kept_for_a_gradient_changes_nothing(name, autocast, kernel):
             assert torch.equal(found, expected[number + 1]), number
 
 
+# Fails: autocast makes float32 of what was kept as bfloat16, and float32 is multiplied then.
 @pytest.mark.parametrize("name", EACH)
-def test_gradients_are_the_same_inside_of_autocast(name, kernel):
+def test_gradients_inside_of_autocast_are_those_outside(name, kernel):
     case = case_of(name)
-    expected = results_of(case.op, case.leaves, case.options, True)
+    _, *expected = results_of(case.op, case.leaves, case.options, True)
+    leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
     with torch.autocast("cpu", torch.bfloat16):
-        found = results_of(case.op, case.leaves, case.options)
+        out = case.op(*leaves, **case.options)
+        found = torch.autograd.grad(out, leaves, cotangent(out))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -476,6 +491,7 @@ OPTIONS = {
 }
 
 
+# Fails: what is kept as bfloat16 is float32 in register_fake.
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EACH)
 def test_opcheck(name, narrow):
@@ -635,9 +651,8 @@ def test_models_are_as_near_as_plain_torch(name, has_mask, calls):
     assert [t.dtype for t in got] == [t.dtype for t in peer]
     if has_mask and name != "cluster head":
         assert (got[0][mask.keep.expand_as(got[0]) == 0] == 0).all()
-    for number, (a, p, e) in enumerate(zip(got, peer, exact, strict=True)):
-        error, of_peer, size = (float(t.norm()) for t in (a - e, p - e, e))
-        assert error <= 1.3 * of_peer + 1e-6 * size, f"{number}: {error}, {of_peer} of {size}"
+    got = [t.float() for t in got]  # a head's logits are bfloat16
+    assert_near(got, peer, exact, factor=2, unit=1e-6, size=norm)
 
 
 @needs_products
@@ -674,6 +689,7 @@ def test_training_without_dropout_takes_them(calls):
     assert calls() == MODELS["conformer block"]
 
 
+# Fails: a compiler cannot trace the call of the native module in `multiplies_bfloat16`.
 @needs_products
 def test_one_graph_holds_a_conformer_block():
     model, graphs = model_of("conformer block").eval(), []
