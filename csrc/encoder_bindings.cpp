@@ -15,6 +15,7 @@
 #include "lists.h"
 #include "losses.h"
 #include "residual.h"
+#include "residual_block.h"
 #include "snake.h"
 #include "waveform.h"
 
@@ -101,6 +102,50 @@ void waveform_conv_backward_at(const py::tuple& shape, uintptr_t x, uintptr_t gr
     const py::gil_scoped_release release;
     waveform_conv_backward(sizes, pointer<const float>(x), pointer<const float>(grad),
                            pointer<float>(taps), pointer<float>(bias), table, n_threads);
+}
+
+// shape: B, T, C, dilations, address of lengths or 0, whether narrow
+ResidualBlockShape residual_block_shape(const py::tuple& t) {
+    ResidualBlockShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(), {},
+                             pointer<const int64_t>(t[4].cast<uintptr_t>()), t[5].cast<bool>()};
+    for (const py::handle dilation : t[3]) shape.dilations.push_back(dilation.cast<int64_t>());
+    for (int64_t dilation : shape.dilations) {
+        if (dilation < 1) throw std::invalid_argument("dilations: expected at least 1 each");
+    }
+    if (shape.n_rows < 0 || shape.n_frames < 0 || !takes_together(shape.n_channels) ||
+        shape.dilations.empty()) {
+        throw std::invalid_argument("shape: expected sizes, 16 or 32 channels, and units");
+    }
+    check_lengths(shape.lengths, shape.n_rows, shape.n_frames);
+    return shape;
+}
+
+ResidualBlockWeights residual_block_weights(const py::tuple& t) {
+    const auto at = [&](int i) { return pointer<const float>(t[i].cast<uintptr_t>()); };
+    return {at(0), at(1), at(2), at(3)};
+}
+
+void residual_block_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                       uintptr_t out, int n_threads, const std::string& instruction_set) {
+    const ResidualBlockShape sizes = residual_block_shape(shape);
+    const ResidualBlockWeights parameters = residual_block_weights(weights);
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    residual_block(sizes, parameters, pointer<const float>(x), pointer<float>(out), table,
+                   n_threads);
+}
+
+void residual_block_backward_at(const py::tuple& shape, const py::tuple& weights, uintptr_t x,
+                                uintptr_t grad, const py::tuple& out, int n_threads,
+                                const std::string& instruction_set) {
+    const ResidualBlockShape sizes = residual_block_shape(shape);
+    const ResidualBlockWeights parameters = residual_block_weights(weights);
+    const auto at = [&](int i) { return pointer<float>(out[i].cast<uintptr_t>()); };
+    const ResidualBlockGradients gradients{at(0), at(1), at(2), at(3), at(4)};
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    residual_block_backward(sizes, parameters, pointer<const float>(x),
+                            pointer<const float>(grad), gradients, table, n_threads);
 }
 
 // shape: B, T, C, address of lengths or 0
@@ -394,6 +439,12 @@ void define_encoder(py::module_& module) {
     module.def("depthwise", &depthwise_at, py::arg("shape"), py::arg("x"), py::arg("weight"),
                py::arg("bias"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");
+    module.def("residual_block", &residual_block_at, py::arg("shape"), py::arg("weights"),
+               py::arg("x"), py::arg("out"), py::arg("n_threads"),
+               py::arg("instruction_set") = "");
+    module.def("residual_block_backward", &residual_block_backward_at, py::arg("shape"),
+               py::arg("weights"), py::arg("x"), py::arg("grad"), py::arg("out"),
+               py::arg("n_threads"), py::arg("instruction_set") = "");
     module.def("waveform_conv", &waveform_conv_at, py::arg("shape"), py::arg("x"),
                py::arg("taps"), py::arg("bias"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

@@ -52,6 +52,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, C) with zero padding -> the same."""
+        dilations = [dilated.dilation for dilated in self.dilated]
+        if ops.takes_residual_block(x, dilations):
+            lengths = None if mask is None else mask.lengths
+            stacked = (
+                torch.stack([getattr(layer, name) for layer in layers])
+                for layers in (self.dilated, self.plain)
+                for name in ("weight", "bias")
+            )
+            return ops.residual_block(x, *stacked, dilations=dilations, lengths_frames=lengths)
         for dilated, plain in zip(self.dilated, self.plain):
             if ops.takes_float32(x) or takes_16_bits(x):
                 x = ops.residual_unit(

@@ -42,6 +42,7 @@ from gmm_jepa.ops.losses import (
 from gmm_jepa.ops.mixture import Ensemble, Mixture
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.residual import residual_unit
+from gmm_jepa.ops.residual_block import residual_block, takes_residual_block
 from gmm_jepa.ops.self_attention import AttentionWeights, self_attention
 from gmm_jepa.ops.snake import snake
 from gmm_jepa.ops.strided import strided_conv
@@ -99,6 +100,7 @@ __all__ = [
     "native_blocks",
     "native_encoder",
     "native_losses",
+    "residual_block",
     "residual_unit",
     "self_attention",
     "snake",
@@ -106,6 +108,7 @@ __all__ = [
     "takes_block",
     "takes_float32",
     "takes_linear",
+    "takes_residual_block",
     "triton_attention",
     "triton_depthwise",
     "triton_front_end",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ from gmm_jepa.ops.residual import (
     _unit_backward,
     residual_unit_backward_reference,
     residual_unit_reference,
+)
+from gmm_jepa.ops.residual_block import (
+    CHANNELS,
+    _block,
+    _block_backward,
+    residual_block_backward_reference,
+    residual_block_reference,
 )
 from gmm_jepa.ops.snake import (
     _snake,
@@ -391,6 +399,60 @@ def residual_unit_backward(
     return out
 
 
+def residual_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilations: Sequence[int],
+    narrow: bool,
+) -> Tensor:
+    """Residual units one after the other, in float32."""
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+        return residual_block_reference(*tensors, lengths_frames, dilations, narrow)
+    x, *parameters = (t.contiguous() for t in tensors)
+    out, lengths = torch.empty_like(x), _lengths(lengths_frames)
+    call(
+        "residual_block",
+        (*x.shape, list(dilations), _address(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def residual_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilations: Sequence[int],
+    narrow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the parameters of `residual_block`."""
+    tensors = (grad, x, weight1, bias1, weight2, bias2)
+    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+        return residual_block_backward_reference(*tensors, lengths_frames, dilations, narrow)
+    grad, x, *parameters = (t.contiguous() for t in tensors)
+    out, lengths = tuple(torch.empty_like(t) for t in (x, *parameters)), _lengths(lengths_frames)
+    call(
+        "residual_block_backward",
+        (*x.shape, list(dilations), _address(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
 def _is_residual(*tensors: Tensor) -> bool:
     """What the native unit is made for: float32, and at least one value."""
     return all(t.dtype == torch.float32 and t.numel() for t in tensors)
@@ -451,6 +513,8 @@ if instruction_sets():
     _depthwise.register_kernel("cpu")(depthwise_conv)
     _depthwise_backward.register_kernel("cpu")(depthwise_conv_backward)
     _dropout.register_kernel("cpu")(dropout)
+    _block.register_kernel("cpu")(residual_block)
+    _block_backward.register_kernel("cpu")(residual_block_backward)
     _unit.register_kernel("cpu")(residual_unit)
     _unit_backward.register_kernel("cpu")(residual_unit_backward)
     _snake.register_kernel("cpu")(snake)
