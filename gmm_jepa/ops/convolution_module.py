@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.depthwise import depthwise_backward_reference, depthwise_reference
+from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths, real_frames
 
@@ -80,7 +81,7 @@ def convolution_module(
     for name, tensor, shape in zip(weights._fields, weights, shapes):
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
-    narrow = torch.is_autocast_enabled(x.device.type)
+    narrow = allows_narrow(x)
     return _convolution_module(x, *weights, lengths_frames, epsilon, narrow)[0]
 
 
@@ -133,8 +134,8 @@ def convolution_module_reference(
     In x's dtype: `narrow` allows to round what is multiplied, and does not ask for it.
 
     Returns:
-        (B, T, D), the result; (B, T, 2 D), what `up` made; (B, T, D), what the taps made; (B, 4)
-        mean and inverse deviation before `up`, and behind the taps.
+        (B, T, D), the result; (B, T, 2 D), what `up` made, bfloat16 if `narrow`; (B, T, D), what
+        the taps made; (B, 4), mean and inverse deviation before `up`, and behind the taps.
     """
     real = _real(lengths_frames, x)
     with torch.autocast(x.device.type, enabled=False):
@@ -144,6 +145,7 @@ def convolution_module_reference(
         mean_out, scale_out = _statistics(convolved, real, epsilon)
         value = F.silu(_normal(convolved, mean_out, scale_out) * norm_out + norm_out_bias)
         out = x + F.linear(value, down, down_bias) * real
+    made = made.to(torch.bfloat16 if narrow else x.dtype)
     return out, made, convolved, torch.stack([mean_in, scale_in, mean_out, scale_out], dim=1)
 
 
@@ -167,7 +169,7 @@ def convolution_module_backward_reference(
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights, in plain torch."""
-    real = _real(lengths_frames, x)
+    real, made = _real(lengths_frames, x), made.to(x.dtype)
     mean_in, scale_in, mean_out, scale_out = statistics.unbind(dim=1)
     with torch.autocast(x.device.type, enabled=False):
         of_output = grad * real
@@ -207,8 +209,9 @@ _convolution_module_backward = Operator(
 
 @_convolution_module.register_fake
 def _(x, *weights_lengths_epsilon_narrow):
-    B, T, D = x.shape
-    return tuple(x.new_empty(shape) for shape in ((B, T, D), (B, T, 2 * D), (B, T, D), (B, 4)))
+    (B, T, D), narrow = x.shape, weights_lengths_epsilon_narrow[-1]
+    made = x.new_empty((B, T, 2 * D), dtype=torch.bfloat16 if narrow else x.dtype)
+    return x.new_empty((B, T, D)), made, x.new_empty((B, T, D)), x.new_empty((B, 4))
 
 
 @_convolution_module_backward.register_fake

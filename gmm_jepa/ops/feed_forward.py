@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 
 
@@ -59,7 +60,7 @@ def feed_forward(
             found = None if tensor is None else tuple(tensor.shape)
             raise InputError(f"{name}: expected {shape}, got {found}")
     keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
-    narrow = torch.is_autocast_enabled(x.device.type)
+    narrow = allows_narrow(x)
     return _feed_forward(*tensors, scale, epsilon, keep_hidden, narrow)[0]
 
 
@@ -82,12 +83,14 @@ def feed_forward_reference(
 ) -> tuple[Tensor, Tensor]:
     """`feed_forward` in plain torch, and what the first map made, or (0,) without.
 
-    It is in x's dtype: `narrow` allows to round what is multiplied, and does not ask for it.
+    It is in x's dtype: `narrow` allows to round what is multiplied, and does not ask for it. What
+    is kept is bfloat16 with it.
     """
     with torch.autocast(x.device.type, enabled=False):
         hidden = F.linear(_normal(x, norm_weight, norm_bias, epsilon), up_weight, up_bias)
         out = x + scale * F.linear(F.gelu(hidden), down_weight, down_bias)
-    return out, hidden if keep_hidden else x.new_empty(0)
+    kept = torch.bfloat16 if narrow else x.dtype
+    return out, hidden.to(kept) if keep_hidden else x.new_empty(0, dtype=kept)
 
 
 def feed_forward_backward_reference(
@@ -105,10 +108,11 @@ def feed_forward_backward_reference(
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights and biases, in plain torch; (0,) of a norm that there is not."""
-    rows, hidden_rows = x.flatten(0, -2), hidden.flatten(0, -2)
+    check_hidden(x, hidden, up_bias)
+    rows, hidden_rows = x.reshape(-1, x.shape[-1]), hidden.to(x.dtype).reshape(-1, len(up_bias))
     d_norm, d_norm_bias = x.new_empty(0), x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
-        of_output = scale * grad.flatten(0, -2)
+        of_output = scale * grad.reshape(rows.shape)
         of_hidden = torch.ops.aten.gelu_backward(of_output @ down_weight, hidden_rows)
         of_rows = of_hidden @ up_weight
         inputs = _normal(rows, norm_weight, norm_bias, epsilon)
@@ -124,6 +128,13 @@ def feed_forward_backward_reference(
     return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0), d_norm, d_norm_bias
 
 
+def check_hidden(x: Tensor, hidden: Tensor, up_bias: Tensor) -> None:
+    """Raise InputError where the forward pass did not keep what the gradient needs."""
+    shape = (*x.shape[:-1], len(up_bias))
+    if hidden.shape != shape:
+        raise InputError(f"hidden: expected {shape}, got {tuple(hidden.shape)}: it was not kept")
+
+
 _feed_forward = Operator("gmm_jepa::feed_forward", feed_forward_reference)
 _feed_forward_backward = Operator(
     "gmm_jepa::feed_forward_backward", feed_forward_backward_reference
@@ -132,9 +143,9 @@ _feed_forward_backward = Operator(
 
 @_feed_forward.register_fake
 def _(x, up_weight, up_bias, *rest):
-    keep_hidden = rest[-2]
-    hidden = x.new_empty((*x.shape[:-1], len(up_bias)) if keep_hidden else (0,))
-    return x.new_empty(x.shape), hidden
+    *_, keep_hidden, narrow = rest
+    shape = (*x.shape[:-1], len(up_bias)) if keep_hidden else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.bfloat16 if narrow else x.dtype)
 
 
 @_feed_forward_backward.register_fake

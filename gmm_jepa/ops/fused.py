@@ -72,6 +72,11 @@ def takes_float32(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
+def allows_narrow(x: Tensor) -> bool:
+    """Whether autocast lets an op of x round what it multiplies: anything but float64."""
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 def takes_block(x: Tensor, *, hidden: int = MAP_MULTIPLE, n_heads: int = 1) -> bool:
     """Whether a block's linear maps of x go into one op with what lies between them.
 

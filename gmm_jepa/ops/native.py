@@ -51,14 +51,18 @@ _packed = PackedMixtures(cuda_em.pack, n_kept=2)
 _instruction_set = ""
 
 
+_instruction_sets = _native.instruction_sets().split(",") if _native is not None else []
+
+
 def instruction_sets() -> list[str]:
     """Names of the sets that this build and this processor can run, best first; empty without."""
-    return _native.instruction_sets().split(",") if _native is not None else []
+    return list(_instruction_sets)
 
 
 def multiplies_bfloat16() -> bool:
     """Whether the chosen set has products of pairs of bfloat16."""
-    return (_instruction_set or next(iter(instruction_sets()), "")) in ("amx", "avx512bf16")
+    chosen = _instruction_set or (_instruction_sets[0] if _instruction_sets else "")
+    return chosen in ("amx", "avx512bf16")
 
 
 def use_instruction_set(name: str) -> None:

@@ -14,6 +14,7 @@ from gmm_jepa.ops.convolution_module import (
 from gmm_jepa.ops.feed_forward import (
     _feed_forward,
     _feed_forward_backward,
+    check_hidden,
     feed_forward_backward_reference,
     feed_forward_reference,
 )
@@ -53,19 +54,19 @@ def feed_forward(
         return feed_forward_reference(x, *parameters, scale, epsilon, keep_hidden, narrow)
     x, (H, D) = x.contiguous(), up_weight.shape
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
-    narrow = narrow and multiplies_bfloat16()
-    kept = torch.bfloat16 if narrow else torch.float32
-    hidden = x.new_empty((*x.shape[:-1], H) if keep_hidden else (0,), dtype=kept)
+    rounds = narrow and multiplies_bfloat16()
+    shape = (*x.shape[:-1], H) if keep_hidden else (0,)
+    hidden = x.new_empty(shape, dtype=_kept(rounds))
     out = torch.empty_like(x)
     call(
         "feed_forward",
-        (x.numel() // D, D, H, scale, epsilon, narrow),
+        (x.numel() // D, D, H, scale, epsilon, rounds),
         tuple(map(_address, parameters)),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
         out.data_ptr(),
     )
-    return out, hidden
+    return out, hidden.to(_kept(narrow))
 
 
 def feed_forward_backward(
@@ -86,13 +87,15 @@ def feed_forward_backward(
     parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     if not _is_feed_forward(x, parameters):
         return feed_forward_backward_reference(grad, x, hidden, *parameters, scale, epsilon, narrow)
-    grad, x, hidden = (t.contiguous() for t in (grad, x, hidden))
+    check_hidden(x, hidden, up_bias)
+    rounds = narrow and multiplies_bfloat16()
+    grad, x, hidden = (t.contiguous() for t in (grad, x, hidden.to(_kept(rounds))))
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
     out = tuple(x.new_empty((0,) if t is None else t.shape) for t in (x, *parameters))
     H, D = up_weight.shape
     call(
         "feed_forward_backward",
-        (x.numel() // D, D, H, scale, epsilon, hidden.dtype == torch.bfloat16),
+        (x.numel() // D, D, H, scale, epsilon, rounds),
         tuple(map(_address, parameters)),
         x.data_ptr(),
         hidden.data_ptr(),
@@ -205,22 +208,19 @@ def convolution_module(
     if not _fits_maps(*tensors):
         return convolution_module_reference(*tensors, lengths_frames, epsilon, narrow)
     x, *weights = (t.contiguous() for t in tensors)
-    (B, T, D), narrow = x.shape, narrow and multiplies_bfloat16()
+    (B, T, D), rounds = x.shape, narrow and multiplies_bfloat16()
     out, lengths = torch.empty_like(x), _lengths(lengths_frames)
-    kept = (
-        x.new_empty((B, T, 2 * D), dtype=torch.bfloat16 if narrow else torch.float32),
-        torch.empty_like(x),
-        x.new_empty((B, 4)),
-    )
+    made = x.new_empty((B, T, 2 * D), dtype=_kept(rounds))
+    kept = (made, torch.empty_like(x), x.new_empty((B, 4)))
     call(
         "convolution_module",
-        (B, T, D, taps.shape[-1], _address(lengths), epsilon, narrow),
+        (B, T, D, taps.shape[-1], _address(lengths), epsilon, rounds),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
         out.data_ptr(),
     )
-    return out, *kept
+    return out, made.to(_kept(narrow)), *kept[1:]
 
 
 def convolution_module_backward(
@@ -243,6 +243,7 @@ def convolution_module_backward(
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights of `convolution_module`."""
+    rounds = narrow and multiplies_bfloat16()
     kept = (made, convolved, statistics)
     of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)
     weights = (*of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
@@ -250,13 +251,13 @@ def convolution_module_backward(
         return convolution_module_backward_reference(
             grad, x, *kept, *weights, lengths_frames, narrow
         )
+    kept = (made.to(_kept(rounds)), convolved, statistics)
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:3], rest[3:]
     gradients, lengths = tuple(torch.empty_like(t) for t in (x, *weights)), _lengths(lengths_frames)
-    is_narrow = made.dtype == torch.bfloat16
     call(
         "convolution_module_backward",
-        (*x.shape, taps.shape[-1], _address(lengths), 0.0, is_narrow),
+        (*x.shape, taps.shape[-1], _address(lengths), 0.0, rounds),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -304,6 +305,11 @@ def _is_strided(x: Tensor, weight: Tensor) -> bool:
     """Float32, and as many outputs, and values that each sees, as fill panels and tiles."""
     fits = len(weight) % MAP_MULTIPLE == weight[0].numel() % MAP_MULTIPLE == 0
     return fits and x.numel() > 0 and x.dtype == weight.dtype == torch.float32
+
+
+def _kept(narrow: bool) -> torch.dtype:
+    """Of what a map made and the gradient needs."""
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _fits_maps(x: Tensor, *weights: Tensor) -> bool:

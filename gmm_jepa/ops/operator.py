@@ -82,10 +82,13 @@ class Operator:
         looked_on = (
             torch._C._len_torch_dispatch_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+            or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
+            or torch.overrides.has_torch_function(arguments)
         )
         return not looked_on and all(
-            type(a) in (Tensor, nn.Parameter) and a.device.type == "cpu"
+            type(a) in (Tensor, nn.Parameter) and a.device.type == "cpu" and not a.is_neg()
             for a in arguments
             if isinstance(a, Tensor)
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.fused import allows_narrow, takes_float32
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import (
     check_lengths,
@@ -75,7 +75,7 @@ def residual_block(
     if not U or min(dilations) < 1:
         raise InputError(f"dilations: expected some, of at least 1 each, got {list(dilations)}")
     check_lengths(lengths_frames, x)
-    narrow = torch.is_autocast_enabled(x.device.type)
+    narrow = allows_narrow(x)
     weights = (weight1, bias1, weight2, bias2)
     return _block(x, *weights, lengths_frames, list(dilations), narrow)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.attention import attention_backward_reference, attention_reference
+from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths
 
@@ -70,7 +71,7 @@ def self_attention(
     for name, tensor, shape in zip(weights._fields, weights, shapes):
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
-    narrow = torch.is_autocast_enabled(x.device.type)
+    narrow = allows_narrow(x)
     return _self_attention(x, *weights, lengths_frames, narrow)[0]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.fused import allows_narrow, takes_float32
 from gmm_jepa.ops.operator import Operator
 
 
@@ -47,7 +47,7 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor
         raise InputError(f"x: {x.shape[1]} frames give none with stride {stride}")
     kind = x.device.type
     if takes_float32(x):
-        return _strided(x, weight, bias, stride, torch.is_autocast_enabled(kind))
+        return _strided(x, weight, bias, stride, allows_narrow(x))
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)

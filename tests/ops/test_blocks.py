@@ -342,7 +342,6 @@ def test_what_is_kept_for_a_gradient_changes_nothing(name, autocast, kernel):
             assert torch.equal(found, expected[number + 1]), number
 
 
-# Fails: autocast makes float32 of what was kept as bfloat16, and float32 is multiplied then.
 @pytest.mark.parametrize("name", EACH)
 def test_gradients_inside_of_autocast_are_those_outside(name, kernel):
     case = case_of(name)
@@ -491,7 +490,6 @@ OPTIONS = {
 }
 
 
-# Fails: what is kept as bfloat16 is float32 in register_fake.
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EACH)
 def test_opcheck(name, narrow):
@@ -689,7 +687,6 @@ def test_training_without_dropout_takes_them(calls):
     assert calls() == MODELS["conformer block"]
 
 
-# Fails: a compiler cannot trace the call of the native module in `multiplies_bfloat16`.
 @needs_products
 def test_one_graph_holds_a_conformer_block():
     model, graphs = model_of("conformer block").eval(), []

@@ -267,7 +267,6 @@ def test_subclasses_keep_their_class(long):
     assert type(y) is type(square) is Marked
 
 
-# Fails: the kernel gets the tensor as it is.
 def test_a_sign_that_is_not_in_memory_counts(monkeypatch):
     """The dispatcher writes such tensors out; a kernel would take them by their address."""
     negative = torch._neg_view(FRAMES)
