@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from bench.block_cases import convolution_module, feed_forward, front_end, self_attention
 from bench.cases import (
     Case,
     em_statistics,
@@ -41,6 +42,7 @@ from bench.loss_cases import (
 )
 from bench.shapes import Shape
 from gmm_jepa.ops import fused
+from gmm_jepa.ops.native import multiplies_bfloat16
 
 IN_BOTH_TYPES = (
     log_mel,
@@ -64,6 +66,8 @@ EVERYWHERE = (
 )
 ON_CPUS = (residual_unit, snake, density_attention, dropout, linear)
 """Elsewhere plain torch does these, or layers of the default conformer's front end."""
+IN_BFLOAT16 = (feed_forward, self_attention, convolution_module, front_end)
+"""On CPUs that multiply bfloat16."""
 ON_CUDA = (strided_conv, partial(strided_conv, dtype=torch.bfloat16))
 """On CPUs models take torch's own."""
 UNPROVEN = (
@@ -79,6 +83,8 @@ def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
     made = [lambda make=make: make(shape, device) for make in EVERYWHERE]
     if device == "cpu":
         made += [lambda make=make: make(shape, device) for make in ON_CPUS]
+        if multiplies_bfloat16():
+            made += [lambda make=make: make(shape, device) for make in IN_BFLOAT16]
     if device == "cuda":
         made += [lambda make=make: make(shape, device) for make in ON_CUDA]
         half = torch.bfloat16

@@ -11,9 +11,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-from torch.utils.flop_counter import register_flop_formula
-
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.padding import conv_length
@@ -322,46 +319,3 @@ def training_step_flops(
         flops += log_mel(n_frames, hop=config.hop_samples).flops
         flops += masked_kl(n_frames, n_clusters).flops
     return n_rows * flops
-
-
-# What `torch.utils.flop_counter` says of this package's ops, from the shapes of their inputs.
-
-
-@register_flop_formula(torch.ops.gmm_jepa.residual_unit)
-def _(x_shape, *_, **__) -> int:
-    return int(residual_unit(math.prod(x_shape[:2]), x_shape[2]).flops) // 3
-
-
-@register_flop_formula(torch.ops.gmm_jepa.residual_unit_backward)
-def _(x_shape, *_, **__) -> int:
-    return 2 * int(residual_unit(math.prod(x_shape[:2]), x_shape[2]).flops) // 3
-
-
-@register_flop_formula(torch.ops.gmm_jepa.gated_bias_attention)
-def _(q_shape, *_, **__) -> int:
-    return 4 * math.prod(q_shape) * q_shape[2]
-
-
-@register_flop_formula(torch.ops.gmm_jepa.gated_bias_attention_backward)
-def _(grad_shape, *_, **__) -> int:
-    return 8 * math.prod(grad_shape) * grad_shape[2]  # the scores made again left out
-
-
-@register_flop_formula(torch.ops.gmm_jepa.linear)
-def _(x_shape, weight_shape, *_, **__) -> int:
-    return 2 * math.prod(x_shape) * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.gmm_jepa.linear_backward)
-def _(grad_shape, x_shape, *_, **__) -> int:
-    return 4 * math.prod(grad_shape) * x_shape[1]
-
-
-@register_flop_formula(torch.ops.gmm_jepa.depthwise_conv)
-def _(x_shape, weight_shape, *_, **__) -> int:
-    return 2 * math.prod(x_shape) * weight_shape[-1]
-
-
-@register_flop_formula(torch.ops.gmm_jepa.depthwise_conv_backward)
-def _(grad_shape, _, weight_shape, *__, **___) -> int:
-    return 4 * math.prod(grad_shape) * weight_shape[-1]

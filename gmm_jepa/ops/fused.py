@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmm_jepa.ops.native import multiplies_bfloat16
+
 has_native = False
 """Set where the native module registers its kernels."""
 
@@ -95,8 +97,6 @@ def takes_block(x: Tensor, *, hidden: int = MAP_MULTIPLE, n_heads: int = 1) -> b
 
 def _narrows(x: Tensor) -> bool:
     """Whether ops that give float32 take x and multiply bfloat16."""
-    from gmm_jepa.ops.native import multiplies_bfloat16
-
     return takes_float32(x) and torch.is_autocast_enabled("cpu") and multiplies_bfloat16()
 
 

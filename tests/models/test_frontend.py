@@ -1,18 +1,26 @@
-"""Convolutions, snake and the composed stem against their plain forms."""
+"""Convolutions, snake, the composed stem and the whole front end against their plain forms."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from gmm_jepa import ops
+from gmm_jepa.models import stem as stem_module
 from gmm_jepa.models.convolution import FrameConv
-from gmm_jepa.models.frontend import Snake, to_unit_rms
+from gmm_jepa.models.frontend import FrontEnd, Snake, to_unit_rms
 from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.models.stem import stem
+from gmm_jepa.ops import fused, native
+from tests.against_float64 import assert_near, cotangent, needs_products, norm
 
-from .small import ragged_batch
+from .small import FULL, ragged_batch, shake
 
 
 @pytest.mark.parametrize(
@@ -117,3 +125,116 @@ def test_unit_rms() -> None:
             assert row[:n].square().mean().item() == pytest.approx(1, rel=1e-4)
         assert (row[n:] == 0).all()
     assert (to_unit_rms(torch.zeros(1, 50), None) == 0).all()
+
+
+needs_native = pytest.mark.skipif(
+    not native.instruction_sets(), reason=f"native module: {native.status()}"
+)
+# Residual blocks of 16 and of 32 channels, dilations 1, 1, 1 and 1, 3, 5.
+WIDE = replace(FULL, channels=(6, 16, 32), strides=(4, 5), code_dim=32)
+OPERATORS = ("waveform_conv", "strided_conv", "residual_block", "residual_unit")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Callable[[], tuple[int, ...]]:
+    """How often each of `OPERATORS` was called."""
+    counts = dict.fromkeys(OPERATORS, 0)
+    for name in OPERATORS:
+        module = stem_module if name == "waveform_conv" else ops
+        op = getattr(module, name)
+
+        def counting(*arguments, name=name, op=op, **options):
+            counts[name] += 1
+            return op(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counting)
+    return lambda: tuple(counts.values())
+
+
+def results_of_front_end(
+    model: FrontEnd, waveform: Tensor, lengths: Tensor | None, *, autocast: bool = False
+) -> list[Tensor]:
+    """Frames and the gradients of all parameters."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        frames, mask = model(waveform, lengths)
+    assert (mask is None) == (lengths is None)
+    if mask is not None:
+        assert (frames[mask.keep.expand_as(frames) == 0] == 0).all()
+    return [frames.detach(), *torch.autograd.grad(frames, model.parameters(), cotangent(frames))]
+
+
+@contextlib.contextmanager
+def noting_kinks(least: list[float]):
+    """To `least`: how near zero values come that a leaky ReLU takes, but for padding's zeros."""
+    leaky_relu = F.leaky_relu
+
+    def noting(x: Tensor, slope: float) -> Tensor:
+        least.append(float(x[x != 0].abs().min()))
+        return leaky_relu(x, slope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "leaky_relu", noting)
+        yield
+
+
+def drawn_front_end(config, lengths: list[int] | None) -> tuple[FrontEnd, Tensor, Tensor | None]:
+    """Such that rounding takes no value across the kink of a leaky ReLU."""
+    for seed in range(50):
+        torch.manual_seed(seed)
+        model = shake(FrontEnd(config))
+        waveform, given = ragged_batch(lengths or [803, 803], padding=torch.nan)
+        given = None if lengths is None else given
+        least = []
+        with noting_kinks(least), torch.no_grad():
+            model.double()(waveform.double(), given)
+        if min(least) > 5e-6:
+            return model.float(), waveform, given
+    raise AssertionError("every draw is near a kink")
+
+
+@needs_native
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("lengths", [None, [803, 0, 411, 5, 47, 802]], ids=["whole", "ragged"])
+def test_a_front_end_of_operators_is_as_near_as_a_composed_one(lengths, autocast, calls):
+    """To one in float64; rows of no sample and of too few for a frame come out as zeros."""
+    model, waveform, lengths = drawn_front_end(WIDE, lengths)
+    before = calls()
+    got = results_of_front_end(model, waveform, lengths, autocast=autocast)
+    products = autocast and native.multiplies_bfloat16()
+    assert before == (0, 0, 0, 0)
+    assert calls() == (1, int(products), 4, 0)
+    with fused.composed():
+        peer = results_of_front_end(model, waveform, lengths, autocast=autocast)
+    assert calls() == (1, int(products), 4, 0)
+    exact = results_of_front_end(model.double(), waveform.double(), lengths)
+    unit = 1e-3 if autocast else 3e-6
+    assert_near(got, peer, exact, factor=1.5, unit=unit, size=norm)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("channels", "blocks", "expected"),
+    [
+        ((6, 16, 32), 3, (1, 0, 4, 6)),  # dilations 1, 9, 25 reach too far
+        ((6, 16, 64), 2, (1, 0, 2, 6)),
+        ((6, 24, 8), 1, (1, 0, 0, 6)),
+    ],
+)
+def test_which_residual_units_are_taken_together(channels, blocks, expected, calls):
+    model = FrontEnd(replace(WIDE, channels=channels, residual_blocks=blocks))
+    waveform, lengths = ragged_batch([803, 411])
+    with torch.no_grad():
+        got, _ = model(waveform, lengths)
+        assert calls() == expected
+        with fused.composed():
+            composed, _ = model(waveform, lengths)
+    torch.testing.assert_close(got, composed, rtol=1e-4, atol=1e-5)
+
+
+@needs_products
+def test_silence_in_bfloat16_stays_finite():
+    model = FrontEnd(WIDE)
+    waveform, lengths = torch.zeros(3, 803), torch.tensor([803, 0, 500])
+    assert all(
+        t.isfinite().all() for t in results_of_front_end(model, waveform, lengths, autocast=True)
+    )

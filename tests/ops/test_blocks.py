@@ -2,262 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.models.attention import GatedRelativeBias
-from gmm_jepa.models.config import ConformerConfig
-from gmm_jepa.models.conformer import ConformerBlock
-from gmm_jepa.models.heads import ClusterHead
-from gmm_jepa.models.padding import FrameMask, frame_mask, zero_padding
-from gmm_jepa.models.transformer import GlobalGatedBias, TransformerBlock, TransformerConfig
-from gmm_jepa.ops import fused, native, native_blocks
+from gmm_jepa.ops import native, native_blocks
+from tests.against_float64 import (
+    KERNELS,
+    assert_near,
+    cotangent,
+    needs_products,
+    norm,
+    on_kernel,
+    on_one_thread_and_two,
+    results_of,
+)
+from tests.block_cases import CASES, EACH, EPSILON, Case, case_of, feed_forward
 
 from .test_memory import peak_bytes
 
-# Names of the native module's instruction sets, and the plain torch form.
-KERNELS = [*native.instruction_sets(), "torch"]
-EPSILON = 1e-5
-
-needs_products = pytest.mark.skipif(
-    not native.multiplies_bfloat16(), reason="no products of bfloat16"
-)
-
-
-def feed_forward(x: Tensor, *parameters: Tensor, scale: float = 0.5) -> Tensor:
-    return ops.feed_forward(x, *parameters, scale=scale, epsilon=EPSILON)
-
-
-def feed_forward_in_torch(
-    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, *norm: Tensor, scale
-) -> Tensor:
-    y = F.layer_norm(x, x.shape[-1:], *norm, eps=EPSILON) if norm else x
-    return x + scale * F.linear(F.gelu(F.linear(y, up, up_bias)), down, down_bias)
-
-
-def self_attention(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
-    return ops.self_attention(x, ops.AttentionWeights(*weights), lengths_frames=lengths)
-
-
-def self_attention_in_torch(
-    x: Tensor,
-    qkv: Tensor,
-    qkv_bias: Tensor,
-    out: Tensor,
-    out_bias: Tensor,
-    table: Tensor,
-    gate_u: Tensor,
-    gate_r: Tensor,
-    gate_scale: Tensor,
-    *,
-    lengths: Tensor | None,
-) -> Tensor:
-    position = torch.arange(x.shape[1])
-    made = F.linear(x, qkv, qkv_bias).unflatten(-1, (3, len(gate_scale), -1))
-    q, k, v = made.permute(2, 0, 3, 1, 4)
-    u, r = (torch.sigmoid((q * g[:, None]).sum(-1, keepdim=True)) for g in (gate_u, gate_r))
-    gate = 1 + u + (1 - u) * r * gate_scale[:, None, None]
-    relative = position - position[:, None] + len(position) - 1
-    scores = q @ k.mT / q.shape[-1] ** 0.5 + table[:, relative] * gate
-    if lengths is not None:
-        hidden = position >= lengths.clamp(min=1)[:, None, None, None]
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return x + F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), out, out_bias)
-
-
-def convolution_module(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
-    named = ops.ConvolutionWeights(*weights)
-    return ops.convolution_module(x, named, epsilon=EPSILON, lengths_frames=lengths)
-
-
-def convolution_module_in_torch(
-    x: Tensor,
-    norm_in: Tensor,
-    norm_in_bias: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    norm_out: Tensor,
-    norm_out_bias: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    *,
-    lengths: Tensor | None,
-) -> Tensor:
-    lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
-    real = (torch.arange(x.shape[1]) < lengths[:, None])[..., None].to(x.dtype)
-    count = (lengths.clamp(min=1) * x.shape[2])[:, None, None]
-
-    def norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = y.to(x.dtype)
-        mean = (y * real).sum((1, 2), keepdim=True) / count
-        centred = (y - mean) * real
-        variance = centred.square().sum((1, 2), keepdim=True) / count
-        return centred * (variance + EPSILON).rsqrt() * weight + bias
-
-    y = F.glu(F.linear(norm(x, norm_in, norm_in_bias), up, up_bias), dim=-1) * real
-    padding, groups = taps.shape[-1] // 2, len(taps)
-    y = F.conv1d(y.mT, taps, taps_bias, padding=padding, groups=groups).mT
-    return x + F.linear(F.silu(norm(y, norm_out, norm_out_bias)), down, down_bias) * real
-
-
-def near_one(*shape: int) -> Tensor:
-    return 1 + 0.3 * torch.randn(shape)
-
-
-def a_map(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(n_out, n_in) / n_in**0.5, 0.3 * torch.randn(n_out)
-
-
-# shape of x, H, whether there is a norm
-FEED_FORWARDS = {
-    "one frame": ((1, 32), 32, True),
-    "a vector": ((32,), 64, False),  # fails in plain torch: flatten(0, -2) of one dimension
-    "as in the conformer": ((2, 37, 64), 256, False),
-    "as in the head": ((3, 50, 96), 96, True),
-    "odd frames": ((5, 13, 32), 160, True),
-    "many rows": ((2, 2, 75, 32), 64, True),
-    "narrower inside": ((40, 128), 32, True),
-    "x that fills no panel": ((3, 11, 24), 96, True),
-    "hidden values that fill no panel": ((3, 11, 32), 40, False),
-}
-# B, T, D, H, lengths
-ATTENTIONS = {
-    "one frame": (2, 1, 32, 2, None),
-    "one row": (1, 20, 64, 1, (17,)),
-    "ragged": (4, 33, 64, 4, (33, 1, 17, 32)),
-    "a row of no frames": (3, 29, 96, 2, (12, 0, 29)),
-    "no frames at all": (2, 9, 32, 1, (0, 0)),
-    "many rows": (40, 3, 32, 2, None),
-    "more than a tile": (1, 149, 64, 2, None),
-    "heads that fill no vector": (2, 15, 32, 4, (15, 6)),
-    "a width that fills no panel": (2, 15, 48, 3, (15, 6)),
-}
-# B, T, D, K, lengths
-CONVOLUTIONS = {
-    "one frame": (2, 1, 32, 31, None),
-    "one row": (1, 41, 64, 15, (40,)),
-    "ragged": (4, 65, 64, 31, (65, 1, 17, 64)),
-    "a row of no frames": (3, 29, 96, 7, (12, 0, 29)),
-    "no frames at all": (2, 9, 32, 3, (0, 0)),
-    "many rows": (40, 3, 32, 5, None),
-    "one tap": (2, 35, 32, 1, (35, 20)),
-    "a row of several blocks": (1, 149, 32, 31, None),
-    "a width that fills no panel": (2, 15, 24, 5, (15, 6)),
-}
-
-
-class Case(NamedTuple):
-    """An operator, the same in plain torch, and what both take."""
-
-    op: Callable[..., Tensor]
-    in_torch: Callable[..., Tensor]
-    leaves: list[Tensor]
-    options: dict[str, object]
-
-
-def feed_forward_case(name: str) -> Case:
-    shape, H, has_norm = FEED_FORWARDS[name]
-    D = shape[-1]
-    norm = (near_one(D), torch.randn(D)) if has_norm else ()
-    leaves = [torch.randn(shape), *a_map(H, D), *a_map(D, H), *norm]
-    return Case(feed_forward, feed_forward_in_torch, leaves, {"scale": 0.5})
-
-
-def attention_case(name: str) -> Case:
-    B, T, D, H, lengths = ATTENTIONS[name]
-    lengths = None if lengths is None else torch.tensor(lengths)
-    gates = [torch.randn(H, D // H) / 2, torch.randn(H, D // H) / 2, near_one(H)]
-    leaves = [*a_map(3 * D, D), *a_map(D, D), torch.randn(H, 2 * T - 1), *gates]
-    x = torch.randn(B, T, D)
-    return Case(self_attention, self_attention_in_torch, [x, *leaves], {"lengths": lengths})
-
-
-def convolution_case(name: str) -> Case:
-    B, T, D, K, lengths = CONVOLUTIONS[name]
-    lengths = None if lengths is None else torch.tensor(lengths)
-    taps = (torch.randn(D, 1, K) / K**0.5, torch.randn(D))
-    norms = [(near_one(D), torch.randn(D)) for _ in "12"]
-    leaves = [*norms[0], *a_map(2 * D, D), *taps, *norms[1], *a_map(D, D)]
-    options = {"lengths": lengths}
-    x = torch.randn(B, T, D) + 0.5
-    return Case(convolution_module, convolution_module_in_torch, [x, *leaves], options)
-
-
-CASES = {
-    **{f"feed-forward, {name}": (feed_forward_case, name) for name in FEED_FORWARDS},
-    **{f"self-attention, {name}": (attention_case, name) for name in ATTENTIONS},
-    **{f"convolution module, {name}": (convolution_case, name) for name in CONVOLUTIONS},
-}
-# One of each, of sizes that the native kernels take.
-EACH = ("feed-forward, odd frames", "self-attention, ragged", "convolution module, ragged")
-
-
-def case_of(name: str) -> Case:
-    torch.manual_seed(0)
-    make, key = CASES[name]
-    return make(key)
-
 
 @pytest.fixture(params=KERNELS)
-def kernel(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(native_blocks, "_fits_maps", lambda *tensors: False)
-    else:
-        native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set("")
-
-
-def cotangent(out: Tensor) -> Tensor:
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return grad.to(out.dtype)
-
-
-def results_of(
-    function: Callable[..., Tensor], leaves: list[Tensor], options: dict, autocast: bool = False
-) -> list[Tensor]:
-    """Output and all gradients, padding's too, under one fixed gradient of the output."""
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = function(*leaves, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent(out))]
+def kernel(request):
+    with on_kernel(request.param, native_blocks, "_fits_maps") as name:
+        yield name
 
 
 def exact_of(case: Case) -> list[Tensor]:
     return results_of(case.in_torch, [leaf.double() for leaf in case.leaves], case.options)
-
-
-def largest(t: Tensor) -> float:
-    return float(t.abs().max())
-
-
-def norm(t: Tensor) -> float:
-    return float(t.double().norm())
-
-
-def assert_near(
-    got: list[Tensor],
-    peer: list[Tensor],
-    exact: list[Tensor],
-    *,
-    factor: float,
-    unit: float,
-    size: Callable[[Tensor], float] = largest,
-) -> None:
-    """At most `factor` times the error of plain torch, and `unit` of the result or of one."""
-    for number, (a, p, e) in enumerate(zip(got, peer, exact, strict=True)):
-        assert (a.shape, a.dtype) == (e.shape, torch.float32), number
-        error, of_peer, scale = size(a - e), size(p - e), max(size(e), size(torch.ones_like(e)))
-        assert error <= factor * of_peer + unit * scale, f"{number}: {error}, {of_peer} of {scale}"
 
 
 def unit_of(name: str) -> float:
@@ -312,15 +86,9 @@ def test_strides_change_nothing(name, autocast, kernel):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("name", EACH)
 def test_the_same_bits_on_one_thread_and_two(name, autocast):
-    case, before = case_of(name), torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            results.append(results_of(case.op, case.leaves, case.options, autocast))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    case = case_of(name)
+    pairs = on_one_thread_and_two(lambda: results_of(case.op, case.leaves, case.options, autocast))
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
@@ -569,136 +337,3 @@ def test_lengths_beyond_the_frames_are_refused(name, length):
         case.op(*case.leaves, lengths=torch.tensor([9, length]))
     with pytest.raises(InputError, match="lengths_frames: expected integers"):
         case.op(*case.leaves, lengths=torch.tensor([9.0, 9.0]))
-
-
-class Biased(nn.Module):
-    """A block with the position bias that its encoder would hand in."""
-
-    def __init__(self, block: nn.Module, bias: nn.Module | None) -> None:
-        super().__init__()
-        self.block, self.bias = block, bias
-
-    def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
-        if self.bias is None:
-            return self.block(x)
-        return self.block(x, mask, self.bias, self.bias.table(x.shape[1]))
-
-
-POSITIONS = {"n_buckets": 16, "max_distance": 40}
-
-
-def model_of(name: str, *, dropout: float = 0.0, dim: int = 64) -> Biased:
-    torch.manual_seed(0)
-    sizes = {"code_dim": dim, "heads": 2, "dropout": dropout}
-    if name == "cluster head":
-        return Biased(ClusterHead(dim, 50, dropout), None)
-    if name == "transformer block":
-        block = TransformerBlock(TransformerConfig(ffn_dim=96, **sizes))
-        return Biased(block, GlobalGatedBias(2, dim // 2, **POSITIONS))
-    block = ConformerBlock(ConformerConfig(conv_kernel=7, **sizes))
-    return Biased(block, GatedRelativeBias(2, dim // 2, **POSITIONS))
-
-
-# Calls of feed_forward, self_attention and convolution_module.
-MODELS = {"conformer block": (2, 1, 1), "cluster head": (3, 0, 0), "transformer block": (1, 0, 0)}
-
-
-def frames_of(model: Biased, has_mask: bool) -> tuple[Tensor, FrameMask | None]:
-    dim = next(p.shape[-1] for p in model.parameters() if p.ndim == 2)
-    mask = frame_mask(torch.tensor([21, 0, 13]), 21) if has_mask else None
-    return zero_padding(torch.randn(3, 21, dim), mask), mask
-
-
-@pytest.fixture
-def calls(monkeypatch) -> Callable[[], tuple[int, ...]]:
-    """How often each of the three operators was called."""
-    counts = {"feed_forward": 0, "self_attention": 0, "convolution_module": 0}
-    for name in counts:
-        op = getattr(ops, name)
-
-        def counting(*arguments, name=name, op=op, **options):
-            counts[name] += 1
-            return op(*arguments, **options)
-
-        monkeypatch.setattr(ops, name, counting)
-    return lambda: tuple(counts.values())
-
-
-def results_of_model(
-    model: nn.Module, x: Tensor, mask: FrameMask | None, autocast: bool = True
-) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(leaves[0], mask)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent(out))]
-
-
-@needs_products
-@pytest.mark.parametrize("has_mask", [False, True], ids=["whole", "mask"])
-@pytest.mark.parametrize("name", MODELS)
-def test_models_are_as_near_as_plain_torch(name, has_mask, calls):
-    """To the model in float64; padding of a block comes out as zeros."""
-    model = model_of(name)
-    x, mask = frames_of(model, has_mask)
-    got = results_of_model(model, x, mask)
-    assert calls() == MODELS[name]
-    with fused.composed():
-        peer = results_of_model(model, x, mask)
-    assert calls() == MODELS[name]
-    exact = results_of_model(model.double(), x.double(), mask, autocast=False)
-    assert [t.dtype for t in got] == [t.dtype for t in peer]
-    if has_mask and name != "cluster head":
-        assert (got[0][mask.keep.expand_as(got[0]) == 0] == 0).all()
-    got = [t.float() for t in got]  # a head's logits are bfloat16
-    assert_near(got, peer, exact, factor=2, unit=1e-6, size=norm)
-
-
-@needs_products
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "why", ["dropout", "float32", "float16", "float64", "width", "instruction set", "narrow frames"]
-)
-def test_models_that_do_not_take_the_operators(name, why, calls):
-    model = model_of(name, dropout=0.1, dim=24 if why == "width" else 64)
-    x, mask = frames_of(model, True)
-    model.train(why == "dropout")
-    if why == "float64":
-        model, x = model.double(), x.double()
-    if why == "narrow frames":
-        x = x.bfloat16()
-        if name == "cluster head":  # which widens its own
-            model = model.block.blocks[0]
-            model, x = (lambda block: lambda x, _: block(x))(model), x.repeat(1, 1, 2)
-    narrow = torch.float16 if why == "float16" else torch.bfloat16
-    native.use_instruction_set("portable" if why == "instruction set" else "")
-    try:
-        with torch.autocast("cpu", narrow, enabled=why != "float32"):
-            model(x, mask)
-    finally:
-        native.use_instruction_set("")
-    assert calls() == (0, 0, 0)
-
-
-@needs_products
-def test_training_without_dropout_takes_them(calls):
-    model = model_of("conformer block").train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(*frames_of(model, True))
-    assert calls() == MODELS["conformer block"]
-
-
-@needs_products
-def test_one_graph_holds_a_conformer_block():
-    model, graphs = model_of("conformer block").eval(), []
-    x, mask = frames_of(model, True)
-
-    def noting(graph, inputs):
-        graphs.append(graph.code)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(model, fullgraph=True, backend=noting)
-    eager, ours = (results_of_model(form, x, mask) for form in (model, compiled))
-    found = [graphs[0].count(f"gmm_jepa.{name}.") for name in OPTIONS]
-    assert found == list(MODELS["conformer block"])
-    for a, e in zip(ours, eager, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * float(e.abs().max()))
