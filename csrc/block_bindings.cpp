@@ -178,6 +178,7 @@ StridedShape strided_shape(const py::tuple& t, const Kernels& table) {
         throw std::invalid_argument("shape: expected sizes, and frames for an output");
     }
     check_maps(shape.narrow, table, {shape.n_out, 2 * shape.stride * shape.n_in});
+    if (shape.n_in % 16) throw std::invalid_argument("shape: expected inputs that fill vectors");
     return shape;
 }
 

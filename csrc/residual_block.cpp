@@ -76,10 +76,11 @@ class Units {
 
     // Of `reach` frames around a block at most.
     Window<Word> window(int64_t dilation, int64_t reach) const {
-        return {kernels_, C_, block_ + 2 * reach, dilation};
+        return {kernels_, C_, block_ + 2 * std::min(reach, shape_.n_frames), dilation};
     }
     Buffer<float> buffer(int64_t reach) const {
-        return Buffer<float>((block_ + 2 * reach + 2 + kMostRows) * C_);
+        const int64_t most = block_ + 2 * std::min(reach, shape_.n_frames) + 2 + kMostRows;
+        return Buffer<float>(most * C_);
     }
 
     // hidden of these frames, of x.

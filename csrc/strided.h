@@ -7,8 +7,8 @@
 
 namespace gmm_jepa {
 
-// Frame-major, contiguous, float32. n_out is a multiple of kMapMultiple, and so is 2 s n_in. `narrow`:
-// what is multiplied is rounded to bfloat16; the set has pair_products then.
+// Frame-major, contiguous, float32. n_in is a multiple of 16, n_out and 2 s n_in are of kMapMultiple.
+// `narrow`: what is multiplied is rounded to bfloat16; the set has pair_products then.
 struct StridedShape {
     int64_t n_rows, n_frames;
     int n_in, n_out, stride;

@@ -11,10 +11,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.padding import conv_length
 from gmm_jepa.models.transformer import KERNELS, STRIDES, TransformerConfig
+from gmm_jepa.ops.flop_formulas import FORMULAS
 
 FLOAT32_BYTES = 4
 
@@ -319,3 +323,7 @@ def training_step_flops(
         flops += log_mel(n_frames, hop=config.hop_samples).flops
         flops += masked_kl(n_frames, n_clusters).flops
     return n_rows * flops
+
+
+for _name, _formula in FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.gmm_jepa, _name))(_formula)

@@ -1,7 +1,6 @@
 // Rounds of the operators that hold a conformer block's linear maps: what is written was NaN before,
 // and comes out the same from any number of threads.
 #include <cstdint>
-#include <cstring>
 
 #include "convolution_module.h"
 #include "feed_forward.h"
@@ -12,49 +11,10 @@
 namespace gmm_jepa {
 namespace {
 
-// Results by number of threads, each of exact size.
-class Results {
-  public:
-    float* add(int64_t n) {
-        values_.emplace_back(n, NAN);
-        return values_.back().data();
-    }
-
-    void demand_finite(const char* what, const Kernels& kernels) const {
-        for (const std::vector<float>& values : values_) {
-            gmm_jepa::demand_finite(values, what, kernels);
-        }
-    }
-
-    void demand_same(const Results& others, const char* what, const Kernels& kernels) const {
-        for (size_t i = 0; i < values_.size(); ++i) {
-            const size_t n = values_[i].size() * sizeof(float);
-            if (!n || !std::memcmp(values_[i].data(), others.values_[i].data(), n)) continue;
-            std::printf("%s of %s: result %d depends on threads\n", what, kernels.name, int(i));
-            std::exit(1);
-        }
-    }
-
-  private:
-    std::vector<std::vector<float>> values_;
-};
-
-// run(threads, results) on one thread and on several.
-template <typename Run>
-void on_any_threads(const char* what, const Kernels& kernels, const Run& run) {
-    Results one, more;
-    run(1, &one);
-    run(static_cast<int>(any(2, 4)), &more);
-    one.demand_finite(what, kernels);
-    one.demand_same(more, what, kernels);
-}
-
 // n values of float32, or of bfloat16 two to a word.
 std::vector<uint32_t> kept_words(int64_t n, bool narrow) {
     return std::vector<uint32_t>(narrow ? n / 2 : n, 0x7fc07fc0);  // NaN as either
 }
-
-float width_scale(int n) { return 1.0f / std::sqrt(static_cast<float>(n)); }
 
 void feed_forward_round(const Kernels& kernels, bool narrow) {
     const int D = static_cast<int>(kMapMultiple * any(1, 4));
@@ -88,17 +48,6 @@ void feed_forward_round(const Kernels& kernels, bool narrow) {
     });
 }
 
-// Of rows, some of no frames, at times all of them; or a null pointer.
-struct Lengths {
-    Lengths(int64_t n_rows, int64_t n_frames)
-        : values(drawn_lengths(n_rows, 0, any(0, 4) ? n_frames : 0)),
-          given(any(0, 3)) {}
-    const int64_t* data() const { return given ? values.data() : nullptr; }
-
-    std::vector<int64_t> values;
-    bool given;
-};
-
 void self_attention_round(const Kernels& kernels, bool narrow) {
     const int64_t B = any(0, 3), T = any(0, 2) ? any(1, 90) : any(1, 3);
     const int heads[] = {1, 2, 4};
@@ -127,7 +76,6 @@ void self_attention_round(const Kernels& kernels, bool narrow) {
     });
 }
 
-// Without rows `depthwise` divides by zero threads (parallel.h, Share).
 void convolution_module_round(const Kernels& kernels, bool narrow) {
     const int64_t B = any(0, 3), T = any(0, 2) ? any(1, 100) : any(1, 3);
     const int D = static_cast<int>(kMapMultiple * any(1, 4));

@@ -350,6 +350,7 @@ int main() {
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));
             if (round % 3 == 0) block_round(kernels(name.c_str()));
+            if (round % 3 == 1) front_end_round(kernels(name.c_str()));
         }
         long& screened = screened_of[int(kernels(name.c_str()).narrow.operands)];
         if (!screened) {

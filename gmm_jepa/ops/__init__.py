@@ -48,8 +48,6 @@ from gmm_jepa.ops.snake import snake
 from gmm_jepa.ops.strided import strided_conv
 from gmm_jepa.ops.waveform import waveform_conv
 
-from gmm_jepa.ops import flop_formulas  # isort: skip  # of the operators above
-
 # Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
 # is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
 for _device in ("cpu", "cuda"):
@@ -87,7 +85,6 @@ __all__ = [
     "em_statistics",
     "ema_update",
     "feed_forward",
-    "flop_formulas",
     "gated_bias_attention",
     "gmm_log_likelihood",
     "gmm_posterior",

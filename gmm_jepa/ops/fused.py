@@ -42,8 +42,8 @@ MAP_MULTIPLE = 32
 MOST_SEEN = 1 << 21
 """Values that all frames of a strided convolution see together, counted with those seen twice."""
 
-HEAD_MULTIPLE = 16
-"""Widths of an attention's heads that it takes with the maps around it."""
+RUN_MULTIPLE = 16
+"""Widths that fill its vectors, of an attention's heads and of a strided convolution's input."""
 
 _composes = False
 
@@ -75,8 +75,11 @@ def takes_float32(x: Tensor) -> bool:
 
 
 def allows_narrow(x: Tensor) -> bool:
-    """Whether autocast lets an op of x round what it multiplies: anything but float64."""
-    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast lets an op of x, anything but float64, multiply bfloat16."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return False
+    return torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def takes_block(x: Tensor, *, hidden: int = MAP_MULTIPLE, n_heads: int = 1) -> bool:
@@ -91,7 +94,7 @@ def takes_block(x: Tensor, *, hidden: int = MAP_MULTIPLE, n_heads: int = 1) -> b
         n_heads: that D is split into, if it is.
     """
     D = x.shape[-1]
-    fits = D % MAP_MULTIPLE == hidden % MAP_MULTIPLE == D % (n_heads * HEAD_MULTIPLE) == 0
+    fits = D % MAP_MULTIPLE == hidden % MAP_MULTIPLE == D % (n_heads * RUN_MULTIPLE) == 0
     return fits and x.dtype == torch.float32 and x.numel() > 0 and _narrows(x)
 
 
@@ -157,6 +160,7 @@ def takes_products(x: Tensor, weight: Tensor, stride: int) -> bool:
         return True
     seen = x.shape[0] * (x.shape[1] // stride) * weight[0].numel()
     fits = weight[0].numel() % MAP_MULTIPLE == weight.shape[0] % MAP_MULTIPLE == 0
+    fits = fits and x.shape[2] % RUN_MULTIPLE == 0
     return fits and 0 < seen <= MOST_SEEN and _narrows(x)
 
 

@@ -18,7 +18,7 @@ from gmm_jepa.ops.feed_forward import (
     feed_forward_backward_reference,
     feed_forward_reference,
 )
-from gmm_jepa.ops.fused import HEAD_MULTIPLE, MAP_MULTIPLE
+from gmm_jepa.ops.fused import RUN_MULTIPLE, MAP_MULTIPLE
 from gmm_jepa.ops.native import call, instruction_sets, multiplies_bfloat16
 from gmm_jepa.ops.native_encoder import _address, _lengths
 from gmm_jepa.ops.self_attention import (
@@ -183,7 +183,7 @@ def self_attention_backward(
 
 def _is_self_attention(x: Tensor, *weights: Tensor) -> bool:
     """Float32, widths that fill panels and tiles, and heads that fill vectors."""
-    return weights[-2].shape[1] % HEAD_MULTIPLE == 0 and _fits_maps(x, *weights)
+    return weights[-2].shape[1] % RUN_MULTIPLE == 0 and _fits_maps(x, *weights)
 
 
 def convolution_module(
@@ -269,7 +269,7 @@ def convolution_module_backward(
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, narrow: bool) -> Tensor:
     """Convolution of frames with stride s and 2 s taps, in float32."""
-    if not _is_strided(x, weight):
+    if not _is_strided(x, weight) or bias.dtype != torch.float32:
         return strided_forward(x, weight, bias, stride, narrow)
     x, bias, taps = x.contiguous(), bias.contiguous(), weight.mT.contiguous()
     shape = _strided_shape(x, weight, stride, narrow)
@@ -304,6 +304,7 @@ def _strided_shape(x: Tensor, weight: Tensor, stride: int, narrow: bool) -> tupl
 def _is_strided(x: Tensor, weight: Tensor) -> bool:
     """Float32, and as many outputs, and values that each sees, as fill panels and tiles."""
     fits = len(weight) % MAP_MULTIPLE == weight[0].numel() % MAP_MULTIPLE == 0
+    fits = fits and x.shape[2] % RUN_MULTIPLE == 0
     return fits and x.numel() > 0 and x.dtype == weight.dtype == torch.float32
 
 

@@ -23,8 +23,8 @@ from gmm_jepa.ops.operator import Operator
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """Convolve frame-major frames; differentiable in all three tensors.
 
-    Under autocast all three are rounded to its dtype first, as for torch's convolutions; on a CPU
-    with native kernels what is multiplied is rounded, and x and the result are float32.
+    Under autocast all three are rounded to its dtype first, as for torch's convolutions. On a CPU
+    the result is float32 then, and with native kernels x is not rounded but where it is multiplied.
 
     Args:
         x: (B, T, C) float.

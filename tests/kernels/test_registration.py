@@ -65,7 +65,7 @@ def test_unproven_kernels_run_where_they_are_asked_for_alone(op, monkeypatch):
         function,
         lambda *arguments: launched.append(function) or (None, None),
     )
-    on_cuda, inputs = op._backend_fns["cuda"], inputs_of(op)
+    on_cuda, inputs = op._op._backend_fns["cuda"], inputs_of(op)
     monkeypatch.setattr(fused, "uses_unproven", False)
     assert on_cuda(*inputs) is not None
     assert not launched
