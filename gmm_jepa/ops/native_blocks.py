@@ -18,7 +18,7 @@ from gmm_jepa.ops.feed_forward import (
     feed_forward_backward_reference,
     feed_forward_reference,
 )
-from gmm_jepa.ops.fused import RUN_MULTIPLE, MAP_MULTIPLE
+from gmm_jepa.ops.fused import MAP_MULTIPLE, RUN_MULTIPLE
 from gmm_jepa.ops.native import call, instruction_sets, multiplies_bfloat16
 from gmm_jepa.ops.native_encoder import _address, _lengths
 from gmm_jepa.ops.self_attention import (
