@@ -108,6 +108,16 @@ def call(name: str, *arguments: object) -> Any:
     return getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
 
 
+def lengths_of(lengths: Tensor | None) -> Tensor | None:
+    """Lengths of rows as the module takes them: int64, dense."""
+    return None if lengths is None else lengths.long().contiguous()
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """Where its values are; 0 of None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def em_statistics(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,8 +19,13 @@ from gmm_jepa.ops.feed_forward import (
     feed_forward_reference,
 )
 from gmm_jepa.ops.fused import MAP_MULTIPLE, RUN_MULTIPLE
-from gmm_jepa.ops.native import call, instruction_sets, multiplies_bfloat16
-from gmm_jepa.ops.native_encoder import _address, _lengths
+from gmm_jepa.ops.native import (
+    address_of,
+    call,
+    instruction_sets,
+    lengths_of,
+    multiplies_bfloat16,
+)
 from gmm_jepa.ops.self_attention import (
     _self_attention,
     _self_attention_backward,
@@ -61,7 +66,7 @@ def feed_forward(
     call(
         "feed_forward",
         (x.numel() // D, D, H, scale, epsilon, rounds),
-        tuple(map(_address, parameters)),
+        tuple(map(address_of, parameters)),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
         out.data_ptr(),
@@ -96,7 +101,7 @@ def feed_forward_backward(
     call(
         "feed_forward_backward",
         (x.numel() // D, D, H, scale, epsilon, rounds),
-        tuple(map(_address, parameters)),
+        tuple(map(address_of, parameters)),
         x.data_ptr(),
         hidden.data_ptr(),
         grad.data_ptr(),
@@ -129,11 +134,11 @@ def self_attention(
         return self_attention_reference(*tensors, lengths_frames, narrow)
     x, *weights = (t.contiguous() for t in tensors)
     (B, T, D), H = x.shape, len(gate_scale)
-    made, lengths = torch.empty_like(x), _lengths(lengths_frames)
+    made, lengths = torch.empty_like(x), lengths_of(lengths_frames)
     kept = tuple(x.new_empty(s) for s in ((B, T, 3 * D), (B, T, D), (B, H, T), (B, H, T)))
     call(
         "self_attention",
-        (B, T, H, D, _address(lengths), narrow and multiplies_bfloat16()),
+        (B, T, H, D, address_of(lengths), narrow and multiplies_bfloat16()),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -168,10 +173,13 @@ def self_attention_backward(
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:4], rest[4:]
     (B, T, D), H = x.shape, len(gate_scale)
-    gradients, lengths = tuple(torch.empty_like(t) for t in (x, *weights)), _lengths(lengths_frames)
+    gradients, lengths = (
+        tuple(torch.empty_like(t) for t in (x, *weights)),
+        lengths_of(lengths_frames),
+    )
     call(
         "self_attention_backward",
-        (B, T, H, D, _address(lengths), narrow and multiplies_bfloat16()),
+        (B, T, H, D, address_of(lengths), narrow and multiplies_bfloat16()),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -209,12 +217,12 @@ def convolution_module(
         return convolution_module_reference(*tensors, lengths_frames, epsilon, narrow)
     x, *weights = (t.contiguous() for t in tensors)
     (B, T, D), rounds = x.shape, narrow and multiplies_bfloat16()
-    out, lengths = torch.empty_like(x), _lengths(lengths_frames)
+    out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
     made = x.new_empty((B, T, 2 * D), dtype=_kept(rounds))
     kept = (made, torch.empty_like(x), x.new_empty((B, 4)))
     call(
         "convolution_module",
-        (B, T, D, taps.shape[-1], _address(lengths), epsilon, rounds),
+        (B, T, D, taps.shape[-1], address_of(lengths), epsilon, rounds),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -254,10 +262,13 @@ def convolution_module_backward(
     kept = (made.to(_kept(rounds)), convolved, statistics)
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:3], rest[3:]
-    gradients, lengths = tuple(torch.empty_like(t) for t in (x, *weights)), _lengths(lengths_frames)
+    gradients, lengths = (
+        tuple(torch.empty_like(t) for t in (x, *weights)),
+        lengths_of(lengths_frames),
+    )
     call(
         "convolution_module_backward",
-        (*x.shape, taps.shape[-1], _address(lengths), 0.0, rounds),
+        (*x.shape, taps.shape[-1], address_of(lengths), 0.0, rounds),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),

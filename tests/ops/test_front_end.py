@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import native, native_encoder
+from gmm_jepa.ops import native, native_front_end
 from gmm_jepa.ops.density import density_attention_reference
 from gmm_jepa.ops.residual import SLOPE, residual_unit_reference
 
@@ -69,9 +69,9 @@ DENSITIES = {
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native_encoder, "_is_residual", lambda *tensors: False)
-        monkeypatch.setattr(native_encoder, "_is_density", lambda x: False)
-        monkeypatch.setattr(native_encoder, "_is_snake", lambda *tensors: False)
+        monkeypatch.setattr(native_front_end, "_is_residual", lambda *tensors: False)
+        monkeypatch.setattr(native_front_end, "_is_density", lambda x: False)
+        monkeypatch.setattr(native_front_end, "_is_snake", lambda *tensors: False)
     else:
         native.use_instruction_set(request.param)
     yield request.param

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import native_encoder
+from gmm_jepa.ops import native_front_end
 from tests.against_float64 import (
     KERNELS,
     assert_near,
@@ -69,7 +69,7 @@ def case_of(name: str) -> tuple[list[Tensor], dict]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    with on_kernel(request.param, native_encoder, "_is_waveform") as name:
+    with on_kernel(request.param, native_front_end, "_is_waveform") as name:
         yield name
 
 

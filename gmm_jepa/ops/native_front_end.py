@@ -1,0 +1,307 @@
+"""The native module's kernels of a front end's operators on CPUs; see `gmm_jepa.ops.native`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmm_jepa.ops.density import (
+    _density_attention,
+    _density_attention_backward,
+    density_attention_backward_reference,
+    density_attention_reference,
+)
+from gmm_jepa.ops.native import address_of, call, instruction_sets, lengths_of
+from gmm_jepa.ops.residual import (
+    _unit,
+    _unit_backward,
+    residual_unit_backward_reference,
+    residual_unit_reference,
+)
+from gmm_jepa.ops.residual_block import (
+    CHANNELS,
+    _block,
+    _block_backward,
+    residual_block_backward_reference,
+    residual_block_reference,
+)
+from gmm_jepa.ops.snake import (
+    _snake,
+    _snake_backward,
+    snake_backward_reference,
+    snake_reference,
+)
+from gmm_jepa.ops.waveform import (
+    _waveform_conv,
+    _waveform_conv_backward,
+    of_ends,
+    take_off,
+    waveform_conv_backward_reference,
+    waveform_conv_reference,
+)
+
+
+def waveform_conv(
+    x: Tensor, taps: Tensor, bias: Tensor, ends: Tensor, last: Tensor, stride: int
+) -> Tensor:
+    """Strided convolution of one channel, in float32, less the ends."""
+    if not _is_waveform(x, taps, bias):
+        return waveform_conv_reference(x, taps, bias, ends, last, stride)
+    x, taps, bias = x.contiguous(), taps.contiguous(), bias.contiguous()
+    out = x.new_empty((len(x), (x.shape[1] - taps.shape[1]) // stride + 1, len(taps)))
+    addresses = (x.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
+    call("waveform_conv", _waveform_shape(x, taps, stride), *addresses)
+    return take_off(out, ends, last)
+
+
+def waveform_conv_backward(
+    grad: Tensor, x: Tensor, taps: Tensor, last: Tensor, stride: int, with_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of taps, bias and ends, in float32; with that of x all by torch."""
+    if with_x or not _is_waveform(x, taps, grad):
+        return waveform_conv_backward_reference(grad, x, taps, last, stride, with_x)
+    grad, x = grad.contiguous(), x.contiguous()
+    d_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
+    d_bias = taps.new_empty(len(taps))
+    addresses = (x.data_ptr(), grad.data_ptr(), d_taps.data_ptr(), d_bias.data_ptr())
+    call("waveform_conv_backward", _waveform_shape(x, taps, stride), *addresses)
+    return x.new_empty(0), d_taps, d_bias, of_ends(grad, last)
+
+
+def _waveform_shape(x: Tensor, taps: Tensor, stride: int) -> tuple[int, ...]:
+    n_frames = (x.shape[1] - taps.shape[1]) // stride + 1
+    return (*x.shape, n_frames, stride, taps.shape[1], len(taps))
+
+
+def _is_waveform(*tensors: Tensor) -> bool:
+    """Float32, and at least one value."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
+
+
+def residual_unit(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+    keep_hidden: bool,
+    narrow: bool,
+) -> tuple[Tensor, Tensor]:
+    """x + conv(lrelu(conv(lrelu(x)))), and what the first convolution made, both float32."""
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden, narrow)
+    x, *parameters = (t.contiguous() for t in tensors)
+    out = torch.empty_like(x)
+    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
+    lengths = lengths_of(lengths_frames)
+    call(
+        "residual_forward",
+        (*x.shape, dilation, address_of(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr() if keep_hidden else 0,
+        out.data_ptr(),
+    )
+    return out, hidden
+
+
+def residual_unit_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilation: int,
+    narrow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the parameters of `residual_unit`."""
+    tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
+    if not _is_residual(*tensors):
+        return residual_unit_backward_reference(*tensors, lengths_frames, dilation, narrow)
+    grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = lengths_of(lengths_frames)
+    call(
+        "residual_backward",
+        (*x.shape, dilation, address_of(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        hidden.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def residual_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilations: Sequence[int],
+    narrow: bool,
+) -> Tensor:
+    """Residual units one after the other, in float32."""
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+        return residual_block_reference(*tensors, lengths_frames, dilations, narrow)
+    x, *parameters = (t.contiguous() for t in tensors)
+    out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
+    call(
+        "residual_block",
+        (*x.shape, list(dilations), address_of(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def residual_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    lengths_frames: Tensor | None,
+    dilations: Sequence[int],
+    narrow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the parameters of `residual_block`."""
+    tensors = (grad, x, weight1, bias1, weight2, bias2)
+    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+        return residual_block_backward_reference(*tensors, lengths_frames, dilations, narrow)
+    grad, x, *parameters = (t.contiguous() for t in tensors)
+    out, lengths = tuple(torch.empty_like(t) for t in (x, *parameters)), lengths_of(lengths_frames)
+    call(
+        "residual_block_backward",
+        (*x.shape, list(dilations), address_of(lengths), narrow),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_residual(*tensors: Tensor) -> bool:
+    """What the native unit is made for: float32, and at least one value."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
+
+
+def snake(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
+    """x + sin(a x)^2 / a of float32 or bfloat16, in float32."""
+    if not _is_snake(x, a):
+        return snake_reference(x, a, lengths_frames)
+    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames)
+    out = torch.empty_like(x, dtype=torch.float32)
+    call(
+        "snake",
+        (*x.shape, address_of(lengths)),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        a.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def snake_backward(
+    grad: Tensor, x: Tensor, a: Tensor, lengths_frames: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and a of `snake`."""
+    if not _is_snake(x, a):
+        return snake_backward_reference(grad, x, a, lengths_frames)
+    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames)
+    grad = grad.float().contiguous()
+    out = torch.empty_like(x), torch.empty_like(a)
+    call(
+        "snake_backward",
+        (*x.shape, address_of(lengths)),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        a.data_ptr(),
+        grad.data_ptr(),
+        *(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_snake(x: Tensor, a: Tensor) -> bool:
+    """Channels that fill the vectors of every instruction set."""
+    types = x.dtype in (torch.float32, torch.bfloat16) and a.dtype == torch.float32
+    return types and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
+def density_attention(
+    x: Tensor, offsets: Tensor, squared_widths: Tensor, lengths_frames: Tensor | None
+) -> Tensor:
+    """x + x softmax(log-density) over time, in float32."""
+    if not _is_density(x):
+        return density_attention_reference(x, offsets, squared_widths, lengths_frames)
+    x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
+    out = torch.empty_like(x)
+    lengths = lengths_of(lengths_frames)
+    call(
+        "density_attention",
+        (*x.shape, address_of(lengths)),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def density_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    squared_widths: Tensor,
+    lengths_frames: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `density_attention`."""
+    if not _is_density(x):
+        return density_attention_backward_reference(
+            grad, x, offsets, squared_widths, lengths_frames
+        )
+    grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = lengths_of(lengths_frames)
+    call(
+        "density_attention_backward",
+        (*x.shape, address_of(lengths)),
+        tuple(p.data_ptr() for p in parameters),
+        x.data_ptr(),
+        grad.data_ptr(),
+        tuple(o.data_ptr() for o in out),
+    )
+    return out
+
+
+def _is_density(x: Tensor) -> bool:
+    """Float32 with channels that fill the vectors of every instruction set."""
+    return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
+if instruction_sets():
+    _waveform_conv.register_kernel("cpu")(waveform_conv)
+    _waveform_conv_backward.register_kernel("cpu")(waveform_conv_backward)
+    _density_attention.register_kernel("cpu")(density_attention)
+    _density_attention_backward.register_kernel("cpu")(density_attention_backward)
+    _block.register_kernel("cpu")(residual_block)
+    _block_backward.register_kernel("cpu")(residual_block_backward)
+    _unit.register_kernel("cpu")(residual_unit)
+    _unit_backward.register_kernel("cpu")(residual_unit_backward)
+    _snake.register_kernel("cpu")(snake)
+    _snake_backward.register_kernel("cpu")(snake_backward)
