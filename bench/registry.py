@@ -69,7 +69,7 @@ ON_CPUS = (residual_unit, snake, density_attention, dropout, linear)
 IN_BFLOAT16 = (feed_forward, self_attention, convolution_module, front_end)
 """On CPUs that multiply bfloat16."""
 ON_CUDA = (strided_conv, partial(strided_conv, dtype=torch.bfloat16))
-"""On CPUs models take torch's own."""
+"""On CPUs part of the front end below."""
 UNPROVEN = (
     *(partial(residual_layer, stage=STAGES[0], dilation=d) for d in (1, 25, 125)),
     *(partial(residual_layer, stage=stage, dilation=25) for stage in STAGES[1:]),

@@ -78,8 +78,6 @@ class PackedWeight {
         }
     }
 
-    int width() const { return width_; }
-
     // to (n, width) = rows times the weight, plus the bias (width,) if there is one. Whole register
     // tiles: rows are read and results written up to kMostRows beyond n. Rows are `step` words apart;
     // 0: dense.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +51,9 @@ class ClusterHead(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Frames (..., D) -> logits (..., K); each frame for itself."""
-        x = at_least_float32(F.gelu(self.in_norm(self.in_proj(z))))  # as autocast has it on CUDA
+        x = F.gelu(self.in_norm(self.in_proj(z)))
+        if torch.is_autocast_enabled(x.device.type):
+            x = at_least_float32(x)  # on CUDA it is already
         for block in self.blocks:
             x = block(x)
         return self.out_proj(self.out_norm(x))

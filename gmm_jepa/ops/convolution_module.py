@@ -59,7 +59,7 @@ def convolution_module(
     the way back too, where the processor has products of it.
 
     Args:
-        x: (B, T, D) float, T at least 1.
+        x: (B, T, D) float, T at least 1, of the weights' dtype but under autocast on CPUs.
         weights: of the norms, the maps and the taps.
         epsilon: added to the variances.
         lengths_frames: (B,) int64, real frames of each row; None: all.
@@ -144,7 +144,7 @@ def convolution_module_reference(
         convolved = depthwise_reference(F.glu(made, dim=-1) * real, taps, taps_bias)
         mean_out, scale_out = _statistics(convolved, real, epsilon)
         value = F.silu(_normal(convolved, mean_out, scale_out) * norm_out + norm_out_bias)
-        out = x + F.linear(value, down, down_bias) * real
+        out = (x + F.linear(value, down, down_bias) * real).contiguous()
     made = made.to(torch.bfloat16 if narrow else x.dtype)
     return out, made, convolved, torch.stack([mean_in, scale_in, mean_out, scale_out], dim=1)
 
@@ -187,7 +187,7 @@ def convolution_module_backward_reference(
         d_x = grad + _through_norm(of_inputs * norm_in, normal_in, scale_in, real)
         inputs = normal_in * norm_in + norm_in_bias
         return (
-            d_x,
+            d_x.contiguous(),
             (of_inputs * normal_in).sum((0, 1)),
             of_inputs.sum((0, 1)),
             of_made.flatten(0, 1).T @ inputs.flatten(0, 1),

@@ -33,7 +33,7 @@ def feed_forward(
     rounded to bfloat16, on the way back too, where the processor has products of it.
 
     Args:
-        x: (..., D) float.
+        x: (..., D) float, of the weights' dtype but under autocast on CPUs.
         up_weight: (H, D), as in `torch.nn.Linear`.
         up_bias: (H,)
         down_weight: (D, H)
@@ -88,7 +88,7 @@ def feed_forward_reference(
     """
     with torch.autocast(x.device.type, enabled=False):
         hidden = F.linear(_normal(x, norm_weight, norm_bias, epsilon), up_weight, up_bias)
-        out = x + scale * F.linear(F.gelu(hidden), down_weight, down_bias)
+        out = (x + scale * F.linear(F.gelu(hidden), down_weight, down_bias)).contiguous()
     kept = torch.bfloat16 if narrow else x.dtype
     return out, hidden.to(kept) if keep_hidden else x.new_empty(0, dtype=kept)
 
@@ -123,7 +123,7 @@ def feed_forward_backward_reference(
             of_rows, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 of_rows, rows, rows.shape[-1:], mean, scales, norm_weight, norm_bias, [True] * 3
             )
-        d_x = grad + of_rows.reshape(x.shape)
+        d_x = (grad + of_rows.reshape(x.shape)).contiguous()
         d_up, d_down = of_hidden.T @ inputs, of_output.T @ F.gelu(hidden_rows)
     return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0), d_norm, d_norm_bias
 

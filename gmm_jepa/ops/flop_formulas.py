@@ -14,6 +14,9 @@ def _residual_unit(x_shape) -> int:
     return 12 * math.prod(x_shape) * x_shape[2]
 
 
+BY_OUTPUT = ("waveform_conv", "strided_conv")
+"""Whose formulas ask for the shape of the output, too."""
+
 FORMULAS: dict[str, Callable[..., int]] = {}
 """By the operator's name under ``gmm_jepa::``."""
 

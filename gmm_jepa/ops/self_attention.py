@@ -51,7 +51,7 @@ def self_attention(
     bfloat16, on the way back too, where the processor has products of it.
 
     Args:
-        x: (B, T, D) float, T at least 1.
+        x: (B, T, D) float, T at least 1, of the weights' dtype but under autocast on CPUs.
         weights: of the maps, the bias and its gates.
         lengths_frames: (B,) int64, real frames of each row, which are its keys (frame 0 where there
             are none); None: all.
@@ -119,7 +119,8 @@ def self_attention_reference(
         gate = _gates(q, weights)[0]
         y, log_sum = attention_reference(q, k, v, table, gate, _keys(lengths_frames), None, 0.0)
         attended = y.transpose(1, 2).flatten(2).contiguous()
-        return x + F.linear(attended, out, out_bias), made, attended, log_sum, gate
+        result = (x + F.linear(attended, out, out_bias)).contiguous()
+        return result, made, attended, log_sum, gate
 
 
 def self_attention_backward_reference(
@@ -158,7 +159,7 @@ def self_attention_backward_reference(
         of_made = torch.stack([of_q, of_k, of_v]).permute(1, 3, 0, 2, 4).flatten(2)
         rows = of_made.flatten(0, 1)
         return (
-            grad + of_made @ qkv,
+            (grad + of_made @ qkv).contiguous(),
             rows.T @ x.flatten(0, 1),
             rows.sum(0),
             grad.flatten(0, 1).T @ attended.flatten(0, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -89,4 +90,5 @@ def processes() -> Iterator[Processes]:
         yield Processes(rank=rank, world_size=world_size, device=device)
     finally:
         if world_size > 1:
+            gc.collect()  # what sharded models in cycles hold of the group
             dist.destroy_process_group()

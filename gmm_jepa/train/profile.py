@@ -19,6 +19,7 @@ import torch
 from torch.autograd import DeviceType
 
 from gmm_jepa.files import write_json, write_text, written_aside
+from gmm_jepa.ops.flop_formulas import BY_OUTPUT, FORMULAS
 from gmm_jepa.train.timing import device_name, matrix_rate
 
 WARM_UP_STEPS = 3
@@ -151,12 +152,9 @@ def _flops(event: Any) -> float:
     """Operations of all calls with these shapes; 0 where unknown."""
     if event.key in _PRODUCTS:
         return float(event.flops)
-    if event.key == "gmm_jepa::linear":
-        x, weight = event.input_shapes[:2]
-        return event.count * 2.0 * math.prod(x) * weight[0]
-    if event.key == "gmm_jepa::linear_backward":
-        grad, x = event.input_shapes[:2]
-        return event.count * 4.0 * math.prod(grad) * x[1]
+    name = event.key.removeprefix("gmm_jepa::")
+    if name != event.key and name in FORMULAS and name not in BY_OUTPUT and event.input_shapes:
+        return float(event.count * FORMULAS[name](*event.input_shapes))
     if event.key == "aten::convolution_backward":
         output, _, weight = event.input_shapes[:3]
         if output and weight:  # gradients of input and of weight, each as the forward pass

@@ -151,3 +151,11 @@ def test_one_graph_holds_a_conformer_block():
     assert found == list(MODELS["conformer block"])
     for a, e in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * float(e.abs().max()))
+
+
+def test_a_head_of_bfloat16_runs_without_autocast():
+    head, z = ClusterHead(32, 10, 0.0).bfloat16(), torch.randn(5, 32).bfloat16()
+    out = head(z)
+    assert out.dtype == torch.bfloat16
+    apart = (out.float() - head.float()(z.float())).abs().max()
+    assert apart < 0.05

@@ -9,6 +9,7 @@ that a sharded run of a model starts from with those of one process.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
@@ -66,4 +67,5 @@ if __name__ == "__main__":
             start(*words)
         elif code := main([command, *words]):
             sys.exit(code)
+    gc.collect()  # what sharded models in cycles hold of the group
     _destroy()
