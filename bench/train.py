@@ -39,6 +39,7 @@ from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.models import export_published
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import schedule_at
+from gmm_jepa.ops import fused
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.precision import bf16_over_fp32
@@ -327,7 +328,7 @@ def main() -> None:
         show(f"{options.preset}, {rows} x {seconds:g} s, {precision}", found)
         line = {"name": "train_step", "preset": options.preset, "precision": precision}
         line |= {"shape": {"rows": rows, "seconds": seconds}, "compile": options.compile}
-        line |= {"cuda_graphs": options.cuda_graphs}
+        line |= {"cuda_graphs": options.cuda_graphs, "unproven_kernels": fused.uses_unproven}
         line |= {"losses_ours_plain": pairs}
         append("train", {**line, **found, **surroundings(options.device)}, options.out)
 
