@@ -15,6 +15,9 @@ from gmm_jepa.ops import native
 # Names of the native module's instruction sets, and the plain torch form.
 KERNELS = [*native.instruction_sets(), "torch"]
 
+needs_native = pytest.mark.skipif(
+    not native.instruction_sets(), reason=f"native module: {native.status()}"
+)
 needs_products = pytest.mark.skipif(
     not native.multiplies_bfloat16(), reason="no products of bfloat16"
 )

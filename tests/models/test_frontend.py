@@ -18,7 +18,7 @@ from gmm_jepa.models.frontend import FrontEnd, Snake, to_unit_rms
 from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.models.stem import stem
 from gmm_jepa.ops import fused, native
-from tests.against_float64 import assert_near, cotangent, needs_products, norm
+from tests.against_float64 import assert_near, cotangent, needs_native, needs_products, norm
 
 from .small import FULL, ragged_batch, shake
 
@@ -127,9 +127,6 @@ def test_unit_rms() -> None:
     assert (to_unit_rms(torch.zeros(1, 50), None) == 0).all()
 
 
-needs_native = pytest.mark.skipif(
-    not native.instruction_sets(), reason=f"native module: {native.status()}"
-)
 # Residual blocks of 16 and of 32 channels, dilations 1, 1, 1 and 1, 3, 5.
 WIDE = replace(FULL, channels=(6, 16, 32), strides=(4, 5), code_dim=32, daam=False)
 OPERATORS = ("waveform_conv", "strided_conv", "residual_block", "residual_unit")

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import native, native_blocks
+from gmm_jepa.ops import native_blocks
 from tests.against_float64 import (
     KERNELS,
     assert_near,
     cotangent,
+    needs_native,
     needs_products,
     norm,
     on_kernel,
@@ -85,6 +86,7 @@ def test_strides_change_nothing(name, autocast, kernel):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("name", EACH)
+@needs_native
 def test_the_same_bits_on_one_thread_and_two(name, autocast):
     case = case_of(name)
     pairs = on_one_thread_and_two(lambda: results_of(case.op, case.leaves, case.options, autocast))
@@ -328,7 +330,7 @@ def test_an_even_number_of_taps_and_half_a_norm():
         case.op(*case.leaves, **case.options)
 
 
-@pytest.mark.skipif(not native.instruction_sets(), reason=f"native module: {native.status()}")
+@needs_native
 @pytest.mark.parametrize("length", [-1, 10])
 @pytest.mark.parametrize("name", ["self-attention", "convolution module"])
 def test_lengths_beyond_the_frames_are_refused(name, length):

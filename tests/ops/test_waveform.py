@@ -16,6 +16,7 @@ from tests.against_float64 import (
     KERNELS,
     assert_near,
     cotangent,
+    needs_native,
     on_kernel,
     on_one_thread_and_two,
     results_of,
@@ -141,6 +142,7 @@ def test_strides_change_nothing(name, kernel):
 
 
 @pytest.mark.parametrize("name", ["several blocks", "many rows"])
+@needs_native
 def test_the_same_bits_on_one_thread_and_two(name):
     (x, *weights), options = case_of(name)
     function = partial(ops.waveform_conv, x)
@@ -148,6 +150,7 @@ def test_the_same_bits_on_one_thread_and_two(name):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@needs_native
 def test_the_waveform_and_the_taps_alone_are_kept():
     """No window of samples is written out, neither way."""
     (x, *weights), options = case_of("several blocks")
