@@ -1,12 +1,29 @@
 // What convolutions of three taps have in common: the product, and the gradients of its weights.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "convolution_windows.h"
 #include "kernels.h"
 
 namespace gmm_jepa {
+
+constexpr int64_t kBlockFloats = 16384;  // of a block's own frames: 64 KB
+
+// Threads that are worth it for a shape of residual units.
+template <typename Shape>
+int threads_for(const Shape& shape, int n_threads) {
+    const int64_t work = shape.n_rows * shape.n_frames * shape.n_channels;
+    return static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + work / kBlockFloats));
+}
+
+// Pairs of bfloat16 where they are wanted and possible: channels fill whole vectors.
+template <typename Shape>
+bool takes_pairs(const Shape& shape, const Kernels& kernels) {
+    return shape.narrow && kernels.pair_products && shape.n_channels % kernels.lanes == 0;
+}
 
 // to (n, width) = convolution of a window with packed weights.
 template <typename Word>

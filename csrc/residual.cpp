@@ -13,8 +13,6 @@
 namespace gmm_jepa {
 namespace {
 
-constexpr int kBlockFloats = 16384;  // of a block's frames: 64 KB
-
 struct Block {
     int64_t row, start;
     int n;  // frames
@@ -220,16 +218,6 @@ class Backward : Residual<Word> {
     std::vector<Word> weights1_, weights2_;
     std::vector<float> zero_;
 };
-
-int threads_for(const ResidualShape& shape, int n_threads) {
-    const int64_t work = shape.n_rows * shape.n_frames * shape.n_channels;
-    return static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + work / kBlockFloats));
-}
-
-// Pairs of bfloat16 where they are wanted and possible: channels fill whole vectors.
-bool takes_pairs(const ResidualShape& shape, const Kernels& kernels) {
-    return shape.narrow && kernels.pair_products && shape.n_channels % kernels.lanes == 0;
-}
 
 }  // namespace
 

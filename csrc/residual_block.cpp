@@ -6,14 +6,12 @@
 
 #include <algorithm>
 
+#include "arrays.h"
 #include "convolution_sums.h"
-#include "linear_maps.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
 namespace {
-
-constexpr int64_t kBlockFloats = 16384;  // of a block's own frames: 64 KB
 
 // Frames from `start` to `stop`.
 struct Extent {
@@ -289,15 +287,6 @@ class Backward {
     int U_, C_;
     std::vector<int64_t> of_x_, hidden_reach_, x_reach_;
 };
-
-int threads_for(const ResidualBlockShape& shape, int n_threads) {
-    const int64_t work = shape.n_rows * shape.n_frames * shape.n_channels;
-    return static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + work / kBlockFloats));
-}
-
-bool takes_pairs(const ResidualBlockShape& shape, const Kernels& kernels) {
-    return shape.narrow && kernels.pair_products && shape.n_channels % kernels.lanes == 0;
-}
 
 }  // namespace
 

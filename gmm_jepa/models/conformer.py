@@ -37,8 +37,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """x (..., D) and `scale` times what the layers make of it: (..., D)."""
-        drops = self.training and self.dropout.p > 0
-        if ops.takes_block(x) and not drops:
+        if ops.takes_block(x) and not self.dropout.drops:
             up, down = self.up, self.down
             return ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, scale=scale)
         return x + scale * self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
@@ -111,8 +110,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, D) and what the layers make of it: (B, T, D)."""
-        drops = self.training and self.dropout.p > 0
-        if ops.takes_block(x) and not drops:
+        if ops.takes_block(x) and not self.dropout.drops:
             layers = (self.norm_in, self.up, self.depthwise, self.norm_out, self.down)
             weights = (p for layer in layers for p in (layer.weight, layer.bias))
             return ops.convolution_module(

@@ -10,6 +10,11 @@ from gmm_jepa import ops
 class Dropout(nn.Dropout):
     """`torch.nn.Dropout` by `gmm_jepa.ops.dropout`."""
 
+    @property
+    def drops(self) -> bool:
+        """Whether it changes anything now: in training, with a probability."""
+        return self.training and self.p > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """x, or in training x dropped out."""
         return ops.dropout(x, self.p) if self.training else x

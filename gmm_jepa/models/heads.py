@@ -29,8 +29,7 @@ class ClusterBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W)."""
-        drops = self.training and self.dropout.p > 0
-        if ops.takes_block(x) and not drops:
+        if ops.takes_block(x) and not self.dropout.drops:
             layers, epsilon = (self.up, self.down, self.norm), self.norm.eps
             tensors = (p for layer in layers for p in (layer.weight, layer.bias))
             return ops.feed_forward(x, *tensors, epsilon=epsilon)

@@ -212,8 +212,7 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding; `table` is ``bias.table(T)``."""
         x = x + self.dropout(self.out_proj(self._attend(self.attention_norm(x), mask, bias, table)))
-        drops = self.training and self.dropout.p > 0
-        if ops.takes_block(x, hidden=len(self.up.bias)) and not drops:
+        if ops.takes_block(x, hidden=len(self.up.bias)) and not self.dropout.drops:
             layers, epsilon = (self.up, self.down, self.ffn_norm), self.ffn_norm.eps
             tensors = (p for layer in layers for p in (layer.weight, layer.bias))
             return zero_padding(ops.feed_forward(x, *tensors, epsilon=epsilon), mask)

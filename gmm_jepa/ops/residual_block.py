@@ -33,7 +33,7 @@ def takes_residual_block(x: Tensor, dilations: Sequence[int]) -> bool:
 
 
 BLOCK_VALUES = 16384
-"""Of a block's own frames: ``kBlockFloats`` of csrc/residual_block.cpp."""
+"""Of a block's own frames: ``kBlockFloats`` of csrc/convolution_sums.h."""
 
 
 def residual_block(
