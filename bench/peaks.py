@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from gmm_jepa.train.precision import bf16_over_fp32
+from gmm_jepa.train.precision import bf16_slowdown
 
 
 class Peaks(NamedTuple):
@@ -47,7 +47,7 @@ def _of_this_cpu() -> Peaks:
     a, b = torch.randn(2, 2048, 2048)
     rates = {"float32": 2.0 * 2048**3 / _best(lambda: torch.mm(a, b))}
     rates["bfloat16"] = rates["float32"]
-    if bf16_over_fp32() > 1.0:  # not every CPU multiplies bfloat16
+    if not bf16_slowdown():
         a, b = a.bfloat16(), b.bfloat16()
         rates["bfloat16"] = 2.0 * 2048**3 / _best(lambda: torch.mm(a, b))
     return Peaks(2 * 4 * source.numel() / copy_s, rates)

@@ -42,7 +42,7 @@ from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.ops import fused
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
-from gmm_jepa.train.precision import bf16_over_fp32
+from gmm_jepa.train.precision import bf16_slowdown
 from gmm_jepa.train.profile import op_lines
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.timing import matrix_rate, wait_for
@@ -313,7 +313,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     for precision in options.precision:
-        if precision == "bf16" and options.device == "cpu" and bf16_over_fp32() < 1.0:
+        if precision == "bf16" and options.device == "cpu" and bf16_slowdown():
             print("bf16 left out: this CPU does not multiply bfloat16")
             continue
         preset, settings = PRESETS[options.preset](), {"precision": precision}

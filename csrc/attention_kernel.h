@@ -23,7 +23,7 @@ float softmax_row(float* scores, int n, const gmm_jepa::Dropout& dropout, uint64
     for (int j = 0; j < n; j += kLanes) {
         const Floats p = exponential(load_floats(scores + j) - top);
         sum += p;
-        store_floats(scores + j, dropout.active ? p * keep.at(j) : p);
+        store_floats(scores + j, keep.of(p, j));
     }
     *total = total_of_lanes(sum);
     return top;
@@ -35,7 +35,7 @@ float softmax_row_backward(const gmm_jepa::SoftmaxGradient& g, const gmm_jepa::D
     Floats of_gate{};
     for (int j = 0; j < g.n; j += kLanes) {
         const Floats p = exponential(load_floats(g.scores + j) - g.log_sum);
-        const Floats kept = dropout.active ? keep.at(j) : Floats{} + 1.0f;
+        const Floats kept = keep.of(Floats{} + 1.0f, j);
         const Floats of_score = p * (load_floats(g.of_probabilities + j) * kept - g.delta);
         store_floats(g.scores + j, p * kept);
         store_floats(g.of_probabilities + j, of_score);

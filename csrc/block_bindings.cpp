@@ -27,10 +27,11 @@ void check_maps(bool narrow, const Kernels& table, std::initializer_list<int> si
     }
 }
 
-// shape: N, D, H, scale, epsilon, whether narrow
+// shape: N, D, H, scale, epsilon, whether narrow, what draws dropout
 FeedForwardShape feed_forward_shape(const py::tuple& t, const Kernels& table) {
     const FeedForwardShape shape{t[0].cast<int64_t>(), t[1].cast<int>(), t[2].cast<int>(),
-                                 t[3].cast<float>(), t[4].cast<float>(), t[5].cast<bool>()};
+                                 t[3].cast<float>(), t[4].cast<float>(), t[5].cast<bool>(),
+                                 dropout_of(t[6])};
     if (shape.n_rows < 0) throw std::invalid_argument("shape: expected sizes");
     check_maps(shape.narrow, table, {shape.n_dims, shape.n_hidden});
     return shape;
@@ -65,11 +66,11 @@ void feed_forward_backward_at(const py::tuple& shape, const py::tuple& weights, 
                           pointer<const float>(grad), gradients, table, n_threads);
 }
 
-// shape: B, T, H, D, address of lengths or 0, whether narrow
+// shape: B, T, H, D, address of lengths or 0, whether narrow, what draws dropout
 SelfAttentionShape self_attention_shape(const py::tuple& t, const Kernels& table) {
     const SelfAttentionShape shape{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int>(),
                                    t[3].cast<int>(), pointer<const int64_t>(t[4].cast<uintptr_t>()),
-                                   t[5].cast<bool>()};
+                                   t[5].cast<bool>(), dropout_of(t[6])};
     check_maps(shape.narrow, table, {shape.n_dims});
     if (shape.n_rows < 0 || shape.n_frames < 1 || shape.n_heads < 1 ||
         shape.n_dims % (16 * shape.n_heads)) {
@@ -116,7 +117,7 @@ void self_attention_backward_at(const py::tuple& shape, const py::tuple& weights
                             pointer<const float>(grad), gradients, table, n_threads);
 }
 
-// shape: B, T, D, K, address of lengths or 0, epsilon, whether narrow
+// shape: B, T, D, K, address of lengths or 0, epsilon, whether narrow, what draws dropout
 ConvolutionModuleShape convolution_module_shape(const py::tuple& t, const Kernels& table) {
     const ConvolutionModuleShape shape{t[0].cast<int64_t>(),
                                        t[1].cast<int64_t>(),
@@ -124,7 +125,8 @@ ConvolutionModuleShape convolution_module_shape(const py::tuple& t, const Kernel
                                        t[3].cast<int>(),
                                        pointer<const int64_t>(t[4].cast<uintptr_t>()),
                                        t[5].cast<float>(),
-                                       t[6].cast<bool>()};
+                                       t[6].cast<bool>(),
+                                       dropout_of(t[7])};
     check_maps(shape.narrow, table, {shape.n_dims});
     if (shape.n_rows < 0 || shape.n_frames < 1 || shape.n_taps < 1 || shape.n_taps % 2 == 0) {
         throw std::invalid_argument("shape: expected sizes, and an odd number of taps");

@@ -1,5 +1,5 @@
 // What lies between the linear maps of a conformer block; included by kernels_impl.h after
-// density_kernel.h and snake_kernel.h. Runs fill whole vectors.
+// dropout_kernel.h. Runs fill whole vectors.
 
 // 1 / v within 2 ulp, of v from 1 to 1e30.
 inline Floats inverse(Floats v) {
@@ -44,32 +44,46 @@ inline Floats get_floats(const uint32_t* from, ptrdiff_t i) {
 }
 
 template <typename Word>
-void gelu_rows(const float* x, ptrdiff_t n, Word* kept, Word* out) {
-    for (ptrdiff_t i = 0; i < n; i += kLanes) {
-        const Floats v = load_floats(x + i);
-        if (kept) put_floats(kept, i, v);
-        Floats bell;
-        put_floats(out, i, v * normal_share(v, &bell));
+void gelu_rows(const gmm_jepa::DroppedRows& rows, const float* x, Word* kept, Word* out) {
+    for (int row = 0; row < rows.n_rows; ++row) {
+        const KeepRow keep(rows.dropping, rows.first + row);
+        for (int i = 0; i < rows.n; i += kLanes) {
+            const ptrdiff_t at = ptrdiff_t(row) * rows.n + i;
+            const Floats v = load_floats(x + at);
+            if (kept) put_floats(kept, at, v);
+            Floats bell;
+            put_floats(out, at, keep.of(v * normal_share(v, &bell), i));
+        }
     }
 }
 
 template <typename Word>
-void gelu_backward_rows(const Word* x, ptrdiff_t n, float* grad, Word* value, Word* rounded) {
-    for (ptrdiff_t i = 0; i < n; i += kLanes) {
-        const Floats v = get_floats(x, i);
-        Floats bell;
-        const Floats share = normal_share(v, &bell);
-        const Floats g = load_floats(grad + i) * (share + v * (0.39894228f * bell));
-        put_floats(value, i, v * share);
-        store_floats(grad + i, g);
-        put_floats(rounded, i, g);
+void gelu_backward_rows(const gmm_jepa::DroppedRows& rows, const Word* x, float* grad, Word* value,
+                        Word* rounded) {
+    for (int row = 0; row < rows.n_rows; ++row) {
+        const KeepRow keep(rows.dropping, rows.first + row);
+        for (int i = 0; i < rows.n; i += kLanes) {
+            const ptrdiff_t at = ptrdiff_t(row) * rows.n + i;
+            const Floats v = get_floats(x, at);
+            Floats bell;
+            const Floats share = normal_share(v, &bell), kept = keep.of(Floats{} + 1.0f, i);
+            const Floats g = load_floats(grad + at) * kept * (share + v * (0.39894228f * bell));
+            put_floats(value, at, v * share * kept);
+            store_floats(grad + at, g);
+            put_floats(rounded, at, g);
+        }
     }
 }
 
-void add_scaled_rows(const float* x, const float* y, float scale, ptrdiff_t n, float* out) {
-    for (ptrdiff_t i = 0; i < n; i += kLanes) {
-        const Floats scaled = scale * load_floats(y + i);
-        store_floats(out + i, x ? load_floats(x + i) + scaled : scaled);
+void add_scaled_rows(const gmm_jepa::DroppedRows& rows, const float* x, const float* y, float scale,
+                     float* out) {
+    for (int row = 0; row < rows.n_rows; ++row) {
+        const KeepRow keep(rows.dropping, rows.first + row);
+        for (int i = 0; i < rows.n; i += kLanes) {
+            const ptrdiff_t at = ptrdiff_t(row) * rows.n + i;
+            const Floats scaled = keep.of(scale * load_floats(y + at), i);
+            store_floats(out + at, x ? load_floats(x + at) + scaled : scaled);
+        }
     }
 }
 

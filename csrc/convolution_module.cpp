@@ -80,8 +80,8 @@ class Module {
             put_values(kernels_, s.made.data(), ptrdiff_t(n) * D_, false, s.rows.data());
             down.multiply(s.rows.data(), n, weights_.down_bias, s.made.data());
             zero_padding(first, n, s.made.data());
-            kernels_.add_rows(x_ + first * D_, s.made.data(), ptrdiff_t(n) * D_,
-                              out + first * D_);
+            kernels_.add_scaled_rows(rows(first, n), x_ + first * D_, s.made.data(), 1.0f,
+                                     out + first * D_);
         });
     }
 
@@ -96,7 +96,8 @@ class Module {
         ColumnSums out_weight(kernels_, n_blocks, D_), out_bias(kernels_, n_blocks, D_);
         Buffer<float> gated(size_t(N_) * D_), of_normal(size_t(N_) * D_);
         each_block([&](int64_t i, int64_t first, int n, Scratch& s) {
-            std::copy_n(grad + first * D_, ptrdiff_t(n) * D_, s.made.data());
+            kernels_.add_scaled_rows(rows(first, n), nullptr, grad + first * D_, 1.0f,
+                                     s.made.data());
             zero_padding(first, n, s.made.data());
             down_bias.put(i, s.made.data(), n);
             put_values(kernels_, s.made.data(), ptrdiff_t(n) * D_, false, s.rows.data());
@@ -180,6 +181,8 @@ class Module {
             at = end;
         }
     }
+
+    DroppedRows rows(int64_t first, int n) const { return {first, n, D_, shape_.dropping}; }
 
     // n frames from `first` on, of D values.
     void zero_padding(int64_t first, int n, float* frames) const {

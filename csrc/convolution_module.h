@@ -9,13 +9,15 @@ namespace gmm_jepa {
 
 // n_dims is a multiple of kMapMultiple, n_taps is odd. Rows b have lengths[b] real frames, the first;
 // null: all. The norms are of one group over a row's real frames and all channels, with divisor n.
-// `narrow`: what the maps multiply is rounded to bfloat16; the set has pair_products then.
+// `narrow`: what the maps multiply is rounded to bfloat16; the set has pair_products then. `dropping`:
+// of what is added to x; a frame's is drawn by its number.
 struct ConvolutionModuleShape {
     int64_t n_rows, n_frames;
     int n_dims, n_taps;
     const int64_t* lengths;
     float epsilon;
     bool narrow;
+    Dropout dropping;
 };
 
 struct ConvolutionModuleWeights {

@@ -13,7 +13,7 @@ inline uint64_t mixed(uint64_t x) {  // splitmix64
 class KeepRow {
   public:
     KeepRow(const gmm_jepa::Dropout& dropout, uint64_t row)
-        : threshold_(dropout.threshold), scale_(dropout.scale) {
+        : threshold_(dropout.threshold), scale_(dropout.scale), active_(dropout.active) {
         const uint64_t key = mixed(dropout.seed ^ mixed(row));
         first_ = static_cast<uint32_t>(key);
         second_ = static_cast<uint32_t>(key >> 32);
@@ -29,11 +29,15 @@ class KeepRow {
         return zero_where_not((Ints)h >= threshold_, Floats{} + scale_);
     }
 
+    // v, of these columns, where something is dropped at all.
+    Floats of(Floats v, int column) const { return active_ ? v * at(column) : v; }
+
   private:
     Uints lane_;
     uint32_t first_, second_;
     int32_t threshold_;
     float scale_;
+    bool active_;
 };
 
 void dropout(const float* x, int n, const gmm_jepa::Dropout& dropping, uint64_t row, float* out) {

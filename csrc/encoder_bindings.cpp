@@ -29,6 +29,14 @@ void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames) {
     }
 }
 
+Dropout dropout_of(const pybind11::tuple& t) {
+    const double p = t[1].cast<double>();
+    if (!(p >= 0.0 && p < 1.0)) throw std::invalid_argument("p: expected 0 <= p < 1");
+    const double threshold = std::min(std::round(p * 4294967296.0), 4294967295.0);
+    return {t[0].cast<uint64_t>(), static_cast<int32_t>(threshold - 2147483648.0),
+            static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
+}
+
 namespace {
 
 namespace py = pybind11;
@@ -249,15 +257,6 @@ AttentionInputs attention_inputs(const py::tuple& t) {
     return {head_rows(t[0]), head_rows(t[1]), head_rows(t[2]),
             pointer<const float>(t[3].cast<uintptr_t>()),
             pointer<const float>(t[4].cast<uintptr_t>())};
-}
-
-// seed and probability; none with probability 0
-Dropout dropout_of(const py::tuple& t) {
-    const double p = t[1].cast<double>();
-    if (!(p >= 0.0 && p < 1.0)) throw std::invalid_argument("p: expected 0 <= p < 1");
-    const double threshold = std::min(std::round(p * 4294967296.0), 4294967295.0);
-    return {t[0].cast<uint64_t>(), static_cast<int32_t>(threshold - 2147483648.0),
-            static_cast<float>(4294967296.0 / (4294967296.0 - threshold)), threshold > 0.0};
 }
 
 void dropout_at(uintptr_t x, int64_t n, const py::tuple& drawn_by, uintptr_t out, int n_threads,

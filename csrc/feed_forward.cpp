@@ -8,20 +8,22 @@
 namespace gmm_jepa {
 namespace {
 
-void gelu(const Kernels& kernels, const float* x, ptrdiff_t n, float* kept, float* out) {
-    kernels.gelu_rows(x, n, kept, out);
+void gelu(const Kernels& kernels, const DroppedRows& rows, const float* x, float* kept,
+          float* out) {
+    kernels.gelu_rows(rows, x, kept, out);
 }
-void gelu(const Kernels& kernels, const float* x, ptrdiff_t n, uint32_t* kept, uint32_t* out) {
-    kernels.gelu_words(x, n, kept, out);
+void gelu(const Kernels& kernels, const DroppedRows& rows, const float* x, uint32_t* kept,
+          uint32_t* out) {
+    kernels.gelu_words(rows, x, kept, out);
 }
 
-void gelu_backward(const Kernels& kernels, const float* x, ptrdiff_t n, float* grad, float* value,
-                   float* rounded) {
-    kernels.gelu_backward_rows(x, n, grad, value, rounded);
+void gelu_backward(const Kernels& kernels, const DroppedRows& rows, const float* x, float* grad,
+                   float* value, float* rounded) {
+    kernels.gelu_backward_rows(rows, x, grad, value, rounded);
 }
-void gelu_backward(const Kernels& kernels, const uint32_t* x, ptrdiff_t n, float* grad,
+void gelu_backward(const Kernels& kernels, const DroppedRows& rows, const uint32_t* x, float* grad,
                    uint32_t* value, uint32_t* rounded) {
-    kernels.gelu_backward_words(x, n, grad, value, rounded);
+    kernels.gelu_backward_words(rows, x, grad, value, rounded);
 }
 
 FrameNorm norm_of(const FeedForwardShape& shape, const FeedForwardWeights& weights) {
@@ -52,19 +54,19 @@ void forward(const FeedForwardShape& shape, const FeedForwardWeights& weights, c
     const int64_t block = map_block<Word>(kernels);
     over_blocks(shape.n_rows, block, n_threads, [&] { return Scratch<Word>(block, shape); },
                 [&](int64_t, int64_t first, int n, Scratch<Word>& s) {
-        const ptrdiff_t n_values = ptrdiff_t(n) * D, n_hidden = ptrdiff_t(n) * H;
+        const DroppedRows hidden_rows{first, n, H, shape.dropping};
+        const DroppedRows rows{first, n, D, shape.dropping.second()};
         const float* inputs = x + first * D;
         if (weights.norm) {
             kernels.frame_norm_rows(norm_of(shape, weights), inputs, n, s.made.data());
             inputs = s.made.data();
         }
-        put_values(kernels, inputs, n_values, false, s.narrow.data());
+        put_values(kernels, inputs, ptrdiff_t(n) * D, false, s.narrow.data());
         up.multiply(s.narrow.data(), n, weights.up_bias, s.hidden.data());
-        gelu(kernels, s.hidden.data(), n_hidden,
+        gelu(kernels, hidden_rows, s.hidden.data(),
              hidden ? hidden + first * H / kValues<Word> : nullptr, s.wide.data());
         down.multiply(s.wide.data(), n, weights.down_bias, s.made.data());
-        kernels.add_scaled_rows(x + first * D, s.made.data(), shape.scale, n_values,
-                                out + first * D);
+        kernels.add_scaled_rows(rows, x + first * D, s.made.data(), shape.scale, out + first * D);
     });
 }
 
@@ -83,14 +85,16 @@ void backward(const FeedForwardShape& shape, const FeedForwardWeights& weights, 
     ColumnSums norm(kernels, n_blocks, D), norm_bias(kernels, n_blocks, D);
     over_blocks(N, block, n_threads, [&] { return Scratch<Word>(block, shape); },
                 [&](int64_t i, int64_t first, int n, Scratch<Word>& s) {
-        const ptrdiff_t n_values = ptrdiff_t(n) * D, n_hidden = ptrdiff_t(n) * H;
+        const DroppedRows hidden_rows{first, n, H, shape.dropping};
+        const DroppedRows rows{first, n, D, shape.dropping.second()};
+        const ptrdiff_t n_values = ptrdiff_t(n) * D;
         const float* g = grad + first * D;
-        kernels.add_scaled_rows(nullptr, g, shape.scale, n_values, s.made.data());
+        kernels.add_scaled_rows(rows, nullptr, g, shape.scale, s.made.data());
         down_bias.put(i, s.made.data(), n);
         put_values(kernels, s.made.data(), n_values, false, s.narrow.data());
         of_output.put(first, s.narrow.data(), n);
         down.multiply(s.narrow.data(), n, nullptr, s.hidden.data());
-        gelu_backward(kernels, hidden + first * H / kValues<Word>, n_hidden, s.hidden.data(),
+        gelu_backward(kernels, hidden_rows, hidden + first * H / kValues<Word>, s.hidden.data(),
                       s.activated.data(), s.wide.data());
         activated.put(first, s.activated.data(), n);
         up_bias.put(i, s.hidden.data(), n);

@@ -1,5 +1,5 @@
-// The feed-forward part of a block, x + scale (W2 gelu(W1 norm(x) + b1) + b2), with or without a norm
-// of each frame, and its gradients.
+// The feed-forward part of a block, x + scale drop(W2 drop(gelu(W1 norm(x) + b1)) + b2), with or
+// without a norm of each frame, and its gradients.
 #pragma once
 
 #include "arrays.h"
@@ -8,12 +8,14 @@
 namespace gmm_jepa {
 
 // Both sizes are multiples of kMapMultiple. `narrow`: what is multiplied is rounded to bfloat16; the
-// set has pair_products then.
+// set has pair_products then. `dropping`: of hidden values, and a second mask of its seed of outputs;
+// a frame's is drawn by its number.
 struct FeedForwardShape {
     int64_t n_rows;
     int n_dims, n_hidden;
     float scale, epsilon;
     bool narrow;
+    Dropout dropping;
 };
 
 // Weights as torch has them: up (n_hidden, n_dims), down (n_dims, n_hidden).

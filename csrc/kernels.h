@@ -55,6 +55,16 @@ struct Dropout {
     int32_t threshold;
     float scale;
     bool active;
+
+    // Another mask of the same seed.
+    Dropout second() const { return {~seed, threshold, scale, active}; }
+};
+
+// Rows `first` to `first` + n_rows - 1 of n values each, and what is dropped of them.
+struct DroppedRows {
+    int64_t first;
+    int n_rows, n;
+    Dropout dropping;
 };
 
 // What a masked loss says of one row.
@@ -242,16 +252,17 @@ struct Kernels {
 
     // What lies between the linear maps of a block, on runs of n values, a multiple of 16; words are
     // of two values of bfloat16.
-    // GELU (with the error function); `kept` receives x, may be null.
-    void (*gelu_rows)(const float* x, ptrdiff_t n, float* kept, float* out);
-    void (*gelu_words)(const float* x, ptrdiff_t n, uint32_t* kept, uint32_t* out);
-    // `grad` behind a GELU of x becomes that before it, also to `rounded`; its value to `value`.
-    void (*gelu_backward_rows)(const float* x, ptrdiff_t n, float* grad, float* value,
+    // GELU (with the error function), dropped out; `kept` receives x, may be null.
+    void (*gelu_rows)(const DroppedRows& rows, const float* x, float* kept, float* out);
+    void (*gelu_words)(const DroppedRows& rows, const float* x, uint32_t* kept, uint32_t* out);
+    // `grad` behind both becomes that of x, also to `rounded`; what both made goes to `value`.
+    void (*gelu_backward_rows)(const DroppedRows& rows, const float* x, float* grad, float* value,
                                float* rounded);
-    void (*gelu_backward_words)(const uint32_t* x, ptrdiff_t n, float* grad, uint32_t* value,
-                                uint32_t* rounded);
-    // x + scale y, of a null x scale y.
-    void (*add_scaled_rows)(const float* x, const float* y, float scale, ptrdiff_t n, float* out);
+    void (*gelu_backward_words)(const DroppedRows& rows, const uint32_t* x, float* grad,
+                                uint32_t* value, uint32_t* rounded);
+    // x + scale y, y dropped out; of a null x scale y.
+    void (*add_scaled_rows)(const DroppedRows& rows, const float* x, const float* y, float scale,
+                            float* out);
 
     // Half of a row of 2 n values times the sigmoid of the other half; `kept` receives the rows. Again
     // from what was kept; and the gradient (n_rows, 2 n).

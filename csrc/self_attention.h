@@ -9,12 +9,13 @@ namespace gmm_jepa {
 
 // n_dims is a multiple of kMapMultiple, n_dims / n_heads of 16. Rows b have lengths[b] real frames, the
 // first, and attend to these, or to frame 0 where there are none; null: all. `narrow`: what the maps
-// multiply is rounded to bfloat16; the set has pair_products then.
+// multiply is rounded to bfloat16; the set has pair_products then. `dropping`: of probabilities.
 struct SelfAttentionShape {
     int64_t n_rows, n_frames;
     int n_heads, n_dims;
     const int64_t* lengths;
     bool narrow;
+    Dropout dropping;
 
     int head_dims() const { return n_dims / n_heads; }
 };

@@ -14,19 +14,32 @@ from gmm_jepa import ops
 EPSILON = 1e-5
 
 
-def feed_forward(x: Tensor, *parameters: Tensor, scale: float = 0.5) -> Tensor:
-    return ops.feed_forward(x, *parameters, scale=scale, epsilon=EPSILON)
+def feed_forward(
+    x: Tensor, *parameters: Tensor, scale: float = 0.5, dropout_p: float = 0.0
+) -> Tensor:
+    return ops.feed_forward(x, *parameters, scale=scale, epsilon=EPSILON, dropout_p=dropout_p)
 
 
 def feed_forward_in_torch(
-    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, *norm: Tensor, scale
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    *norm: Tensor,
+    scale: float,
+    keep: tuple[Tensor | float, ...] = (1.0, 1.0),
 ) -> Tensor:
     y = F.layer_norm(x, x.shape[-1:], *norm, eps=EPSILON) if norm else x
-    return x + scale * F.linear(F.gelu(F.linear(y, up, up_bias)), down, down_bias)
+    y = F.linear(keep[0] * F.gelu(F.linear(y, up, up_bias)), down, down_bias)
+    return x + scale * keep[1] * y
 
 
-def self_attention(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
-    return ops.self_attention(x, ops.AttentionWeights(*weights), lengths_frames=lengths)
+def self_attention(
+    x: Tensor, *weights: Tensor, lengths: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    named = ops.AttentionWeights(*weights)
+    return ops.self_attention(x, named, lengths_frames=lengths, dropout_p=dropout_p)
 
 
 def self_attention_in_torch(
@@ -41,6 +54,7 @@ def self_attention_in_torch(
     gate_scale: Tensor,
     *,
     lengths: Tensor | None,
+    keep: tuple[Tensor | float, ...] = (1.0,),
 ) -> Tensor:
     position = torch.arange(x.shape[1])
     made = F.linear(x, qkv, qkv_bias).unflatten(-1, (3, len(gate_scale), -1))
@@ -52,12 +66,15 @@ def self_attention_in_torch(
     if lengths is not None:
         hidden = position >= lengths.clamp(min=1)[:, None, None, None]
         scores = scores.masked_fill(hidden, -torch.inf)
-    return x + F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), out, out_bias)
+    attended = (keep[0] * scores.softmax(-1)) @ v
+    return x + F.linear(attended.transpose(1, 2).flatten(2), out, out_bias)
 
 
-def convolution_module(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
-    named = ops.ConvolutionWeights(*weights)
-    return ops.convolution_module(x, named, epsilon=EPSILON, lengths_frames=lengths)
+def convolution_module(
+    x: Tensor, *weights: Tensor, lengths: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    named, options = ops.ConvolutionWeights(*weights), {"epsilon": EPSILON, "dropout_p": dropout_p}
+    return ops.convolution_module(x, named, lengths_frames=lengths, **options)
 
 
 def convolution_module_in_torch(
@@ -74,6 +91,7 @@ def convolution_module_in_torch(
     down_bias: Tensor,
     *,
     lengths: Tensor | None,
+    keep: tuple[Tensor | float, ...] = (1.0,),
 ) -> Tensor:
     lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
     real = (torch.arange(x.shape[1]) < lengths[:, None])[..., None].to(x.dtype)
@@ -89,7 +107,8 @@ def convolution_module_in_torch(
     y = F.glu(F.linear(norm(x, norm_in, norm_in_bias), up, up_bias), dim=-1) * real
     padding, groups = taps.shape[-1] // 2, len(taps)
     y = F.conv1d(y.mT, taps, taps_bias, padding=padding, groups=groups).mT
-    return x + F.linear(F.silu(norm(y, norm_out, norm_out_bias)), down, down_bias) * real
+    y = F.linear(F.silu(norm(y, norm_out, norm_out_bias)), down, down_bias)
+    return x + keep[0] * y * real
 
 
 def near_one(*shape: int) -> Tensor:

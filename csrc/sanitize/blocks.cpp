@@ -16,6 +16,10 @@ std::vector<uint32_t> kept_words(int64_t n, bool narrow) {
     return std::vector<uint32_t>(narrow ? n / 2 : n, 0x7fc07fc0);  // NaN as either
 }
 
+Dropout any_dropout() {
+    return {uint64_t(any(0, 1 << 30)), -1000000000, 1.4f, any(0, 1) == 1};
+}
+
 void feed_forward_round(const Kernels& kernels, bool narrow) {
     const int D = static_cast<int>(kMapMultiple * any(1, 4));
     const int H = static_cast<int>(kMapMultiple * any(1, 6));
@@ -24,7 +28,7 @@ void feed_forward_round(const Kernels& kernels, bool narrow) {
                              down_bias = drawn(D), norm = drawn(D), norm_bias = drawn(D),
                              up = drawn(int64_t(H) * D, width_scale(D)),
                              down = drawn(int64_t(D) * H, width_scale(H));
-    const FeedForwardShape shape{N, D, H, 0.5f, 1e-5f, narrow};
+    const FeedForwardShape shape{N, D, H, 0.5f, 1e-5f, narrow, any_dropout()};
     const bool has_norm = any(0, 1);
     const FeedForwardWeights weights{up.data(),
                                      up_bias.data(),
@@ -59,7 +63,7 @@ void self_attention_round(const Kernels& kernels, bool narrow) {
                              last_bias = drawn(D), table = drawn(n_table), gate_u = drawn(D),
                              gate_r = drawn(D), gate_scale = drawn(H);
     const Lengths lengths(B, T);
-    const SelfAttentionShape shape{B, T, H, D, lengths.data(), narrow};
+    const SelfAttentionShape shape{B, T, H, D, lengths.data(), narrow, any_dropout()};
     const SelfAttentionWeights weights{qkv.data(),    qkv_bias.data(), last.data(),
                                        last_bias.data(), table.data(), gate_u.data(),
                                        gate_r.data(), gate_scale.data()};
@@ -88,7 +92,8 @@ void convolution_module_round(const Kernels& kernels, bool narrow) {
                              norm_out = drawn(D), norm_out_bias = drawn(D),
                              down = drawn(int64_t(D) * D, width_scale(D)), down_bias = drawn(D);
     const Lengths lengths(B, T);
-    const ConvolutionModuleShape shape{B, T, D, K, lengths.data(), 1e-5f, narrow};
+    const ConvolutionModuleShape shape{B, T, D, K, lengths.data(), 1e-5f, narrow,
+                                       any_dropout()};
     const ConvolutionModuleWeights weights{
         norm_in.data(),   norm_in_bias.data(), up.data(),            up_bias.data(),
         taps.data(),      taps_bias.data(),    norm_out.data(),      norm_out_bias.data(),

@@ -37,9 +37,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """x (..., D) and `scale` times what the layers make of it: (..., D)."""
-        if ops.takes_block(x) and not self.dropout.drops:
-            up, down = self.up, self.down
-            return ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, scale=scale)
+        if ops.takes_block(x):
+            weights = (p for layer in (self.up, self.down) for p in (layer.weight, layer.bias))
+            return ops.feed_forward(x, *weights, scale=scale, dropout_p=self.dropout.rate)
         return x + scale * self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
 
 
@@ -63,14 +63,14 @@ class SelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if bias is None or table is None:
             return x + self._composed(x, mask, None, None, dropout_p)
-        if ops.takes_block(x, n_heads=self.heads) and not dropout_p:
+        if ops.takes_block(x, n_heads=self.heads):
             qkv, out = self.qkv, self.out
             gates = (bias.gate_u, bias.gate_r, bias.scale)
             weights = ops.AttentionWeights(
                 qkv.weight, qkv.bias, out.weight, out.bias, table, *gates
             )
             lengths = None if mask is None else mask.lengths
-            return ops.self_attention(x, weights, lengths_frames=lengths)
+            return ops.self_attention(x, weights, lengths_frames=lengths, dropout_p=dropout_p)
         return x + self._composed(x, mask, bias, table, dropout_p)
 
     def _composed(
@@ -110,7 +110,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, T, D) and what the layers make of it: (B, T, D)."""
-        if ops.takes_block(x) and not self.dropout.drops:
+        if ops.takes_block(x):
             layers = (self.norm_in, self.up, self.depthwise, self.norm_out, self.down)
             weights = (p for layer in layers for p in (layer.weight, layer.bias))
             return ops.convolution_module(
@@ -118,6 +118,7 @@ class ConvolutionModule(nn.Module):
                 ops.ConvolutionWeights(*weights),
                 epsilon=self.norm_in.eps,
                 lengths_frames=None if mask is None else mask.lengths,
+                dropout_p=self.dropout.rate,
             )
         y = F.glu(self.up(self.norm_in(x, mask)), dim=-1)
         y = self.depthwise(zero_padding(y, mask))

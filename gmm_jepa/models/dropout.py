@@ -11,9 +11,9 @@ class Dropout(nn.Dropout):
     """`torch.nn.Dropout` by `gmm_jepa.ops.dropout`."""
 
     @property
-    def drops(self) -> bool:
-        """Whether it changes anything now: in training, with a probability."""
-        return self.training and self.p > 0
+    def rate(self) -> float:
+        """Probability that a value is dropped now: none but in training."""
+        return self.p if self.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x, or in training x dropped out."""

@@ -29,10 +29,11 @@ class ClusterBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W)."""
-        if ops.takes_block(x) and not self.dropout.drops:
-            layers, epsilon = (self.up, self.down, self.norm), self.norm.eps
+        if ops.takes_block(x):
+            layers = (self.up, self.down, self.norm)
             tensors = (p for layer in layers for p in (layer.weight, layer.bias))
-            return ops.feed_forward(x, *tensors, epsilon=epsilon)
+            options = {"epsilon": self.norm.eps, "dropout_p": self.dropout.rate}
+            return ops.feed_forward(x, *tensors, **options)
         return x + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(x))))))
 
 

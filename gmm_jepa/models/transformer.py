@@ -212,10 +212,11 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) with zero padding; `table` is ``bias.table(T)``."""
         x = x + self.dropout(self.out_proj(self._attend(self.attention_norm(x), mask, bias, table)))
-        if ops.takes_block(x, hidden=len(self.up.bias)) and not self.dropout.drops:
-            layers, epsilon = (self.up, self.down, self.ffn_norm), self.ffn_norm.eps
+        if ops.takes_block(x, hidden=len(self.up.bias)):
+            layers = (self.up, self.down, self.ffn_norm)
             tensors = (p for layer in layers for p in (layer.weight, layer.bias))
-            return zero_padding(ops.feed_forward(x, *tensors, epsilon=epsilon), mask)
+            options = {"epsilon": self.ffn_norm.eps, "dropout_p": self.dropout.rate}
+            return zero_padding(ops.feed_forward(x, *tensors, **options), mask)
         y = self.down(self.dropout(F.gelu(self.up(self.ffn_norm(x)))))
         return zero_padding(x + self.dropout(y), mask)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.dropout import check_probability
 from gmm_jepa.ops.mixture import kind_of
 from gmm_jepa.ops.operator import Operator
 
@@ -65,8 +66,7 @@ def gated_bias_attention(
         TypeError: a tensor is of the wrong type.
     """
     _check(q, k, v, table, gate, key_lengths)
-    if not 0.0 <= dropout_p < 1.0:
-        raise InputError(f"dropout_p: expected at least 0 and below 1, got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
     if dropout_p == 0.0:
         seed = None
     elif seed is None:

@@ -1,6 +1,6 @@
 """A conformer's convolution module with its residual: norm, maps, GLU and taps in one op on CPUs.
 
-    x + W_d silu(norm(taps(glu(W_u norm(x)))))
+    x + drop(W_d silu(norm(taps(glu(W_u norm(x))))))
 
 The norms are of one group over a row's real frames and all channels.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.depthwise import depthwise_backward_reference, depthwise_reference
+from gmm_jepa.ops.dropout import check_probability, drawn_seed, dropout_reference
 from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths, real_frames
@@ -51,8 +52,9 @@ def convolution_module(
     *,
     epsilon: float = 1e-5,
     lengths_frames: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """x + down(silu(norm(taps(glu(up(norm(x))))))), differentiable in x and weights; no dropout.
+    """x + drop(down(silu(norm(taps(glu(up(norm(x)))))))), differentiable in x and weights.
 
     Frames beyond a row's length are not seen, and come out as they are. On a CPU under autocast to
     bfloat16 x is taken as float32 and stays so; what the maps multiply is rounded to bfloat16, on
@@ -63,13 +65,15 @@ def convolution_module(
         weights: of the norms, the maps and the taps.
         epsilon: added to the variances.
         lengths_frames: (B,) int64, real frames of each row; None: all.
+        dropout_p: of the dropout, at least 0 and below 1, drawn from torch's own generator.
 
     Returns:
         (B, T, D) of x's dtype.
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not fit, or dropout_p is out of its range.
     """
+    check_probability("dropout_p", dropout_p)
     if x.ndim != 3 or x.shape[1] < 1:
         raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
     check_lengths(lengths_frames, x)
@@ -82,7 +86,8 @@ def convolution_module(
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     narrow = allows_narrow(x)
-    return _convolution_module(x, *weights, lengths_frames, epsilon, narrow)[0]
+    seed = drawn_seed(dropout_p)
+    return _convolution_module(x, *weights, lengths_frames, seed, epsilon, dropout_p, narrow)[0]
 
 
 def _normal(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -126,7 +131,9 @@ def convolution_module_reference(
     down: Tensor,
     down_bias: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
     epsilon: float,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`convolution_module` in plain torch, and what its gradient needs.
@@ -144,7 +151,8 @@ def convolution_module_reference(
         convolved = depthwise_reference(F.glu(made, dim=-1) * real, taps, taps_bias)
         mean_out, scale_out = _statistics(convolved, real, epsilon)
         value = F.silu(_normal(convolved, mean_out, scale_out) * norm_out + norm_out_bias)
-        out = (x + F.linear(value, down, down_bias) * real).contiguous()
+        dropped = dropout_reference(F.linear(value, down, down_bias), seed, dropout_p)
+        out = (x + dropped * real).contiguous()
     made = made.to(torch.bfloat16 if narrow else x.dtype)
     return out, made, convolved, torch.stack([mean_in, scale_in, mean_out, scale_out], dim=1)
 
@@ -166,13 +174,15 @@ def convolution_module_backward_reference(
     down: Tensor,
     down_bias: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights, in plain torch."""
     real, made = _real(lengths_frames, x), made.to(x.dtype)
     mean_in, scale_in, mean_out, scale_out = statistics.unbind(dim=1)
     with torch.autocast(x.device.type, enabled=False):
-        of_output = grad * real
+        of_output = dropout_reference(grad * real, seed, dropout_p)
         normal = _normal(convolved, mean_out, scale_out)
         before = normal * norm_out + norm_out_bias
         of_before = torch.ops.aten.silu_backward(of_output @ down, before)
@@ -208,28 +218,28 @@ _convolution_module_backward = Operator(
 
 
 @_convolution_module.register_fake
-def _(x, *weights_lengths_epsilon_narrow):
-    (B, T, D), narrow = x.shape, weights_lengths_epsilon_narrow[-1]
+def _(x, *weights_and_options):
+    (B, T, D), narrow = x.shape, weights_and_options[-1]
     made = x.new_empty((B, T, 2 * D), dtype=torch.bfloat16 if narrow else x.dtype)
     return x.new_empty((B, T, D)), made, x.new_empty((B, T, D)), x.new_empty((B, 4))
 
 
 @_convolution_module_backward.register_fake
-def _(grad, x, made, convolved, statistics, *weights_lengths_narrow):
-    return tuple(t.new_empty(t.shape) for t in (x, *weights_lengths_narrow[:10]))
+def _(grad, x, made, convolved, statistics, *weights_and_options):
+    return tuple(t.new_empty(t.shape) for t in (x, *weights_and_options[:10]))
 
 
 def _setup(ctx, inputs, output):
-    x, *weights, lengths_frames, _, ctx.narrow = inputs
-    ctx.save_for_backward(x, *output[1:], *weights, lengths_frames)
+    x, *tensors, _, ctx.dropout_p, ctx.narrow = inputs
+    ctx.save_for_backward(x, *output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grad, *_):
     if grad is None:
-        return (None,) * 14
-    gradients = _convolution_module_backward(grad, *ctx.saved_tensors, ctx.narrow)
-    return *gradients, None, None, None
+        return (None,) * 16
+    gradients = _convolution_module_backward(grad, *ctx.saved_tensors, ctx.dropout_p, ctx.narrow)
+    return *gradients, None, None, None, None, None
 
 
 _convolution_module.register_autograd(_vjp, setup_context=_setup)

@@ -25,13 +25,23 @@ def dropout(x: Tensor, p: float) -> Tensor:
     Raises:
         InputError: p is out of its range.
     """
-    if not 0.0 <= p < 1.0:
-        raise InputError(f"p: expected at least 0 and below 1, got {p}")
+    check_probability("p", p)
     if x.device.type == "cuda" and torch.compiler.is_dynamo_compiling() and x.numel() < 1 << 31:
         return hashed_dropout(x, p) if p else x
     if not takes_float32(x):
         return torch.nn.functional.dropout(x, p)
-    return _dropout(x.float(), torch.randint(1 << 62, (1,)), p).to(x.dtype) if p else x
+    return _dropout(x.float(), drawn_seed(p), p).to(x.dtype) if p else x
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raise InputError unless values can be dropped with it."""
+    if not 0.0 <= p < 1.0:
+        raise InputError(f"{name}: expected at least 0 and below 1, got {p}")
+
+
+def drawn_seed(p: float) -> Tensor | None:
+    """(1,) int64 on the CPU by torch's generator, which masks are drawn from; None without any."""
+    return torch.randint(1 << 62, (1,)) if p else None
 
 
 def hashed_dropout(x: Tensor, p: float) -> Tensor:
@@ -48,8 +58,10 @@ def hashed_dropout(x: Tensor, p: float) -> Tensor:
     return torch.where(h >= round(p * (1 << 32)) - (1 << 31), x / (1.0 - p), 0.0)
 
 
-def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def dropout_reference(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """`dropout` with the mask of a seed (1,), in plain torch; a gradient takes the same way."""
+    if seed is None:
+        return x
     generator = torch.Generator(x.device).manual_seed(int(seed))
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return (x * keep / (1.0 - p)).contiguous()

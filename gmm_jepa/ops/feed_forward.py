@@ -1,4 +1,6 @@
-"""The feed-forward part of a block with its residual, x + scale (W2 gelu(W1 norm(x) + b1) + b2).
+"""The feed-forward part of a block with its residual.
+
+    x + scale drop(W2 drop(gelu(W1 norm(x) + b1)) + b2)
 
 On a CPU one op takes a block of frames through both maps while its hidden values are in cache; for
 the gradient it keeps what the first map made.
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.dropout import check_probability, drawn_seed, dropout_reference
 from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 
@@ -26,8 +29,9 @@ def feed_forward(
     *,
     scale: float = 1.0,
     epsilon: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """x + scale down(gelu(up(norm(x)))), differentiable in all tensors; no dropout.
+    """x + scale drop(down(drop(gelu(up(norm(x)))))), differentiable in all tensors.
 
     On a CPU under autocast to bfloat16 x is taken as float32 and stays so; what is multiplied is
     rounded to bfloat16, on the way back too, where the processor has products of it.
@@ -42,13 +46,15 @@ def feed_forward(
         norm_bias: (D,), with it.
         scale: of what is added.
         epsilon: added to the norm's variances.
+        dropout_p: of both dropouts, at least 0 and below 1, drawn from torch's own generator.
 
     Returns:
         (..., D) of x's dtype.
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not fit, or dropout_p is out of its range.
     """
+    check_probability("dropout_p", dropout_p)
     D, H = x.shape[-1] if x.ndim else 0, len(up_bias)
     tensors = (x, up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     names = ("up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias")
@@ -61,7 +67,13 @@ def feed_forward(
             raise InputError(f"{name}: expected {shape}, got {found}")
     keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     narrow = allows_narrow(x)
-    return _feed_forward(*tensors, scale, epsilon, keep_hidden, narrow)[0]
+    seed = drawn_seed(dropout_p)
+    return _feed_forward(*tensors, seed, scale, epsilon, dropout_p, keep_hidden, narrow)[0]
+
+
+def _masks(seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Seeds of the masks of hidden values and of outputs."""
+    return seed, None if seed is None else ~seed
 
 
 def _normal(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -76,8 +88,10 @@ def feed_forward_reference(
     down_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     epsilon: float,
+    dropout_p: float,
     keep_hidden: bool,
     narrow: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -86,9 +100,12 @@ def feed_forward_reference(
     It is in x's dtype: `narrow` allows to round what is multiplied, and does not ask for it. What
     is kept is bfloat16 with it.
     """
+    hidden_seed, output_seed = _masks(seed)
     with torch.autocast(x.device.type, enabled=False):
         hidden = F.linear(_normal(x, norm_weight, norm_bias, epsilon), up_weight, up_bias)
-        out = (x + scale * F.linear(F.gelu(hidden), down_weight, down_bias)).contiguous()
+        activated = dropout_reference(F.gelu(hidden), hidden_seed, dropout_p)
+        made = F.linear(activated, down_weight, down_bias)
+        out = (x + scale * dropout_reference(made, output_seed, dropout_p)).contiguous()
     kept = torch.bfloat16 if narrow else x.dtype
     return out, hidden.to(kept) if keep_hidden else x.new_empty(0, dtype=kept)
 
@@ -103,17 +120,21 @@ def feed_forward_backward_reference(
     down_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     epsilon: float,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights and biases, in plain torch; (0,) of a norm that there is not."""
     check_hidden(x, hidden, up_bias)
     rows, hidden_rows = x.reshape(-1, x.shape[-1]), hidden.to(x.dtype).reshape(-1, len(up_bias))
     d_norm, d_norm_bias = x.new_empty(0), x.new_empty(0)
+    hidden_seed, output_seed = _masks(seed)
     with torch.autocast(x.device.type, enabled=False):
-        of_output = scale * grad.reshape(rows.shape)
-        of_hidden = torch.ops.aten.gelu_backward(of_output @ down_weight, hidden_rows)
+        of_output = scale * dropout_reference(grad.reshape(rows.shape), output_seed, dropout_p)
+        of_activated = dropout_reference(of_output @ down_weight, hidden_seed, dropout_p)
+        of_hidden = torch.ops.aten.gelu_backward(of_activated, hidden_rows)
         of_rows = of_hidden @ up_weight
         inputs = _normal(rows, norm_weight, norm_bias, epsilon)
         if norm_weight is not None:
@@ -124,7 +145,8 @@ def feed_forward_backward_reference(
                 of_rows, rows, rows.shape[-1:], mean, scales, norm_weight, norm_bias, [True] * 3
             )
         d_x = (grad + of_rows.reshape(x.shape)).contiguous()
-        d_up, d_down = of_hidden.T @ inputs, of_output.T @ F.gelu(hidden_rows)
+        activated = dropout_reference(F.gelu(hidden_rows), hidden_seed, dropout_p)
+        d_up, d_down = of_hidden.T @ inputs, of_output.T @ activated
     return d_x, d_up, of_hidden.sum(0), d_down, of_output.sum(0), d_norm, d_norm_bias
 
 
@@ -154,18 +176,18 @@ def _(grad, x, hidden, *rest):
 
 
 def _setup(ctx, inputs, output):
-    x, *parameters, ctx.scale, ctx.epsilon, _, ctx.narrow = inputs
-    ctx.save_for_backward(x, output[1], *parameters)
+    *tensors, ctx.scale, ctx.epsilon, ctx.dropout_p, _, ctx.narrow = inputs
+    ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grad, _):
     if grad is None:
-        return (None,) * 11
-    tensors, options = ctx.saved_tensors, (ctx.scale, ctx.epsilon, ctx.narrow)
+        return (None,) * 13
+    tensors, options = ctx.saved_tensors, (ctx.scale, ctx.epsilon, ctx.dropout_p, ctx.narrow)
     *gradients, d_norm, d_norm_bias = _feed_forward_backward(grad, *tensors, *options)
-    of_norm = (None, None) if tensors[-1] is None else (d_norm, d_norm_bias)
-    return *gradients, *of_norm, None, None, None, None
+    of_norm = (None, None) if tensors[-2] is None else (d_norm, d_norm_bias)
+    return *gradients, *of_norm, None, None, None, None, None, None
 
 
 _feed_forward.register_autograd(_vjp, setup_context=_setup)

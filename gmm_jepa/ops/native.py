@@ -113,6 +113,11 @@ def lengths_of(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.long().contiguous()
 
 
+def drawn_by(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
+    """What draws a dropout, as the module takes it: seed and probability, none without a seed."""
+    return (0, 0.0) if seed is None else (int(seed) & (2**64 - 1), dropout_p)
+
+
 def address_of(tensor: Tensor | None) -> int:
     """Where its values are; 0 of None."""
     return 0 if tensor is None else tensor.data_ptr()

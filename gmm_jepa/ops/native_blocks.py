@@ -22,6 +22,7 @@ from gmm_jepa.ops.fused import MAP_MULTIPLE, RUN_MULTIPLE
 from gmm_jepa.ops.native import (
     address_of,
     call,
+    drawn_by,
     instruction_sets,
     lengths_of,
     multiplies_bfloat16,
@@ -48,15 +49,19 @@ def feed_forward(
     down_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     epsilon: float,
+    dropout_p: float,
     keep_hidden: bool,
     narrow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x + scale (W2 gelu(W1 norm(x) + b1) + b2), and what W1 made, rounded if `narrow`."""
+    """The feed-forward of x, and what its first map made, rounded if `narrow`."""
     parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     if not _is_feed_forward(x, parameters):
-        return feed_forward_reference(x, *parameters, scale, epsilon, keep_hidden, narrow)
+        return feed_forward_reference(
+            x, *parameters, seed, scale, epsilon, dropout_p, keep_hidden, narrow
+        )
     x, (H, D) = x.contiguous(), up_weight.shape
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
     rounds = narrow and multiplies_bfloat16()
@@ -65,7 +70,7 @@ def feed_forward(
     out = torch.empty_like(x)
     call(
         "feed_forward",
-        (x.numel() // D, D, H, scale, epsilon, rounds),
+        (x.numel() // D, D, H, scale, epsilon, rounds, drawn_by(seed, dropout_p)),
         tuple(map(address_of, parameters)),
         x.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0,
@@ -84,14 +89,18 @@ def feed_forward_backward(
     down_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     epsilon: float,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights and biases of `feed_forward`; (0,) of a norm that there is not."""
     parameters = (up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     if not _is_feed_forward(x, parameters):
-        return feed_forward_backward_reference(grad, x, hidden, *parameters, scale, epsilon, narrow)
+        return feed_forward_backward_reference(
+            grad, x, hidden, *parameters, seed, scale, epsilon, dropout_p, narrow
+        )
     check_hidden(x, hidden, up_bias)
     rounds = narrow and multiplies_bfloat16()
     grad, x, hidden = (t.contiguous() for t in (grad, x, hidden.to(_kept(rounds))))
@@ -100,7 +109,7 @@ def feed_forward_backward(
     H, D = up_weight.shape
     call(
         "feed_forward_backward",
-        (x.numel() // D, D, H, scale, epsilon, rounds),
+        (x.numel() // D, D, H, scale, epsilon, rounds, drawn_by(seed, dropout_p)),
         tuple(map(address_of, parameters)),
         x.data_ptr(),
         hidden.data_ptr(),
@@ -126,19 +135,21 @@ def self_attention(
     gate_r: Tensor,
     gate_scale: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x + W_o attention(W_qkv x), and what its gradient needs."""
+    """The self-attention of x, and what its gradient needs."""
     tensors = (x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale)
     if not _is_self_attention(*tensors):
-        return self_attention_reference(*tensors, lengths_frames, narrow)
+        return self_attention_reference(*tensors, lengths_frames, seed, dropout_p, narrow)
     x, *weights = (t.contiguous() for t in tensors)
-    (B, T, D), H = x.shape, len(gate_scale)
+    (B, T, D), H, rounds = x.shape, len(gate_scale), narrow and multiplies_bfloat16()
     made, lengths = torch.empty_like(x), lengths_of(lengths_frames)
     kept = tuple(x.new_empty(s) for s in ((B, T, 3 * D), (B, T, D), (B, H, T), (B, H, T)))
     call(
         "self_attention",
-        (B, T, H, D, address_of(lengths), narrow and multiplies_bfloat16()),
+        (B, T, H, D, address_of(lengths), rounds, drawn_by(seed, dropout_p)),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -163,23 +174,27 @@ def self_attention_backward(
     gate_r: Tensor,
     gate_scale: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights of `self_attention`."""
     kept = (made, attended, log_sum, gate)
     weights = (qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale)
     if not _is_self_attention(x, *weights):
-        return self_attention_backward_reference(grad, x, *kept, *weights, lengths_frames, narrow)
+        return self_attention_backward_reference(
+            grad, x, *kept, *weights, lengths_frames, seed, dropout_p, narrow
+        )
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:4], rest[4:]
-    (B, T, D), H = x.shape, len(gate_scale)
+    (B, T, D), H, rounds = x.shape, len(gate_scale), narrow and multiplies_bfloat16()
     gradients, lengths = (
         tuple(torch.empty_like(t) for t in (x, *weights)),
         lengths_of(lengths_frames),
     )
     call(
         "self_attention_backward",
-        (B, T, H, D, address_of(lengths), narrow and multiplies_bfloat16()),
+        (B, T, H, D, address_of(lengths), rounds, drawn_by(seed, dropout_p)),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -207,14 +222,18 @@ def convolution_module(
     down: Tensor,
     down_bias: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
     epsilon: float,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + W_d silu(norm(taps(glu(W_u norm(x))))), and what its gradient needs."""
+    """The convolution module of x, and what its gradient needs."""
     of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)
     tensors = (x, *of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
     if not _fits_maps(*tensors):
-        return convolution_module_reference(*tensors, lengths_frames, epsilon, narrow)
+        return convolution_module_reference(
+            *tensors, lengths_frames, seed, epsilon, dropout_p, narrow
+        )
     x, *weights = (t.contiguous() for t in tensors)
     (B, T, D), rounds = x.shape, narrow and multiplies_bfloat16()
     out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
@@ -222,7 +241,7 @@ def convolution_module(
     kept = (made, torch.empty_like(x), x.new_empty((B, 4)))
     call(
         "convolution_module",
-        (B, T, D, taps.shape[-1], address_of(lengths), epsilon, rounds),
+        (B, T, D, taps.shape[-1], address_of(lengths), epsilon, rounds, drawn_by(seed, dropout_p)),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -248,6 +267,8 @@ def convolution_module_backward(
     down: Tensor,
     down_bias: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights of `convolution_module`."""
@@ -257,7 +278,7 @@ def convolution_module_backward(
     weights = (*of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
     if not _fits_maps(x, *weights):
         return convolution_module_backward_reference(
-            grad, x, *kept, *weights, lengths_frames, narrow
+            grad, x, *kept, *weights, lengths_frames, seed, dropout_p, narrow
         )
     kept = (made.to(_kept(rounds)), convolved, statistics)
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
@@ -268,7 +289,7 @@ def convolution_module_backward(
     )
     call(
         "convolution_module_backward",
-        (*x.shape, taps.shape[-1], address_of(lengths), 0.0, rounds),
+        (*x.shape, taps.shape[-1], address_of(lengths), 0.0, rounds, drawn_by(seed, dropout_p)),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),

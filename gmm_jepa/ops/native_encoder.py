@@ -22,7 +22,7 @@ from gmm_jepa.ops.depthwise import (
     depthwise_reference,
 )
 from gmm_jepa.ops.dropout import _dropout, dropout_reference
-from gmm_jepa.ops.native import address_of, call, instruction_sets, lengths_of
+from gmm_jepa.ops.native import address_of, call, drawn_by, instruction_sets, lengths_of
 
 
 def gated_bias_attention(
@@ -50,7 +50,7 @@ def gated_bias_attention(
     call(
         "attention",
         *inputs.arguments(),
-        _seed_and_probability(seed, dropout_p),
+        drawn_by(seed, dropout_p),
         out.data_ptr(),
         log_sum.data_ptr(),
     )
@@ -100,7 +100,7 @@ def gated_bias_attention_backward(
     call(
         "attention_backward",
         *inputs.arguments(),
-        _seed_and_probability(seed, dropout_p),
+        drawn_by(seed, dropout_p),
         _head_rows(grad),
         _head_rows(out),
         log_sum.data_ptr(),
@@ -149,10 +149,6 @@ def _head_rows(x: Tensor) -> tuple[int, int, int, int]:
     return (x.data_ptr(), *x.stride()[:3])
 
 
-def _seed_and_probability(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
-    return (0, 0.0) if seed is None else (int(seed) & (2**64 - 1), dropout_p)
-
-
 def _is_attention(*tensors: Tensor) -> bool:
     """All but float64; the half types are computed in float32."""
     return all(t.dtype != torch.float64 for t in tensors) and tensors[0].shape[3] > 0
@@ -168,7 +164,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
         "dropout",
         x.data_ptr(),
         x.numel(),
-        _seed_and_probability(seed, p),
+        drawn_by(seed, p),
         out.data_ptr(),
     )
     return out

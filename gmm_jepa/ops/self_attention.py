@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.attention import attention_backward_reference, attention_reference
+from gmm_jepa.ops.dropout import check_probability, drawn_seed
 from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import check_lengths
@@ -41,9 +42,13 @@ class AttentionWeights(NamedTuple):
 
 
 def self_attention(
-    x: Tensor, weights: AttentionWeights, *, lengths_frames: Tensor | None = None
+    x: Tensor,
+    weights: AttentionWeights,
+    *,
+    lengths_frames: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """x + out(softmax(q k' / sqrt(d) + table gate) v) of (q, k, v) = qkv(x); no dropout.
+    """x + out(drop(softmax(q k' / sqrt(d) + table gate)) v) of (q, k, v) = qkv(x).
 
     With u = sigmoid(q . gate_u) and r = sigmoid(q . gate_r) of a head's query
     gate = 1 + u + (1 - u) r gate_scale. Differentiable in x and all weights. On a CPU under
@@ -55,13 +60,16 @@ def self_attention(
         weights: of the maps, the bias and its gates.
         lengths_frames: (B,) int64, real frames of each row, which are its keys (frame 0 where there
             are none); None: all.
+        dropout_p: dropout on the probabilities, at least 0 and below 1, drawn from torch's own
+            generator.
 
     Returns:
         (B, T, D) of x's dtype.
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not fit, or dropout_p is out of its range.
     """
+    check_probability("dropout_p", dropout_p)
     if x.ndim != 3 or x.shape[1] < 1:
         raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
     check_lengths(lengths_frames, x)
@@ -72,7 +80,8 @@ def self_attention(
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     narrow = allows_narrow(x)
-    return _self_attention(x, *weights, lengths_frames, narrow)[0]
+    seed = drawn_seed(dropout_p)
+    return _self_attention(x, *weights, lengths_frames, seed, dropout_p, narrow)[0]
 
 
 def _keys(lengths_frames: Tensor | None) -> Tensor | None:
@@ -102,6 +111,8 @@ def self_attention_reference(
     gate_r: Tensor,
     gate_scale: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`self_attention` in plain torch, and what its gradient needs.
@@ -117,7 +128,9 @@ def self_attention_reference(
         made = F.linear(x, qkv, qkv_bias)
         q, k, v = _heads_of(made, len(gate_scale))
         gate = _gates(q, weights)[0]
-        y, log_sum = attention_reference(q, k, v, table, gate, _keys(lengths_frames), None, 0.0)
+        y, log_sum = attention_reference(
+            q, k, v, table, gate, _keys(lengths_frames), seed, dropout_p
+        )
         attended = y.transpose(1, 2).flatten(2).contiguous()
         result = (x + F.linear(attended, out, out_bias)).contiguous()
         return result, made, attended, log_sum, gate
@@ -139,6 +152,8 @@ def self_attention_backward_reference(
     gate_r: Tensor,
     gate_scale: Tensor,
     lengths_frames: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights, in plain torch."""
@@ -149,7 +164,7 @@ def self_attention_backward_reference(
         y = attended.unflatten(-1, (H, -1)).transpose(1, 2)
         of_y = (grad @ out).unflatten(-1, (H, -1)).transpose(1, 2)
         of_q, of_k, of_v, d_table, of_gate = attention_backward_reference(
-            of_y, y, log_sum, q, k, v, table, gate, _keys(lengths_frames), None, 0.0
+            of_y, y, log_sum, q, k, v, table, gate, _keys(lengths_frames), seed, dropout_p
         )
         _, u, r = _gates(q, weights)
         s = gate_scale[:, None]
@@ -178,7 +193,7 @@ _self_attention_backward = Operator(
 
 
 @_self_attention.register_fake
-def _(x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale, lengths_frames, narrow):
+def _(x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale, *options):
     B, T, D = x.shape
     of_heads = x.new_empty((B, len(gate_scale), T))
     return (
@@ -186,25 +201,26 @@ def _(x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale, length
         x.new_empty((B, T, 3 * D)),
         x.new_empty(x.shape),
         of_heads,
-        (torch.empty_like(of_heads)),
+        torch.empty_like(of_heads),
     )
 
 
 @_self_attention_backward.register_fake
-def _(grad, x, made, attended, log_sum, gate, *weights_lengths_narrow):
-    return tuple(t.new_empty(t.shape) for t in (x, *weights_lengths_narrow[:8]))
+def _(grad, x, made, attended, log_sum, gate, *weights_and_options):
+    return tuple(t.new_empty(t.shape) for t in (x, *weights_and_options[:8]))
 
 
 def _setup(ctx, inputs, output):
-    x, *weights, lengths_frames, ctx.narrow = inputs
-    ctx.save_for_backward(x, *output[1:], *weights, lengths_frames)
+    x, *tensors, ctx.dropout_p, ctx.narrow = inputs
+    ctx.save_for_backward(x, *output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grad, *_):
     if grad is None:
-        return (None,) * 11
-    return *_self_attention_backward(grad, *ctx.saved_tensors, ctx.narrow), None, None
+        return (None,) * 13
+    gradients = _self_attention_backward(grad, *ctx.saved_tensors, ctx.dropout_p, ctx.narrow)
+    return *gradients, None, None, None, None
 
 
 _self_attention.register_autograd(_vjp, setup_context=_setup)

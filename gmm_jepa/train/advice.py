@@ -9,7 +9,7 @@ import torch
 
 from gmm_jepa.config import DataConfig, TrainConfig
 from gmm_jepa.train.distributed import Processes
-from gmm_jepa.train.precision import bf16_over_fp32
+from gmm_jepa.train.precision import bf16_slowdown
 
 WAITS_TOO_LONG = 0.05
 """Share of the time spent waiting for audio from which more workers pay."""
@@ -22,9 +22,9 @@ def before_training(config: TrainConfig, peers: Processes) -> list[str]:
         lines.append("train.shard: one process, so nothing is sharded; torchrun starts several")
     if peers.device.type != "cpu":
         return lines
-    if config.precision == "bf16" and (rate := bf16_over_fp32()) < 1.0:
+    if config.precision == "bf16" and (slowdown := bf16_slowdown()):
         lines.append(
-            f"bf16: this CPU multiplies it {1 / rate:.0f} times slower than float32; "
+            f"bf16: this CPU multiplies it {slowdown:.0f} times slower than float32; "
             "--train.precision fp32 is faster"
         )
     return lines + _threads(torch.get_num_threads(), peers)

@@ -105,12 +105,11 @@ def test_models_are_as_near_as_plain_torch(name, has_mask, calls):
 @needs_products
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "why", ["dropout", "float32", "float16", "float64", "width", "instruction set", "narrow frames"]
+    "why", ["float32", "float16", "float64", "width", "instruction set", "narrow frames"]
 )
 def test_models_that_do_not_take_the_operators(name, why, calls):
-    model = model_of(name, dropout=0.1, dim=24 if why == "width" else 64)
+    model = model_of(name, dim=24 if why == "width" else 64)
     x, mask = frames_of(model, True)
-    model.train(why == "dropout")
     if why == "float64":
         model, x = model.double(), x.double()
     if why == "narrow frames":
@@ -129,11 +128,44 @@ def test_models_that_do_not_take_the_operators(name, why, calls):
 
 
 @needs_products
-def test_training_without_dropout_takes_them(calls):
-    model = model_of("conformer block").train()
+@pytest.mark.parametrize("name", MODELS)
+def test_training_drops_out_as_composed_models_do(name, calls):
+    """Mean and variance of every output, over draws."""
+    model, n_draws = model_of(name, dropout=0.2).train(), 300
+    x, mask = frames_of(model, True)
+
+    def drawn() -> tuple[Tensor, Tensor]:
+        outputs = torch.stack([model(x, mask) for _ in range(n_draws)]).float()
+        return outputs.mean(0), outputs.var(0)
+
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mean, variance = drawn()
+        assert calls() == tuple(n * n_draws for n in MODELS[name])
+        with fused.composed():
+            mean_composed, variance_composed = drawn()
+    assert variance.mean() == pytest.approx(float(variance_composed.mean()), rel=0.05)
+    deviation = ((variance + variance_composed) / n_draws).sqrt()
+    rounding = 2.0**-9 * mean_composed.abs().max()
+    assert ((mean - mean_composed).abs() <= 5 * deviation + rounding).all()
+
+
+@needs_products
+@pytest.mark.parametrize("name", MODELS)
+def test_in_evaluation_nothing_is_dropped(name, calls):
+    model, plain = (model_of(name, dropout=p).eval() for p in (0.5, 0.0))
     with torch.autocast("cpu", torch.bfloat16):
-        model(*frames_of(model, True))
-    assert calls() == MODELS["conformer block"]
+        first, second = (m(*frames_of(plain, True)) for m in (model, plain) if torch.manual_seed(1))
+    assert torch.equal(first, second)
+    assert calls() == tuple(2 * n for n in MODELS[name])
+
+
+@needs_products
+def test_one_graph_of_a_block_draws_anew():
+    model = model_of("conformer block", dropout=0.1).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, mask = frames_of(model, True)
+    first, second = (results_of_model(compiled, x, mask) for _ in "12")
+    assert not torch.equal(first[0], second[0])
 
 
 @needs_products

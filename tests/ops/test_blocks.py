@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import native_blocks
+from gmm_jepa.ops import native_blocks, native_encoder
+from gmm_jepa.ops.dropout import _dropout, drawn_seed, dropout_reference
 from tests.against_float64 import (
     KERNELS,
     assert_near,
     cotangent,
+    largest,
     needs_native,
     needs_products,
     norm,
@@ -20,8 +25,9 @@ from tests.against_float64 import (
     on_one_thread_and_two,
     results_of,
 )
-from tests.block_cases import CASES, EACH, EPSILON, Case, case_of, feed_forward
+from tests.block_cases import CASES, EACH, EPSILON, Case, case_of, feed_forward, self_attention
 
+from .test_attention import keep_of
 from .test_memory import peak_bytes
 
 
@@ -252,25 +258,105 @@ def test_what_is_kept_and_held(name, kept):
     assert held <= gradients + 4096
 
 
+DROPOUT_P = 0.3
+
+
+def dropping(case: Case, seed: int) -> Callable[..., Tensor]:
+    """The case's operator with dropout by torch's generator of that seed."""
+
+    def op(*tensors: Tensor, **options) -> Tensor:
+        torch.manual_seed(seed)
+        return case.op(*tensors, **options, dropout_p=DROPOUT_P)
+
+    return op
+
+
+def kept_rows(shape: tuple[int, ...], seed: Tensor, kernel: str) -> Tensor:
+    """What is kept of (..., n), times its scale: the native hash draws rows by their numbers."""
+    if kernel == "torch":
+        return dropout_reference(torch.ones(shape), seed, DROPOUT_P)
+    n_rows, n = math.prod(shape[:-1]), shape[-1]
+    return _dropout(torch.ones(n_rows, 4096), seed, DROPOUT_P)[:, :n].reshape(shape)
+
+
+def kept_of(case: Case, seed: int, kernel: str) -> tuple[Tensor, ...]:
+    """The masks of `dropping`."""
+    torch.manual_seed(seed)
+    drawn, x = drawn_seed(DROPOUT_P), case.leaves[0]
+    if case.op is self_attention:
+        return (keep_of(len(x), len(case.leaves[-1]), x.shape[1], int(drawn), DROPOUT_P),)
+    output = kept_rows(x.shape, ~drawn if case.op is feed_forward else drawn, kernel)
+    if case.op is feed_forward:
+        return kept_rows((*x.shape[:-1], len(case.leaves[1])), drawn, kernel), output
+    return (output,)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("name", EACH)
+def test_dropout_against_float64(name, autocast, kernel, monkeypatch):
+    case = case_of(name)
+    if kernel == "torch":
+        monkeypatch.setattr(native_encoder, "_is_attention", lambda *tensors: False)
+    keep = kept_of(case, 5, kernel)
+    for mask in keep:
+        assert set(mask.unique().tolist()) == {0.0, float(mask.max())}
+        assert float(mask.mean()) == pytest.approx(1.0, abs=0.06)
+    options = {**case.options, "keep": keep}
+    exact = results_of(case.in_torch, [leaf.double() for leaf in case.leaves], options)
+    peer = results_of(case.in_torch, case.leaves, options, autocast)
+    got = results_of(dropping(case, 5), case.leaves, case.options, autocast)
+    factor, size = (1.2, norm) if autocast else (2, largest)
+    assert_near(got, peer, exact, factor=factor, unit=unit_of(name), size=size)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("name", EACH)
+@needs_native
+def test_dropout_is_the_same_on_one_thread_and_two(name, autocast):
+    case = case_of(name)
+    arguments = (dropping(case, 7), case.leaves, case.options, autocast)
+    assert all(torch.equal(a, b) for a, b in on_one_thread_and_two(lambda: results_of(*arguments)))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_dropout_is_drawn_anew_at_every_call(name, kernel):
+    case = case_of(name)
+    torch.manual_seed(0)
+    first, second = (case.op(*case.leaves, **case.options, dropout_p=0.5) for _ in "12")
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(case.op(*case.leaves, **case.options, dropout_p=0.5), first)
+    with pytest.raises(InputError, match="dropout_p: expected at least 0 and below 1"):
+        case.op(*case.leaves, **case.options, dropout_p=1.0)
+
+
+def test_hidden_values_and_outputs_have_masks_of_their_own(kernel):
+    case = case_of("feed-forward, as in the head")  # both are of one width
+    hidden, output = kept_of(case, 0, kernel)
+    agree = float(((hidden > 0) == (output > 0)).float().mean())
+    assert agree == pytest.approx(DROPOUT_P**2 + (1 - DROPOUT_P) ** 2, abs=0.02)
+
+
 # Behind the tensors, without `narrow`: of the operator and of its gradient.
 OPTIONS = {
-    "feed_forward": ((0.5, EPSILON, True), (0.5, EPSILON)),
-    "self_attention": ((), ()),
-    "convolution_module": ((EPSILON,), ()),
+    "feed_forward": ((0.5, EPSILON, DROPOUT_P, True), (0.5, EPSILON, DROPOUT_P)),
+    "self_attention": ((DROPOUT_P,), (DROPOUT_P,)),
+    "convolution_module": ((EPSILON, DROPOUT_P), (DROPOUT_P,)),
 }
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EACH)
 def test_opcheck(name, narrow):
-    """With and without what may be left out: norm or lengths."""
+    """With and without what may be left out: norm or lengths, and dropout."""
     case, op = case_of(name), name.split(",")[0].replace("-", "_").replace(" ", "_")
     forward, backward = (getattr(torch.ops.gmm_jepa, op + end).default for end in ("", "_backward"))
     leaves = [leaf.requires_grad_() for leaf in case.leaves]
+    seed = torch.tensor([3])
     if op == "feed_forward":
-        variants = (leaves, [*leaves[:5], None, None])
+        variants = ([*leaves, seed], [*leaves[:5], None, None, None])
     else:
-        variants = ([*leaves, case.options["lengths"]], [*leaves, None])
+        variants = ([*leaves, case.options["lengths"], None], [*leaves, None, seed])
     for tensors in variants:
         torch.library.opcheck(forward, (*tensors, *OPTIONS[op][0], narrow))
         x, *rest = (None if t is None else t.detach() for t in tensors)

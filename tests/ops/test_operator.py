@@ -118,12 +118,12 @@ def _draw(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def _of_convolution_module() -> list:
     shapes = ((32,), (32,), (64, 32), (64,), (32, 1, 5), (32,), (32,), (32,), (32, 32), (32,))
-    return [*_draw((2, 9, 32), *shapes), torch.tensor([9, 4]), 1e-5, False]
+    return [*_draw((2, 9, 32), *shapes), torch.tensor([9, 4]), torch.tensor([3]), 1e-5, 0.2, False]
 
 
 def _of_self_attention() -> list:
     shapes = ((96, 32), (96,), (32, 32), (32,), (2, 17), (2, 16), (2, 16), (2,))
-    return [*_draw((2, 9, 32), *shapes), torch.tensor([9, 4]), False]
+    return [*_draw((2, 9, 32), *shapes), torch.tensor([9, 4]), torch.tensor([3]), 0.2, False]
 
 
 def _of_unit() -> list:
@@ -148,7 +148,7 @@ OPERATORS: dict[str, tuple[Operator, Callable[[], list]]] = {
         _feed_forward,
         lambda: [
             *_draw((2, 9, 32), (64, 32), (64,), (32, 64), (32,), (32,), (32,)),
-            *(0.5, 1e-5, True, False),
+            *(torch.tensor([3]), 0.5, 1e-5, 0.2, True, False),
         ],
     ),
     "linear": (_linear, lambda: _draw((18, 16), (8, 16), (8,))),
