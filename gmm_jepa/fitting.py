@@ -135,7 +135,7 @@ def fit_mixture(
     mixture.set_result(result)
     if peers.is_main:
         print(describe(mixture))
-    refuse_degenerate(mixture, fit.frames)
+    refuse_degenerate(mixture, fit.frames, peers)
     return mixture
 
 
@@ -253,7 +253,8 @@ class _Fit:
         for frames in self.heldout:
             on_device = Mixture(*(parameter.to(frames.device) for parameter in mixture))
             values = gmm_log_likelihood(frames, on_device)
-            total += torch.stack((values.sum(dtype=torch.float64), values.new_tensor(len(values))))
+            total[0] += values.sum(dtype=torch.float64).cpu()
+            total[1] += len(values)
         total = self.peers.add(total)
         return float(total[0] / total[1]) if total[1] > 0 else None
 
@@ -307,18 +308,33 @@ def describe(mixture: GaussianMixture) -> str:
     )
 
 
-def refuse_degenerate(mixture: GaussianMixture, frames: Iterable[Tensor]) -> None:
-    """Refuse targets from which nothing can be learnt.
+def refuse_degenerate(mixture: GaussianMixture, frames: Iterable[Tensor], peers: Processes) -> None:
+    """Refuse targets from which nothing can be learnt; all processes come to one verdict.
 
     What a frame tells of its component is the entropy of the mean posterior less the mean entropy
     of the posteriors; it is zero where all components are alike and where one takes every frame.
 
+    Args:
+        mixture: that makes the targets.
+        frames: of this process, maybe none; a few are looked at.
+        peers: this process among its peers, to be called by all of them.
+
     Raises:
-        InputError: a frame tells less than `MIN_INFORMATION_NATS`, with several components.
+        InputError: no process has a frame, or a frame tells less than `MIN_INFORMATION_NATS`, with
+            several components.
     """
-    sample = torch.cat([batch[::8] for batch in itertools.islice(frames, 8)])
-    posteriors = mixture.predict_proba(sample).double()
-    information = entr(posteriors.mean(0)).sum() - entr(posteriors).sum(1).mean()
+    K = mixture.n_components
+    sums = torch.zeros(K + 2, dtype=torch.float64)
+    for batch in itertools.islice(frames, 8):
+        posteriors = mixture.predict_proba(batch[::8]).double().cpu()
+        sums[:K] += posteriors.sum(0)
+        sums[K] += entr(posteriors).sum()
+        sums[K + 1] += len(posteriors)
+    sums = peers.add(sums)
+    if not sums[K + 1]:
+        raise InputError("audio: none of it can be read")
+    means = sums[: K + 1] / sums[K + 1]
+    information = entr(means[:K]).sum() - means[K]
     if mixture.n_components > 1 and not information >= MIN_INFORMATION_NATS:
         raise InputError(
             f"mixture: frames tell {information:.3f} nats of their component, nothing can be "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gmm_jepa.config import Iteration, Recipe
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.frames import CACHE_BYTES, LogMelStream
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.fitting import PREFLIGHT_S, SEED_S, fit_mixture, refuse_degenerate
@@ -85,24 +85,31 @@ class Labeller:
             InputError: it does not fit the recipe, or the run has another one.
         """
         given = self._load(path)
-        if self.folder.mixture.exists():
+        if self.peers.of_main(self.folder.mixture.exists()):
             own = self._load(self.folder.mixture)
             if not np.array_equal(own.means_, given.means_):
                 raise InputError(f"gmm: this run has a mixture already, other than {path}")
         else:
             sample = LogMelStream(
-                corpus, self.recipe.front_end, rejects=self.rejects, max_s=PREFLIGHT_S
+                corpus,
+                self.recipe.front_end,
+                rejects=self.rejects,
+                max_s=PREFLIGHT_S,
+                rank=self.peers.rank,
+                world_size=self.peers.world_size,
             )
-            refuse_degenerate(given, sample)
+            refuse_degenerate(given, sample, self.peers)
+            self._share_rejects()
             if self.peers.is_main:
                 given.save(self.folder.mixture, front_end=self.recipe.front_end)
         self.peers.wait()
 
     def _made(self, path: Path, fit: Callable[[], Fitted]) -> Fitted:
         """What is in a file of labels on log-mel frames; fitted first if there is none."""
-        if not path.exists():
+        if self.peers.of_main(not path.exists()):
             with self._timed(path.name):
                 fitted = fit()
+            self._share_rejects()
             if self.peers.is_main:
                 fitted.save(path, front_end=self.recipe.front_end)
             self.peers.wait()
@@ -161,7 +168,7 @@ class Labeller:
         folder = self.folder.labels(iteration.number)
         kmeans = self.recipe.objective.labels == "kmeans"
         name = self.folder.kmeans.name if kmeans else self.folder.mixture.name
-        if not folder.exists():
+        if self.peers.of_main(not folder.exists()):
             encoder = model_at(self.folder, self.recipe, iteration.first_step).online.to(
                 self.peers.device
             )
@@ -171,6 +178,7 @@ class Labeller:
                 )
                 estimator = self._kmeans() if kmeans else self._blank_mixture()
                 fitted = self._fit(estimator, frames, start)
+            self._share_rejects()
             if self.peers.is_main:
                 with written_aside(folder) as aside:
                     aside.mkdir()
@@ -224,7 +232,7 @@ class Labeller:
                 f"mixture.n_components: {config.n_components} clusters need as many frames at "
                 f"least, but the audio has {n_frames}"
             )
-        start_frames = None if start is None else torch.cat(list(start)).cpu()
+        start_frames = None if start is None else _all_frames(start)
         with (
             Bar("clustering the frames", "iteration", shown=peers.is_main) as bar,
             warnings.catch_warnings(),
@@ -234,8 +242,12 @@ class Labeller:
                 frames,
                 on_iteration=lambda done, _: bar(done, config.max_iter),
                 all_reduce=lambda sums: type(sums)(*(peers.add(part) for part in sums)),
-                gather_rows=lambda _own: start_frames,
+                start_frames=start_frames,
             )
+
+    def _share_rejects(self) -> None:
+        """Tell the main process, which writes them down, what each could not read."""
+        self.rejects.extend(Reject(*fields) for fields in self.peers.gather(list(self.rejects)))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -258,8 +270,10 @@ class LayerStream(LogMelStream):
     def __init__(self, encoder: nn.Module, layer: int, corpus: Corpus, *args: Any, **options: Any):
         super().__init__(corpus, *args, **options)
         self.encoder, self.layer = encoder.eval(), layer
-        lengths = torch.as_tensor(corpus.durations_samples[self.utterances])
-        self.n_frames = int(encoder.n_frames(lengths).sum())
+        self.n_frames = self._count(
+            int(encoder.n_frames(self._window_samples)),
+            lambda n: encoder.n_frames(torch.as_tensor(n)).numpy(),
+        )
         n_bytes = self.n_frames * encoder.config.code_dim * 4
         self._cache = [] if n_bytes <= CACHE_BYTES else None
 
@@ -269,6 +283,13 @@ class LayerStream(LogMelStream):
             samples = torch.from_numpy(waveform).to(self.device)
             if int(self.encoder.n_frames(len(samples))):
                 yield layer_frames(self.encoder(samples[None]), self.layer)[0]
+
+
+def _all_frames(stream: LogMelStream) -> Tensor:
+    batches = [batch.cpu() for batch in stream]
+    if not batches:
+        raise InputError("audio: none of it can be read")
+    return torch.cat(batches)
 
 
 def newest_model(folder: RunFolder, recipe: Recipe) -> JepaModel:

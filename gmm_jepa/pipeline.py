@@ -61,6 +61,8 @@ class Run:
     def audio(self) -> Audio:
         """Open the corpora, read all audio once, set the unusable aside, hold a part out.
 
+        What is packed was read when it was packed, and is not read again.
+
         Raises:
             InputError: nothing usable, too much unusable, or audio other than the run began with.
         """
@@ -88,7 +90,7 @@ class Run:
         listed = RejectLog(None)
         corpus = open_corpus(paths, rejects=listed, weights=weights or None)
         remembered = self.folder.root / f"{name}.json"
-        if not remembered.exists():
+        if self.peers.of_main(not remembered.exists()):
             unreadable, rejects = self._read_all(name, corpus)
             if self.peers.is_main:
                 rejects = [*listed, *rejects]
@@ -106,8 +108,7 @@ class Run:
                     "rejects": rejects,
                 }
                 write_json(remembered, summary)
-            self.peers.wait()
-        seen = read_json(remembered)
+        seen = self.peers.of_main(read_json(remembered) if self.peers.is_main else None)
         if seen["fingerprint"] != corpus.fingerprint:
             raise InputError(
                 f"{name}: its content changed since this run began; "
@@ -122,7 +123,7 @@ class Run:
 
     def _read_all(self, name: str, corpus: Corpus) -> tuple[list[int], list[Reject]]:
         """Which utterances of the whole corpus cannot be read, and why; known to every process."""
-        share = np.arange(self.peers.rank, len(corpus), self.peers.world_size)
+        share = np.flatnonzero(~corpus.is_decoded)[self.peers.rank :: self.peers.world_size]
         rejects = RejectLog(None)
         shown, what = self.peers.is_main, f"reading {name.replace('_', ' ')}"
         with Bar(what, "utterance", shown=shown) as progress:
@@ -133,11 +134,12 @@ class Run:
         return unreadable, self.peers.gather(list(rejects))
 
     def targets(self, corpus: Corpus) -> Labels:
-        """What the training of the current iteration learns: read if it is there, else made.
+        """What the next step of the training learns: read if it is there, else made.
 
         All processes work on it together; the seconds it took are in ``labels.json``.
         """
-        return self._labeller.labels(corpus, self.recipe.iteration_at(self._steps_done()))
+        steps_done = self.peers.of_main(self._steps_done())
+        return self._labeller.labels(corpus, self.recipe.iteration_at(steps_done))
 
     def take_mixture(self, path: Path, corpus: Corpus) -> None:
         """Use a mixture that was fitted before, instead of fitting one on `corpus`.
@@ -153,7 +155,7 @@ class Run:
         Every iteration first makes the labels that it needs. With `profile` a few steps are
         profiled into that folder.
         """
-        outcome = TrainOutcome(steps_done=self._steps_done(), finished=True)
+        outcome = TrainOutcome(steps_done=self.peers.of_main(self._steps_done()), finished=True)
         for iteration in self.recipe.iterations:
             if outcome.steps_done >= iteration.stop_step:
                 continue
@@ -174,12 +176,16 @@ class Run:
     def evaluate(self, audio: Audio) -> Evaluation:
         """Measure the newest checkpoint on held-out audio and write numbers, plots and report.
 
+        The labels are those that the checkpoint's last step learned. One process does it alone.
+
         Raises:
             InputError: there is no checkpoint.
         """
         recipe, device = self.recipe, self.peers.device
         model = self.model().to(device)
-        labels = self.targets(audio.train)
+        last_step = max(self._steps_done() - 1, 0)
+        labeller = Labeller(self.folder, recipe, self.rejects, self.peers.alone())
+        labels = labeller.labels(audio.train, recipe.iteration_at(last_step))
         targets = trained_targets(self.folder, recipe, labels)
         with Stages() as progress:
             evaluation = evaluate(

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -154,24 +155,52 @@ def command(manifest: Path, out: Path, *more: str) -> list[str]:
     return ["fit-gmm", "--audio", str(manifest), "--out", str(out), *SMALL, *more]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_fit_the_mixture_of_one(manifest, tmp_path, method):
-    more = ("--method", method, "--mini-batch-frames", "200", "--mixture.max-iter", "4")
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    assert main(command(manifest, one, *more)) == 0
+def in_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run(
-        [sys.executable, *launcher, "-m", "gmm_jepa", *command(manifest, two, *more)],
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "gmm_jepa", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_fit_the_mixture_of_one(manifest, tmp_path, method):
+    more = ("--method", method, "--mini-batch-frames", "200", "--mixture.max-iter", "4")
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert main(command(manifest, one, *more)) == 0
+    finished = in_two_processes(command(manifest, two, *more))
     assert finished.returncode == 0, finished.stderr
     ours, theirs = GaussianMixture.load(one), GaussianMixture.load(two)
     for name in ("weights_", "means_", "covariances_"):
         np.testing.assert_allclose(getattr(theirs, name), getattr(ours, name), rtol=1e-6)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_process_without_audio_fits_with_the_others(tmp_path):
+    """One short utterance for two processes: one of them has no frame, from seeding to the end."""
+    manifest = write_corpus(tmp_path / "audio", 1)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    more = ("--mixture.max-iter", "3")
+    assert main(command(manifest, one, *more)) == 0
+    finished = in_two_processes(command(manifest, two, *more))
+    assert finished.returncode == 0, finished.stderr
+    ours, theirs = GaussianMixture.load(one), GaussianMixture.load(two)
+    np.testing.assert_allclose(theirs.means_, ours.means_, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fit_on_cuda_is_that_on_the_cpu(manifest, method):
+    mixture, reports = fit(manifest, METHODS[method])
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        other, expected = fit(manifest, METHODS[method])
+    np.testing.assert_allclose(mixture.means_, other.means_, rtol=1e-3, atol=1e-3)
+    heldout = [[r.heldout_log_likelihood for r in made] for made in (reports, expected)]
+    np.testing.assert_allclose(*heldout, rtol=1e-3)
 
 
 def test_a_killed_fit_goes_on(manifest, tmp_path):

@@ -200,21 +200,22 @@ def _resampled_length(frames: int, rate_hz: int) -> int:
 
 def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> np.ndarray:
     """Frames [start, stop) at the file's own rate, mono."""
-    sequential = file.format in _SEQUENTIAL_FORMATS or not file.seekable()
-    skipped = start if sequential else 0
-    if start > skipped:
+    if file.format in _SEQUENTIAL_FORMATS or not file.seekable():
+        file.seekable = lambda: False  # soundfile seeks after each read, which is another place
+        decoded = _skip(path, file, start)
+    else:
+        decoded = start
         try:
             file.seek(start)
         except RuntimeError as error:  # libsndfile's errors are RuntimeErrors
             raise AudioError(path, f"unreadable: seek failed, {_describe(error)}") from None
-    frames = _decode(path, file, stop - start + skipped)
-    if len(frames) < stop - start + skipped:
+    frames = _decode(path, file, stop - start)
+    decoded += len(frames)
+    if decoded < stop:
         raise AudioError(
             path,
-            f"truncated: {stop} samples promised, {start - skipped + len(frames)} decoded "
-            f"(at {file.samplerate} Hz)",
+            f"truncated: {stop} samples promised, {decoded} decoded (at {file.samplerate} Hz)",
         )
-    frames = frames[skipped:]
     with np.errstate(invalid="ignore", over="ignore"):  # said below
         mono = frames.mean(axis=1, dtype=np.float32) if frames.ndim == 2 else frames
     finite = np.isfinite(mono)
@@ -224,6 +225,17 @@ def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> n
             path, f"not finite: NaN or infinity at sample {first} (at {file.samplerate} Hz)"
         )
     return np.ascontiguousarray(mono)
+
+
+def _skip(path: str | os.PathLike[str], file, n_frames: int) -> int:
+    """Decode frames and forget them, a block at a time; how many there were, at most `n_frames`."""
+    skipped = 0
+    while skipped < n_frames:
+        block = min(_COUNT_BLOCK_FRAMES, n_frames - skipped)
+        skipped += (n := len(_decode(path, file, block)))
+        if n < block:
+            break
+    return skipped
 
 
 def _read_resampled(

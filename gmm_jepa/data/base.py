@@ -37,6 +37,11 @@ class Corpus(ABC):
         return np.broadcast_to(np.float64(1.0), len(self))
 
     @property
+    def is_decoded(self) -> np.ndarray:
+        """(N,) bool: whose audio was decoded and found good when the corpus was made."""
+        return np.broadcast_to(False, len(self))
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal hash of what is listed, wherever it lies; equal lists have equal ones."""
@@ -115,6 +120,11 @@ class SelectedCorpus(Corpus):
         """(N,) float64, the parent's."""
         return self._parent.weights[self._indices]
 
+    @property
+    def is_decoded(self) -> np.ndarray:
+        """(N,) bool, the parent's."""
+        return self._parent.is_decoded[self._indices]
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the parent's and the choice."""
@@ -148,6 +158,11 @@ class JoinedCorpus(Corpus):
     def weights(self) -> np.ndarray:
         """(N,) float64: a member's own weights times the weight it was joined with."""
         return np.concatenate([m.weights * w for m, w in zip(self._members, self._member_weights)])
+
+    @property
+    def is_decoded(self) -> np.ndarray:
+        """(N,) bool, the members'."""
+        return np.concatenate([member.is_decoded for member in self._members])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gmm_jepa.data.base import hash_parts
 from gmm_jepa.data.buckets import QUANTUM_SAMPLES, optimal_edges, segment_bounds, split_rows
 from gmm_jepa.data.permute import permute, permute_one, uniform
 from gmm_jepa.errors import InputError
@@ -122,13 +121,6 @@ class BatchPlan:
         self._batch_ends = np.cumsum(self._n_bucket_batches)
         self._held_samples = float((self._n_bucket_batches * self._rows * self._edges).sum())
         self._batch_samples = batch_samples
-        self.fingerprint = hash_parts(
-            "plan",
-            durations.tobytes(),
-            weights.tobytes(),
-            repr((self.seed, batch_samples, max_samples, min_samples)),
-            repr((n_buckets, target_padding, row_multiple)),
-        )
 
     def n_batches(self, epoch: int = 0) -> int:
         """Batches per epoch, the same in every one."""
@@ -142,11 +134,6 @@ class BatchPlan:
             for rows, edge, n in zip(self._rows, self._edges, self._n_bucket_batches)
             if n > 0
         ]
-
-    @property
-    def n_samples_per_epoch(self) -> int:
-        """Samples of audio in an epoch, without padding; where weights are fractions, expected."""
-        return round(self._real_samples)
 
     @property
     def padding(self) -> float:

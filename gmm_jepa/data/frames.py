@@ -54,7 +54,7 @@ class LogMelStream:
         rejects: where unreadable audio is recorded.
         max_s: audio seconds at most; if the corpus has more, utterances are drawn evenly from it.
         seed: of that draw.
-        rank: of this process; it reads utterances rank, rank + world_size, ... of those drawn.
+        rank: of this process; it reads windows rank, rank + world_size, ... of those drawn.
         world_size: processes that share the work.
         device: where the frames are computed and stay.
     """
@@ -78,11 +78,10 @@ class LogMelStream:
         drawn = draw_utterances(durations, max_s * spec.sample_rate_hz, seed=seed)
         self.drawn = drawn
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.utterances = drawn[rank::world_size]
         self.device = torch.device(device)
         self._rejecting = threading.Lock()
         self._window_frames = int(WINDOW_S * spec.sample_rate_hz) // spec.hop_samples
-        self.n_frames = int(log_mel_frames(durations[self.utterances], spec).sum())
+        self.n_frames = self._count(self._window_frames, lambda n: log_mel_frames(n, spec))
         n_bytes = self.n_frames * spec.n_mels * 4
         self._cache: list[Tensor] | None = [] if n_bytes <= CACHE_BYTES else None
         self._complete = False
@@ -115,10 +114,7 @@ class LogMelStream:
         ends = np.cumsum(log_mel_frames(self.corpus.durations_samples[order], self.spec))
         number = (ends - 1) // n_frames
         number = np.unique(number, return_inverse=True)[1]  # long utterances leave gaps
-        own = np.zeros(len(order), dtype=bool)
-        own[self.rank :: self.world_size] = True
-        own &= number >= first
-        tagged = ((n, w) for n, i in zip(number[own], order[own]) for w in self._cut([i]))
+        tagged = ((number[p], w) for p, _, w in self._own_windows(order) if number[p] >= first)
         frames = read_ahead(lambda item: (item[0], self._frames_of(item[1])), tagged)
         groups = itertools.groupby(frames, key=lambda item: item[0])
         group = next(groups, None)
@@ -164,20 +160,21 @@ class LogMelStream:
         self, place: np.ndarray, within: np.ndarray
     ) -> Iterator[tuple[Tensor, Tensor, Window]]:
         """Rows of the sample, their frames inside a window, and the window; of this process."""
-        per_window = self._window_frames
-        for p in np.unique(place[place % self.world_size == self.rank]):
-            windows = list(self._cut([self.drawn[p]]))
-            rows = np.arange(*np.searchsorted(place, [p, p + 1]))
-            number = np.minimum(within[rows] // per_window, len(windows) - 1)
-            for w in np.unique(number):
-                at = rows[number == w]
-                inside = within[at] - w * per_window
-                yield torch.from_numpy(at), torch.from_numpy(inside), windows[w]
+        wanted, starts = np.unique(place, return_index=True)
+        ends = np.append(starts, len(place))
+        n_windows = self._n_windows(self.drawn[wanted])
+        for p, w, window in self._own_windows(self.drawn[wanted]):
+            rows = np.arange(ends[p], ends[p + 1])
+            number = np.minimum(within[rows] // self._window_frames, n_windows[p] - 1)
+            at = rows[number == w]
+            if len(at):
+                inside = within[at] - w * self._window_frames
+                yield torch.from_numpy(at), torch.from_numpy(inside), window
 
     def _batches(self) -> Iterator[Tensor]:
         waiting: list[Tensor] = []
         n_frames = 0
-        for frames in read_ahead(self._frames_of, self._cut(self.utterances)):
+        for frames in read_ahead(self._frames_of, self._own()):
             if frames is None:
                 continue
             waiting.append(frames)
@@ -198,24 +195,53 @@ class LogMelStream:
 
     def _windows(self) -> Iterator[np.ndarray]:
         """The waveforms of all windows that can be read, decoded ahead."""
-        for waveform in read_ahead(self._read, self._cut(self.utterances)):
+        for waveform in read_ahead(self._read, self._own()):
             if waveform is not None:
                 yield waveform
 
-    def _cut(self, utterances: Iterable[int]) -> Iterator[Window]:
-        """Windows of the utterances; together they have as many frames as the utterances whole.
+    def _own(self) -> Iterator[Window]:
+        """This process's windows of the utterances drawn."""
+        return (window for *_, window in self._own_windows(self.drawn))
 
-        The frame at a cut belongs to the window that it begins.
+    def _own_windows(self, utterances: np.ndarray) -> Iterator[tuple[int, int, Window]]:
+        """Place of the utterance, number in it, window: of every so many-th one over all of them.
+
+        The windows of an utterance have together as many frames as the utterance whole: the frame
+        at a cut belongs to the window that it begins.
         """
-        length = self._window_frames * self.spec.hop_samples
-        for i in utterances:
+        length, dealt = self._window_samples, 0
+        for place, i in enumerate(utterances):
             duration = int(self.corpus.durations_samples[i])
-            for start in range(0, duration, length):
-                rest = duration - start
-                n_frames = int(log_mel_frames(rest, self.spec))
-                if rest > length:
-                    n_frames = self._window_frames
-                yield Window(int(i), start, min(length, rest), n_frames)
+            n_windows = -(-duration // length)
+            for w in range((self.rank - dealt) % self.world_size, n_windows, self.world_size):
+                rest = duration - w * length
+                is_last = w == n_windows - 1
+                n_frames = int(log_mel_frames(rest, self.spec)) if is_last else self._window_frames
+                yield place, w, Window(int(i), w * length, min(length, rest), n_frames)
+            dealt += n_windows
+
+    @property
+    def _window_samples(self) -> int:
+        return self._window_frames * self.spec.hop_samples
+
+    def _n_windows(self, utterances: np.ndarray) -> np.ndarray:
+        return -(-self.corpus.durations_samples[utterances] // self._window_samples)
+
+    def _count(self, n_whole: int, n_last: Callable[[np.ndarray], np.ndarray]) -> int:
+        """Frames of this process's windows.
+
+        Args:
+            n_whole: of a window that others of its utterance follow.
+            n_last: takes the samples of utterances' last windows (n,) and gives their frames.
+        """
+        n_windows = self._n_windows(self.drawn)
+        ends = np.cumsum(n_windows)
+        own = (ends - 1 - self.rank) % self.world_size == 0  # the last one is
+        own &= n_windows > 0
+        before = (ends - self.rank + self.world_size - 1) // self.world_size
+        n_own = int(before[-1]) if len(before) else 0
+        last = self.corpus.durations_samples[self.drawn] - (n_windows - 1) * self._window_samples
+        return (n_own - int(own.sum())) * n_whole + int(n_last(last[own]).sum())
 
     def _read(self, window: Window) -> np.ndarray | None:
         try:

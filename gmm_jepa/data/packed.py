@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,9 @@ SUMMARY, INDEX, ENTRIES, REJECTS = "pack.json", "index.npy", "entries.jsonl", "r
 PARTIAL = "partial"
 PLAN = "plan.json"
 
-_MAX_OPEN_SHARDS = 1_024  # a process may hold some 65,000 mappings
+MOST_OPEN_SHARDS = 1_024
+"""Shards that a process keeps mapped at most. A mapping holds a file descriptor: of these, too, no
+more than a quarter of what the process may have."""
 
 
 def is_pack(folder: Path) -> bool:
@@ -67,7 +69,13 @@ class PackedCorpus(Corpus):
                 raise InputError(f"{path}: {file['bytes']} bytes are expected, found {size}")
         self._index = _mapped(self.folder / INDEX)
         self.durations_samples = np.array(self._index[:, 2])
-        self._shards: dict[int, np.ndarray] = {}
+        # Safe to share among threads, and no lock that a fork could leave locked.
+        self._shard = lru_cache(_most_open_shards())(partial(_mapped_shard, self.folder))
+
+    @property
+    def is_decoded(self) -> np.ndarray:
+        """(N,) bool, all: `verify` tells whether the files have changed since."""
+        return np.broadcast_to(True, len(self))
 
     @property
     def fingerprint(self) -> str:
@@ -116,14 +124,6 @@ class PackedCorpus(Corpus):
         with open(self.folder / ENTRIES, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def _shard(self, number: int) -> np.ndarray:
-        shard = self._shards.get(number)
-        if shard is None:
-            if len(self._shards) >= _MAX_OPEN_SHARDS:
-                self._shards.pop(next(iter(self._shards)))
-            shard = self._shards[number] = _mapped(self.folder / shard_name(number))
-        return shard
-
     def _read(self, i: int, start: int, n: int) -> np.ndarray:
         out = np.empty(n, np.float32)
         self._read_into(i, start, out)
@@ -134,6 +134,20 @@ class PackedCorpus(Corpus):
         first += start
         window = self._shard(number)[first : first + len(out)]
         np.multiply(window, np.float32(1 / FULL_SCALE), out=out, dtype=np.float32)
+
+
+def _mapped_shard(folder: Path, number: int) -> np.ndarray:
+    return _mapped(folder / shard_name(number))
+
+
+def _most_open_shards() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MOST_OPEN_SHARDS // 4
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MOST_OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(soft // 4, 1)
+    return min(limit, MOST_OPEN_SHARDS)
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -98,7 +98,7 @@ def expectation_maximisation(
 def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
     """Sufficient statistics of all batches, float64 on the CPU.
 
-    Sums stay on the device of the batches until the last one, so a device is never waited for.
+    Sums stay on the device of the batches until the last one.
     """
     K, D = mixture.means.shape
     total = EMStatistics(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from os import PathLike
 
 import numpy as np
@@ -14,12 +13,10 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import AllReduce, EMResult, OnIteration, expectation_maximisation
-from gmm_jepa.gmm.seeding import sample_stream, start_from
+from gmm_jepa.gmm.seeding import GatherRows, start_from, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
 from gmm_jepa.ops import Mixture, gmm_log_likelihood, gmm_posterior, gmm_topk
-
-GatherRows = Callable[[Tensor], Tensor]
 
 
 class ConvergenceWarning(UserWarning):
@@ -96,6 +93,7 @@ class GaussianMixture(SklearnProtocol):
         on_iteration: OnIteration | None = None,
         all_reduce: AllReduce | None = None,
         gather_rows: GatherRows | None = None,
+        start_frames: Frames | None = None,
     ) -> GaussianMixture:
         """Fit by EM; every iteration is one pass over `X`.
 
@@ -107,7 +105,9 @@ class GaussianMixture(SklearnProtocol):
             on_iteration: called as ``(iteration, mean log-likelihood)`` after every pass.
             all_reduce: sums `EMStatistics` over processes that hold different frames.
             gather_rows: with `all_reduce`: returns the rows of all processes, in the same order
-                in each, for the common start. Not needed with all three `*_init`.
+                in each, for the common start. Not needed with `start_frames` or all three `*_init`.
+            start_frames: (n, D) to start from in the place of a sample of `X`; with `all_reduce`
+                the same in every process.
 
         Raises:
             InputError: a parameter or `X` makes no sense, or there are fewer frames than
@@ -115,7 +115,7 @@ class GaussianMixture(SklearnProtocol):
         """
         self._check_parameters()
         stream = FrameStream(X)
-        start = self._start(stream, all_reduce, gather_rows)
+        start = self._start(stream, all_reduce, gather_rows, start_frames)
         result = expectation_maximisation(
             stream,
             start,
@@ -258,24 +258,26 @@ class GaussianMixture(SklearnProtocol):
             )
 
     def _start(
-        self, stream: FrameStream, all_reduce: AllReduce | None, gather_rows: GatherRows | None
+        self,
+        stream: FrameStream,
+        all_reduce: AllReduce | None,
+        gather_rows: GatherRows | None,
+        start_frames: Frames | None,
     ) -> Mixture:
         weights, means, precisions = self._given_start()
         if weights is not None and means is not None and precisions is not None:
             return Mixture(weights.log(), means, self._floored(precisions))
-        if all_reduce is not None and gather_rows is None:
+        if all_reduce is not None and gather_rows is None and start_frames is None:
             raise InputError(
                 "gather_rows: expected with all_reduce, so that all processes start alike; "
-                "or give weights_init, means_init and precisions_init"
+                "or give start_frames, or weights_init, means_init and precisions_init"
             )
         if all_reduce is not None and self.random_state is None:
             raise InputError("random_state: expected a number with all_reduce, got None")
         seeds = np.random.SeedSequence(self.random_state).spawn(2)
         # two generators: processes of unlike length draw unlike often for the sample
         sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
-        sample = sample_stream(stream, self.n_init_frames, sampling)
-        if gather_rows is not None:
-            sample = gather_rows(sample)
+        sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
         n_samples, n_features = sample.shape
         if n_samples < self.n_components:
             raise InputError(

@@ -12,11 +12,10 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed
-from gmm_jepa.gmm.estimator import GatherRows
-from gmm_jepa.gmm.seeding import first_centroids, hard_statistics, sample_stream
+from gmm_jepa.gmm.seeding import GatherRows, first_centroids, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
-from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign
+from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign, kmeans_statistics
 
 
 class KMeans(SklearnProtocol):
@@ -65,15 +64,16 @@ class KMeans(SklearnProtocol):
         on_iteration: OnIteration | None = None,
         all_reduce: AllReduce | None = None,
         gather_rows: GatherRows | None = None,
+        start_frames: Frames | None = None,
     ) -> KMeans:
         """Fit; every iteration is one pass over `X`.
 
         Arguments and errors as in `GaussianMixture.fit`; `on_iteration` is called with the
         iteration and the mean squared distance.
         """
-        self._check_parameters(all_reduce, gather_rows)
+        self._check_parameters(all_reduce, gather_rows, start_frames)
         stream = FrameStream(X)
-        current = self._start(stream, gather_rows)
+        current = self._start(stream, gather_rows, start_frames)
         reseeds = torch.zeros(self.n_clusters, dtype=torch.int64)
         for iteration in range(1, self.max_iter + 1):
             sums = _sums(stream, current.means)
@@ -127,12 +127,12 @@ class KMeans(SklearnProtocol):
         self.n_features_in_ = self.cluster_centers_.shape[1]
         self.front_end_: LogMelSpec | None = None
 
-    def _start(self, stream: FrameStream, gather_rows: GatherRows | None) -> Mixture:
+    def _start(
+        self, stream: FrameStream, gather_rows: GatherRows | None, start_frames: Frames | None
+    ) -> Mixture:
         seeds = np.random.SeedSequence(self.random_state).spawn(2)
         sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
-        sample = sample_stream(stream, self.n_init_frames, sampling)
-        if gather_rows is not None:
-            sample = gather_rows(sample)
+        sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
         if len(sample) < self.n_clusters:
             raise InputError(f"n_samples={len(sample)} should be >= n_clusters={self.n_clusters}.")
         centroids = first_centroids(sample, self.n_clusters, choosing)
@@ -151,7 +151,10 @@ class KMeans(SklearnProtocol):
         return kmeans_assign(frames, centers.to(frames.dtype))
 
     def _check_parameters(
-        self, all_reduce: AllReduce | None, gather_rows: GatherRows | None
+        self,
+        all_reduce: AllReduce | None,
+        gather_rows: GatherRows | None,
+        start_frames: Frames | None,
     ) -> None:
         for name in ("n_clusters", "max_iter", "n_init_frames"):
             value = getattr(self, name)
@@ -164,10 +167,11 @@ class KMeans(SklearnProtocol):
             )
         if not self.tol >= 0.0:
             raise InputError(f"tol: expected 0 or more, got {self.tol!r}")
-        if all_reduce is not None and (gather_rows is None or self.random_state is None):
+        shared = gather_rows is not None or start_frames is not None
+        if all_reduce is not None and (not shared or self.random_state is None):
             raise InputError(
-                "gather_rows, random_state: expected with all_reduce, so that all processes start "
-                "alike"
+                "gather_rows or start_frames, and random_state: expected with all_reduce, so that "
+                "all processes start alike"
             )
 
 
@@ -175,7 +179,7 @@ def _sums(batches: Iterable[Tensor], centroids: Tensor) -> EMStatistics:
     """Hard statistics of all batches, float64 on the CPU."""
     total: EMStatistics | None = None
     for frames in batches:
-        part = hard_statistics(frames, centroids.to(frames.device))
+        part = kmeans_statistics(frames, centroids.to(frames.device))
         total = part if total is None else EMStatistics(*(t + p for t, p in zip(total, part)))
     if total is None:  # a process may have no frames of its own
         K, D = centroids.shape

@@ -7,7 +7,7 @@ Everything here runs on the CPU from one seed: the same start whatever device th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.em import maximisation
-from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign
+from gmm_jepa.gmm.stream import Frames, as_frames
+from gmm_jepa.ops import Mixture, kmeans_statistics
+
+GatherRows = Callable[[Tensor], Tensor]
 
 LLOYD_STEPS = 5
 # Frames a component among which the first centroids are chosen: choosing costs a pass over all
 # of them for every component, and Lloyd steps and EM move the centroids anyway.
 CHOICE_FRAMES = 16
-# Frames that are in float64 at a time.
-BLOCK_FRAMES = 8192
 
 
 def sample_stream(batches: Iterable[Tensor], n_frames: int, random: np.random.Generator) -> Tensor:
@@ -54,6 +55,23 @@ def sample_stream(batches: Iterable[Tensor], n_frames: int, random: np.random.Ge
         )
     rows, _ = _lowest(rows, priorities, n_frames)
     return rows[0]
+
+
+def start_sample(
+    stream: Iterable[Tensor],
+    n_frames: int,
+    random: np.random.Generator,
+    gather_rows: GatherRows | None,
+    start_frames: Frames | None,
+) -> Tensor:
+    """Frames (n, D) on the CPU that a fit starts from: those given, or a sample of the stream.
+
+    Of several processes that sample, `gather_rows` makes one sample.
+    """
+    if start_frames is not None:
+        return as_frames(start_frames).cpu()
+    sample = sample_stream(stream, n_frames, random)
+    return sample if gather_rows is None else gather_rows(sample)
 
 
 def _lowest(
@@ -94,14 +112,14 @@ def start_from(
     if centroids is None:
         centroids = first_centroids(sample, n_components, random)
         for _ in range(LLOYD_STEPS):
-            groups = hard_statistics(sample, centroids)
+            groups = kmeans_statistics(sample, centroids)
             n = groups.counts[:, None]
             centroids = torch.where(n > 0, groups.first / n.clamp_min(1.0), centroids)
     columns = sample.split(8, dim=1)  # a few in float64 at a time
     spread = torch.cat([part.double().var(0, correction=0) for part in columns])
     spread = spread.expand_as(centroids)
     blank = Mixture(torch.zeros(n_components, dtype=torch.float64), centroids, spread)
-    return maximisation(hard_statistics(sample, centroids), blank, variance_floor)
+    return maximisation(kmeans_statistics(sample, centroids), blank, variance_floor)
 
 
 def first_centroids(sample: Tensor, n_centroids: int, random: np.random.Generator) -> Tensor:
@@ -139,22 +157,3 @@ def kmeans_plus_plus(frames: Tensor, n_centroids: int, random: np.random.Generat
         nearest[candidates[best]] = 0.0
         chosen.append(int(candidates[best]))
     return frames[chosen].double()
-
-
-def hard_statistics(frames: Tensor, centroids: Tensor) -> EMStatistics:
-    """Statistics of frames (n, D) with all responsibility on the nearest of centroids (K, D).
-
-    The log-likelihood's place is taken by minus the sum of squared distances. float64, on the
-    frames' device.
-    """
-    K = centroids.shape[0]
-    first = frames.new_zeros(centroids.shape, dtype=torch.float64)
-    counts, second, inertia = first.new_zeros(K), first.clone(), first.new_zeros(())
-    for part in frames.split(BLOCK_FRAMES):
-        labels, distances = kmeans_assign(part, centroids)
-        x = part.double()
-        counts += torch.bincount(labels, minlength=K)
-        first.index_add_(0, labels, x)
-        second.index_add_(0, labels, x.square())
-        inertia -= distances.sum(dtype=torch.float64)
-    return EMStatistics(counts, first, second, inertia)

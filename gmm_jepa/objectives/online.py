@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.em import maximisation
-from gmm_jepa.gmm.seeding import hard_statistics
 from gmm_jepa.models import Encoder, EncoderOutput
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.meters import embedding_meters
@@ -157,7 +156,7 @@ class OnlineTargets(nn.Module):
         if online:
             found = ops.em_statistics(frames, self.mixture)
         else:
-            found = hard_statistics(frames, self.means)
+            found = ops.kmeans_statistics(frames, self.means)
         if self._batch is not None:
             found = ops.EMStatistics(*(a + b for a, b in zip(self._batch, found)))
         self._batch = found

@@ -27,7 +27,7 @@ from gmm_jepa.ops.convolution_module import ConvolutionWeights, convolution_modu
 from gmm_jepa.ops.density import density_attention
 from gmm_jepa.ops.depthwise import depthwise_conv
 from gmm_jepa.ops.dropout import dropout
-from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign
+from gmm_jepa.ops.em import EMStatistics, em_statistics, kmeans_assign, kmeans_statistics
 from gmm_jepa.ops.ema import ema_update
 from gmm_jepa.ops.feed_forward import feed_forward
 from gmm_jepa.ops.fused import takes_block, takes_float32
@@ -63,6 +63,7 @@ for _device in ("cpu", "cuda"):
         "gmm_topk",
         "gmm_topk_ensemble",
         "kmeans_assign",
+        "kmeans_statistics",
         "log_mel",
         "masked_cross_entropy",
         "masked_kl",
@@ -91,6 +92,7 @@ __all__ = [
     "gmm_posterior",
     "gmm_topk",
     "kmeans_assign",
+    "kmeans_statistics",
     "linear",
     "log_mel",
     "masked_cross_entropy",

@@ -8,6 +8,7 @@ when the package is imported leaves its CUDA part out.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from gmm_jepa.ops import cuda_em
 from gmm_jepa.ops.em import (
     _em_statistics,
     _kmeans_assign,
+    _kmeans_statistics,
     em_statistics_reference,
     kmeans_assign_reference,
+    kmeans_statistics_reference,
 )
 from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
 from gmm_jepa.ops.packed import PackedMixtures
@@ -170,6 +173,21 @@ def em_statistics_cuda(
         (x.device.index, stream.cuda_stream),
     )
     return out
+
+
+def kmeans_statistics_cuda(
+    frames: Tensor, centroids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kmeans_statistics` on a CUDA device: of a mixture of equal weights and variances of one."""
+    K, D = centroids.shape
+    if not _cuda_covers(K, D):
+        return kmeans_statistics_reference(frames, centroids)
+    means, ones = centroids.double(), torch.ones_like(centroids, dtype=torch.float64)
+    log_weight = -math.log(K)
+    log_weights = means.new_full((K,), log_weight)
+    *sums, best = em_statistics_cuda(frames, log_weights, means, ones, hard=True)
+    on_a_mean = log_weight - 0.5 * D * math.log(2.0 * math.pi)
+    return *sums, 2.0 * (best - len(frames) * on_a_mean)
 
 
 def em_statistics_emulated(
@@ -387,3 +405,4 @@ if _native is not None:
     _topk.register_kernel("cpu")(topk)
     if cuda_architectures() and os.environ.get(_CUDA_SWITCH) != "0":
         _em_statistics.register_kernel("cuda")(em_statistics_cuda)
+        _kmeans_statistics.register_kernel("cuda")(kmeans_statistics_cuda)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
-"""Processes read their shares of the audio before they meet, and shares differ."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""For how long processes wait for each other. They read their shares of the audio before they meet,
+and shares differ; a process that is lost holds the others that long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class Processes:
     def is_main(self) -> bool:
         """True in the one process that writes files and shows progress."""
         return self.rank == 0
+
+    def alone(self) -> Processes:
+        """This process for work that its peers take no part in."""
+        return Processes(rank=0, world_size=1, device=self.device)
 
     def add(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place and on any device; returns the tensor."""
@@ -58,6 +63,10 @@ class Processes:
         gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
+
+    def of_main(self, item: Any) -> Any:
+        """What the main process has, small and picklable."""
+        return self.gather([item])[0]
 
     def wait(self) -> None:
         """Return once every process has come here."""

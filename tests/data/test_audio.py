@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from gmm_jepa.data import audio as audio_module
 from gmm_jepa.data.audio import AudioError, probe_audio, read_audio, read_samples
 from gmm_jepa.errors import InputError
 
@@ -77,6 +78,24 @@ def test_seconds_select_a_window(write_audio):
     for bad in (-1.0, np.nan, np.inf):
         with pytest.raises(InputError, match="offset_s"):
             read_audio(path, offset_s=bad)
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
+@pytest.mark.parametrize("rate_hz", [16_000, 44_100])
+def test_what_lies_before_a_window_is_decoded_in_blocks(write_audio, monkeypatch, name, rate_hz):
+    path = write_audio(name, seconds=4.0, rate_hz=rate_hz)
+    whole, sizes, decode = read_audio(path), [], audio_module._decode
+
+    def noting(path, file, n_frames):
+        sizes.append(n_frames)
+        return decode(path, file, n_frames)
+
+    monkeypatch.setattr(audio_module, "_decode", noting)
+    monkeypatch.setattr(audio_module, "_COUNT_BLOCK_FRAMES", 5_000)
+    window = read_audio(path, offset_s=3.0, duration_s=0.1)
+    np.testing.assert_allclose(window, whole[48_000:49_600], atol=1e-6)
+    assert len(sizes) > 4
+    assert max(sizes) < 0.35 * rate_hz
 
 
 @pytest.mark.parametrize("name", FORMATS)

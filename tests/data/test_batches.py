@@ -149,7 +149,6 @@ def padding_of(plan: BatchPlan) -> float:
         real += int(batch.n_samples.sum())
         held += len(batch.n_samples) * batch.padded_samples
     assert plan.padding == pytest.approx(1 - real / held)
-    assert plan.n_samples_per_epoch == real
     return 1 - real / held
 
 
@@ -192,7 +191,6 @@ def test_batches_are_a_function_of_seed_and_step():
     steps = [0, 1, plan.n_batches(), 10**9]
     for step in reversed(steps):
         np.testing.assert_array_equal(plan.batch(step).utterance, same.batch(step).utterance)
-    assert plan.fingerprint == same.fingerprint != other.fingerprint
     first = [plan.batch(step).utterance.tolist() for step in range(10)]
     second = [plan.batch(plan.n_batches() + step).utterance.tolist() for step in range(10)]
     assert first != second

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gmm_jepa.data import frames as frames_module
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.frames import WINDOWS_AHEAD, LogMelStream, draw_frames, read_ahead
 from gmm_jepa.data.rejects import RejectLog
@@ -19,9 +20,16 @@ SPEC = LogMelSpec(n_mels=20)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def whole_corpus(tmp_path_factory):
     manifest = write_corpus(tmp_path_factory.mktemp("audio"), 14)
     return open_corpus([manifest], rejects=RejectLog(None))
+
+
+@pytest.fixture(params=[60.0, 0.31], ids=["whole", "in windows"])
+def corpus(request, whole_corpus, monkeypatch):
+    """Utterances that are read at once, or in several windows."""
+    monkeypatch.setattr(frames_module, "WINDOW_S", request.param)
+    return whole_corpus
 
 
 def stream(corpus, **options) -> LogMelStream:
@@ -38,6 +46,19 @@ def test_batches_hold_every_frame_once(corpus):
     first, second = torch.cat(list(frames)), torch.cat(list(frames))
     assert len(first) == frames.n_frames
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 20, 200])
+def test_processes_share_the_windows(corpus, world_size):
+    """Also those of one long utterance; each knows how many frames it has."""
+    for part in (corpus, corpus.select([3])):
+        shares = [stream(part, rank=r, world_size=world_size) for r in range(world_size)]
+        held = [list(share) for share in shares]
+        assert [sum(map(len, batches)) for batches in held] == [share.n_frames for share in shares]
+        assert rows_of(f for batches in held for f in batches) == rows_of(stream(part))
+    windows = -(-int(corpus.durations_samples[3]) // int(0.31 * 16_000))
+    is_cut = frames_module.WINDOW_S < 1.0
+    assert sum(bool(batches) for batches in held) == (min(windows, world_size) if is_cut else 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from gmm_jepa.data import pack as pack_module
+from gmm_jepa.data import packed as packed_module
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
 from gmm_jepa.data.pack import PackedCorpus, pack_corpus
 from gmm_jepa.data.packed import to_int16
@@ -69,6 +72,38 @@ def test_reads_what_the_source_reads(labelled, tmp_path):
     assert reopened.fingerprint == packed.fingerprint
     copy = pickle.loads(pickle.dumps(reopened))
     np.testing.assert_array_equal(copy.read(3), packed.read(3))
+
+
+def test_few_file_descriptors_suffice(labelled, tmp_path):
+    """A mapped shard holds one, and shells allow 1,024 where a corpus has 25,000 shards."""
+    resource = pytest.importorskip("resource")
+    expected = pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog(), shard_s=1.0)
+    assert len(list((tmp_path / "pack").glob("shard_*.npy"))) > 10
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    order = np.random.default_rng(0).permutation(len(expected)).tolist()
+    audio = [expected.read(i) for i in order]
+    n_open = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 12, limits[1]))
+        with mock.patch.object(packed_module, "MOST_OPEN_SHARDS", 5):
+            packed = PackedCorpus(tmp_path / "pack")
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(packed.read, order))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(map(np.array_equal, found, audio))
+    for soft, most in ((1_024, 256), (2, 1), (65_536, 1_024), (resource.RLIM_INFINITY, 1_024)):
+        with mock.patch.object(resource, "getrlimit", return_value=(soft, soft)):
+            assert packed_module._most_open_shards() == most
+
+
+def test_what_is_packed_counts_as_decoded(labelled, tmp_path):
+    packed = pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog())
+    assert packed.is_decoded.all()
+    assert not labelled.is_decoded.any()
+    both = opened([tmp_path / "pack", labelled.locate(0)[0]])
+    assert both.is_decoded.tolist() == [True] * len(packed) + [False]
+    assert both.select([len(packed), 0]).is_decoded.tolist() == [False, True]
 
 
 def test_same_bytes_with_workers_and_on_repeat(labelled, tmp_path):

@@ -12,7 +12,7 @@ from sklearn.mixture import GaussianMixture as Peer
 
 from gmm_jepa import GaussianMixture
 from gmm_jepa.errors import InputError
-from gmm_jepa.gmm import ConvergenceWarning
+from gmm_jepa.gmm import ConvergenceWarning, KMeans
 from gmm_jepa.gmm.em import DEAD_FRAMES, MAX_RESEEDS, maximisation, reseed
 from gmm_jepa.ops import EMStatistics, Mixture
 
@@ -243,6 +243,28 @@ def test_processes_must_share_a_start(blobs):
         GaussianMixture(3).fit(blobs, all_reduce=lambda part: part)
     start = _start(blobs, 3)
     GaussianMixture(3, **start).fit(blobs, all_reduce=lambda part: part)
+
+
+@pytest.mark.parametrize("kind", [GaussianMixture, KMeans])
+def test_frames_to_start_from_take_the_place_of_a_sample(blobs, kind):
+    """A fit that begins on them reads its own frames for the passes alone, and may have none."""
+    passes = []
+
+    def batches():
+        passes.append(1)
+        yield torch.from_numpy(blobs)
+
+    own = kind(3, max_iter=2, tol=0.0).fit(batches, start_frames=blobs)
+    assert len(passes) == 2
+    same = kind(3, max_iter=2, tol=0.0).fit(blobs)
+    name = "means_" if kind is GaussianMixture else "cluster_centers_"
+    np.testing.assert_allclose(getattr(own, name), getattr(same, name))
+    whole = kind(3, max_iter=1, tol=0.0)
+    sums = []
+    whole.fit(blobs, start_frames=blobs, all_reduce=lambda part: (sums.append(part), part)[1])
+    none = kind(3, max_iter=1, tol=0.0)
+    none.fit(list, start_frames=blobs, all_reduce=lambda _: sums[0])
+    np.testing.assert_array_equal(getattr(none, name), getattr(whole, name))
 
 
 def test_values_too_large_to_square_name_the_component():

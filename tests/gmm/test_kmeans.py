@@ -11,8 +11,8 @@ import torch
 from gmm_jepa import LogMelSpec
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm import KMeans, load_published_kmeans
-from gmm_jepa.gmm.seeding import first_centroids, hard_statistics
-from gmm_jepa.ops import EMStatistics
+from gmm_jepa.gmm.seeding import first_centroids
+from gmm_jepa.ops import EMStatistics, kmeans_statistics
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_two_processes_fit_the_same(blobs):
 
     def all_reduce(own: EMStatistics) -> EMStatistics:
         nonlocal centroids
-        other = hard_statistics(sample[1::2], centroids)
+        other = kmeans_statistics(sample[1::2], centroids)
         total = EMStatistics(*(a + b for a, b in zip(own, other)))
         centroids = total.first / total.counts[:, None]
         return total

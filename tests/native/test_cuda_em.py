@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
+from gmm_jepa import ops
 from gmm_jepa.ops import native
 
 _spec = importlib.util.spec_from_file_location(
@@ -176,6 +177,16 @@ def test_the_screen_leaves_no_more_pairs_than_it_should(name):
     assert spilled == 0
     assert pairs == pytest.approx(pairs_emulated(frames, mixture), rel=0.03)
     assert pairs < 0.3 * len(frames) * len(mixture.means)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["usual", "D_13", "offset", "wide"])
+def test_statistics_of_nearest_centroids(name):
+    frames, mixture = emulation.CASES[name]()
+    expected = ops.kmeans_statistics(frames.double(), mixture.means)
+    once, again = (ops.kmeans_statistics(frames.cuda(), mixture.means.cuda()) for _ in "12")
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    emulation.assert_close(tuple(field.cpu() for field in once), expected)
 
 
 @gpu

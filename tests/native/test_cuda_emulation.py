@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from gmm_jepa import ops
 from gmm_jepa.features import log_mel
 from gmm_jepa.ops import Mixture, cuda_em, native
 
@@ -115,6 +116,15 @@ def test_hard_assignment_of_a_tie_goes_to_the_first():
     counts = native.em_statistics_emulated(frames, *mixture, hard=True)[0]
     assert set(counts.nonzero()[:, 0].tolist()) <= {0, 11, 22}
     assert counts.sum() == len(frames)
+
+
+@pytest.mark.parametrize("name", ["usual", "D_13", "offset", "far_away", "wide", "float64_D_80"])
+def test_statistics_of_nearest_centroids(name, monkeypatch):
+    """As a mixture's of equal weights and variances."""
+    frames, mixture = CASES[name]()
+    monkeypatch.setattr(native, "em_statistics_cuda", native.em_statistics_emulated)
+    got = native.kmeans_statistics_cuda(frames, mixture.means)
+    assert_close(got, ops.kmeans_statistics(frames.double(), mixture.means))
 
 
 def test_chunks_and_segments_add_up():

@@ -87,6 +87,19 @@ def test_the_first_of_equal_centroids_wins():
     assert squared.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 3), (0, 4, 3), (20_001, 37, 13), (2000, 600, 80)])
+def test_statistics_of_nearest_centroids(shape):
+    N, K, D = shape
+    frames, centroids = torch.randn(N, D), torch.randn(K, D)
+    labels, squared = ops.kmeans_assign(frames, centroids)
+    one_hot = torch.nn.functional.one_hot(labels, K).double()
+    x = frames.double()
+    expected = (one_hot.sum(0), one_hot.T @ x, one_hot.T @ x.square(), -squared.double().sum())
+    for e, g in zip(expected, ops.kmeans_statistics(frames, centroids), strict=True):
+        assert g.dtype == torch.float64
+        torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-9)
+
+
 def test_published_labels(shared):
     """The published WavLM-style labels are nearest centroids of log-mel frames."""
     from safetensors.torch import load_file
@@ -103,19 +116,19 @@ def test_user_errors(drawn):
     case = drawn(4, 3, 5)
     with pytest.raises(InputError, match=r"frames: expected \(N, D\)"):
         ops.em_statistics(case.frames[None], case.mixture)
-    with pytest.raises(InputError, match="frames, centroids"):
-        ops.kmeans_assign(case.frames, torch.zeros(3, 4))
-    with pytest.raises(TypeError, match="frames"):
-        ops.kmeans_assign(torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, 5))
+    for op in (ops.kmeans_assign, ops.kmeans_statistics):
+        with pytest.raises(InputError, match="frames, centroids"):
+            op(case.frames, torch.zeros(3, 4))
+        with pytest.raises(TypeError, match="frames"):
+            op(torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("n", [0, 9])
 def test_registration_holds_what_it_promises(drawn, n):
     case = drawn(n, 3, 5)
     torch.library.opcheck(torch.ops.gmm_jepa.em_statistics.default, (case.frames, *case.mixture))
-    torch.library.opcheck(
-        torch.ops.gmm_jepa.kmeans_assign.default, (case.frames, case.mixture.means)
-    )
+    for op in (torch.ops.gmm_jepa.kmeans_assign, torch.ops.gmm_jepa.kmeans_statistics):
+        torch.library.opcheck(op.default, (case.frames, case.mixture.means))
 
 
 def test_no_graph_break(drawn):

@@ -80,6 +80,18 @@ def test_labels_are_never_made_of_another_step_than_their_own(manifest, tmp_path
     assert "no checkpoint of step 6" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_evaluated_with_the_labels_that_it_learned(manifest, tmp_path, monkeypatch):
+    """At the end of an iteration, too, where the next one's are not made yet."""
+    monkeypatch.setattr(theme, "DPI", 20)
+    run = tmp_path / "run"
+    train(manifest, run, "--system", "hubert-style")
+    drop_after(run, 6)
+    shutil.rmtree(run / "labels_2")
+    assert main(["evaluate", "--run", str(run)]) == 0
+    assert not (run / "labels_2").exists()
+    assert json.loads((run / "evaluation.json").read_text())["clusters"]
+
+
 def test_iterations_may_learn_a_mixture_of_a_layer(manifest, tmp_path):
     more = ("--system", "hubert-style", "--objective.labels", "mixture")
     lines = train(manifest, tmp_path / "run", *more, "--objective.targets", "soft")
