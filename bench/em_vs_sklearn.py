@@ -16,13 +16,14 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
 from sklearn.mixture import GaussianMixture as Peer
 
-from bench.records import REPOSITORY, append, surroundings
+from bench.records import REPOSITORY, RESULTS, append, surroundings
 from gmm_jepa import GaussianMixture, log_mel
 
 FLOOR = 1e-9  # below every variance here, so that it never acts; scikit-learn's reg_covar is 0
@@ -142,10 +143,11 @@ def measure(frames: np.ndarray, K: int, repeats: int) -> dict:
 def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--components", type=int, default=256)
-    parser.add_argument("--frames", type=int, default=20_000)
+    parser.add_argument("--components", type=int, default=256, help="K")
+    parser.add_argument("--frames", type=int, default=20_000, help="of real speech")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
@@ -167,7 +169,7 @@ def main() -> None:
         **where,
     }
     print(json.dumps(line))
-    append("em_vs_sklearn", line)
+    append("em_vs_sklearn", line, arguments.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from bench.records import append, quantiles, surroundings
+from bench.records import RESULTS, append, quantiles, surroundings
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.corpus import Corpus, open_corpus
@@ -108,8 +108,9 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="of audio")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     recipe = PRESETS[arguments.preset]()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def main() -> None:
             f"{worker['p80']:,}); the main process could take {rates['main']['median']:,}"
         )
         line = {"name": "feed", "side": name, "preset": arguments.preset, **surroundings()}
-        append("feed", line | {"audio_s": audio_s, "times_real_time": rates})
+        append("feed", line | {"audio_s": audio_s, "times_real_time": rates}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import sklearn
@@ -26,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from bench.em_vs_sklearn import rates, seconds, speech_frames
 from bench.peers.chunked_torch import ChunkedMixture
-from bench.records import append, surroundings
+from bench.records import RESULTS, append, surroundings
 from gmm_jepa import ops
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import maximisation
@@ -145,11 +146,12 @@ def measure(sides: dict[str, Callable], n_frames: int, repeats: int) -> dict:
 def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--components", type=int, default=1024)
-    parser.add_argument("--frames", type=int, default=20_000)
+    parser.add_argument("--components", type=int, default=1024, help="K")
+    parser.add_argument("--frames", type=int, default=20_000, help="of real speech")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--instruction-set", default="")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     native.use_instruction_set(options.instruction_set)
     torch.set_num_threads(options.threads)
@@ -181,7 +183,7 @@ def main() -> None:
                 **where,
             }
             show(line)
-            append("native", line)
+            append("native", line, options.out)
 
 
 def show(line: dict) -> None:

@@ -179,7 +179,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[""], help="ops whose names contain one")
     parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each case")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results")
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the results"
+    )
     parser.add_argument("--tune", action="store_true", help="sweep the mixture kernels' tiles")
     options = parser.parse_args()
     if options.tune:
@@ -192,7 +194,7 @@ def main() -> None:
     where = surroundings(options.device, peaks)
     options.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(where))
-    wrong = 0
+    wrong = seen = 0
     for name in options.shapes:
         shape = SHAPES[name]
         print(f"\n{name}: {shape.describe()}\n{HEADER}")
@@ -201,6 +203,7 @@ def main() -> None:
             case = make()
             if not any(part in case.name for part in options.only):
                 continue
+            seen += 1
             error = case.check()
             if not error <= 1.0:  # also where it is not a number
                 wrong += 1
@@ -212,6 +215,8 @@ def main() -> None:
             line |= {"error_of_allowed": error, **measured, **where}
             with (options.out / "ops.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
+    if not seen:
+        sys.exit(f"no op's name contains any of: {' '.join(options.only)}")
     sys.exit(1 if wrong else 0)
 
 

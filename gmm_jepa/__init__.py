@@ -1,13 +1,17 @@
 """GMM-JEPA: pretrain speech encoders with GMM-anchored joint-embedding prediction.
 
-This face needs torch and NumPy alone; everything else is imported where it is used.
+This face needs torch and NumPy alone; everything else is imported where it is used. Its names are
+imported when they are asked for, so that the command line can set what torch reads at its start.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from gmm_jepa.errors import InputError
-from gmm_jepa.features import LogMelSpec, log_mel
-from gmm_jepa.gmm import GaussianMixture, gmm_posterior
+if TYPE_CHECKING:
+    from gmm_jepa.encoder import load_encoder
+    from gmm_jepa.errors import InputError
+    from gmm_jepa.features import LogMelSpec, log_mel
+    from gmm_jepa.gmm import GaussianMixture, gmm_posterior
 
 __version__ = "0.1.0"
 
@@ -21,11 +25,24 @@ __all__ = [
     "log_mel",
 ]
 
+_HOMES = {
+    "GaussianMixture": "gmm",
+    "InputError": "errors",
+    "LogMelSpec": "features",
+    "gmm_posterior": "gmm",
+    "load_encoder": "encoder",
+    "log_mel": "features",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`load_encoder`, imported when it is asked for: it needs more than the rest."""
-    if name == "load_encoder":
-        from gmm_jepa.encoder import load_encoder
+    """One of `__all__`, from the module that it is in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gmm_jepa.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return load_encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

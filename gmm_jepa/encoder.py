@@ -6,6 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError
@@ -45,19 +47,36 @@ class SpeechEncoder(nn.Module):
         """D."""
         return self.encoder.config.code_dim
 
-    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncodedSpeech:
+    def forward(
+        self, waveform: Tensor | np.ndarray, lengths: Tensor | np.ndarray | None = None
+    ) -> EncodedSpeech:
         """Encode.
 
         Args:
-            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1].
-            lengths: (B,) samples of each row; None: all are real. Padding never changes a result.
+            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1], tensor or array; float64 is taken
+                as float32.
+            lengths: (B,) samples of each row, 0 to S; None: all are real. Padding never changes a
+                result.
 
         Raises:
-            InputError: shapes do not fit.
+            InputError: shapes or lengths do not fit, or the waveform is not of floats.
         """
-        rows = waveform[None] if waveform.dim() == 1 else waveform
+        rows = torch.as_tensor(waveform)
+        rows = rows.float() if rows.dtype == torch.float64 else rows
+        rows = rows[None] if rows.dim() == 1 else rows
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths)
+            _check_lengths(lengths, rows.shape[-1])
         encoded = self.encoder(rows, lengths)
         return EncodedSpeech(encoded.output, encoded.layers, encoded.lengths_frames)
+
+
+def _check_lengths(lengths: Tensor, n_samples: int) -> None:
+    """Where nobody would have to wait for their values."""
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if ((lengths < 0) | (lengths > n_samples)).any():
+        raise InputError(f"lengths: expected 0 to {n_samples} samples each, got {lengths.tolist()}")
 
 
 def load_encoder(path: str | PathLike[str], *, teacher: bool = False) -> SpeechEncoder:

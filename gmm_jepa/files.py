@@ -17,13 +17,15 @@ from gmm_jepa.errors import InputError
 def written_aside(path: Path) -> Iterator[Path]:
     """A path to write a file or folder at, renamed to `path` once it is complete on disk.
 
-    An exception removes what was written; a crash leaves only a name ending in ``.part``.
+    An exception removes what was written; a crash leaves only a name ending in ``.part``. Files
+    have the permissions that the umask gives, also those of libraries that give less.
     """
     aside = path.with_name(path.name + ".part")
     _remove(aside)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
+        _open_to_readers(aside)
         _sync(aside)
         if path.is_dir():
             shutil.rmtree(path)
@@ -31,6 +33,14 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         _remove(aside)
     _sync_entry(path.parent)
+
+
+def _open_to_readers(aside: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (aside, *aside.rglob("*")) if aside.is_dir() else (aside,):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -128,6 +128,20 @@ def test_an_encoder_from_a_published_file(shared: Path):
     assert (encoded.last_hidden_state[1, encoded.lengths[1] :] == 0).all()
 
 
+def test_an_encoder_says_what_it_cannot_take(tmp_path: Path):
+    save_model(tmp_path / "m.safetensors", JepaModel(FULL, n_clusters=8))
+    encoder = gmm_jepa.load_encoder(tmp_path / "m.safetensors")
+    waveform = 0.1 * torch.randn(2, 8_000)
+    expected = encoder(waveform, torch.tensor([8_000, 5_000])).last_hidden_state
+    array = encoder(waveform.double().numpy(), [8_000, 5_000]).last_hidden_state
+    assert torch.equal(array, expected)
+    for lengths in ([8_001, 5], [-1, 5]):
+        with pytest.raises(InputError, match="lengths: expected 0 to 8000 samples each, got"):
+            encoder(waveform, torch.tensor(lengths))
+    with pytest.raises(InputError, match="waveform: expected a float"):
+        encoder(waveform.short())
+
+
 def test_encoders_from_a_model_file(tmp_path: Path):
     model = shake(JepaModel(FULL, 5))
     save_model(tmp_path / "m.safetensors", model)

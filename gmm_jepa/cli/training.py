@@ -9,13 +9,15 @@ from typing import Annotated
 
 import tyro
 
+from gmm_jepa.cli import EXIT_STOPPED
 from gmm_jepa.cli.parse import ModelName, PresetName, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.config import Recipe, Sources
+from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.report import summary_rows
 from gmm_jepa.pipeline import Audio, Run, open_run
 from gmm_jepa.train.distributed import Processes, processes
-from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.folder import RunFolder, held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +76,17 @@ def main(command: str, arguments: Sequence[str]) -> int:
             _evaluate(run, run.audio())
         return 0
     options = parse(TrainOptions if command == "train" else RunOptions, command, arguments)
-    with processes() as peers:
-        run = open_run(options.out, options.sources(), options.recipe, peers)
+    sources = options.sources()
+    with processes() as peers, held(options.out, peers):
+        run = open_run(options.out, sources, options.recipe, peers)
         audio = run.audio()
         if isinstance(options, TrainOptions) and options.gmm is not None:
             run.take_mixture(options.gmm, audio.train)
         outcome = run.train(audio.train, profile=options.profile)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
-        elif command == "run":
+            return EXIT_STOPPED
+        if command == "run":
             _evaluate(run, audio)
         else:
             _say(peers, f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
@@ -103,4 +107,6 @@ def _say(peers: Processes, line: str) -> None:
 
 
 def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in paths:
+        raise InputError("audio: an empty path")
     return tuple(str(Path(path).resolve()) for path in paths)

@@ -14,7 +14,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.labelling import label_seconds
 from gmm_jepa.pipeline import Run
 from gmm_jepa.train.distributed import processes
-from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.folder import RunFolder, held
 
 BAD_INPUT, STOPPED = 2, 3
 """Exit codes: a user's mistake, said in the last line; asked to stop before the last step."""
@@ -22,7 +22,7 @@ BAD_INPUT, STOPPED = 2, 3
 
 def finish(folder: RunFolder) -> bool:
     """Train and evaluate; False if it was asked to stop before the last step."""
-    with processes() as peers:
+    with processes() as peers, held(folder.root, peers):
         run = Run(folder, *folder.read(), peers)
         audio = run.audio()
         began, labelled = time.perf_counter(), _label_time(folder)

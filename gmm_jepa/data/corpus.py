@@ -49,6 +49,10 @@ def open_corpus(
         weights = [1.0] * len(sources)
     if len(weights) != len(sources):
         raise InputError(f"weights: one per source is needed ({len(sources)}), got {len(weights)}")
+    if "" in map(os.fspath, sources):
+        raise InputError("sources: an empty path")
+    if not any(weights):
+        raise InputError("weights: one above 0 is needed")
     for source, weight in zip(sources, weights):
         if not (math.isfinite(weight) and weight >= 0):
             raise InputError(f"weights: 0 or more is needed for {source}, got {weight}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -107,7 +108,8 @@ class RejectLog:
         if n_bad > max_bad_fraction * total:
             raise InputError(
                 f"{n_bad} of {total} inputs are bad, more than max_bad_fraction = "
-                f"{max_bad_fraction:g} allows: {self.summary()}"
+                f"{max_bad_fraction:g} allows ({_rounded_up(n_bad / total):g} would): "
+                f"{self.summary()}"
             )
 
     def _pointer(self) -> str:
@@ -134,3 +136,7 @@ class RejectLog:
                 self._on_disk.add((record["file"], record["line"], record.get("manifest")))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # a line cut short by a crash; the reject comes again when it is met
+
+
+def _rounded_up(fraction: float) -> float:
+    return min(math.ceil(fraction * 1000) / 1000, 1.0)

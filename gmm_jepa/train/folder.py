@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
+from gmm_jepa.train.distributed import Processes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _FREE = (
     "recipe.data.workers",
@@ -92,6 +101,46 @@ class RunFolder:
             from_dict(Sources, values["sources"], where="sources"),
             from_dict(Recipe, values["recipe"], where="recipe"),
         )
+
+
+@contextlib.contextmanager
+def held(root: Path, peers: Processes) -> Iterator[None]:
+    """Hold a run folder, which is made if it is absent, for the processes of one run.
+
+    The main process locks the folder itself, so that nothing is left to clean up however it ends.
+    File systems that cannot lock a folder let everybody in.
+
+    Raises:
+        InputError: another run holds it, or it is no folder and cannot be made.
+    """
+    if not peers.is_main:
+        yield
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{root} is a file: give a folder") from None
+    except OSError as error:
+        raise InputError(f"{root}: no folder can be made here ({error.strerror})") from None
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        _lock(folder, root)
+        yield
+    finally:
+        os.close(folder)
+        if not any(root.iterdir()):
+            root.rmdir()
+
+
+def _lock(folder: int, root: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{root}: another process works on this run; wait until it ends") from None
+    except OSError:
+        return
 
 
 def _differences(found: Any, wanted: Any, where: str = "") -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from gmm_jepa.cli import COMMANDS, main
+from gmm_jepa.cli import COMMANDS, SPINS, main
 from gmm_jepa.gmm import GaussianMixture
 from tests.audio import babble, write_corpus
 
@@ -68,6 +69,7 @@ def test_help_shows_presets_and_nested_settings_with_their_defaults(capsys):
         (["ruin"], "unknown command 'ruin'"),
         (["run", "--audio", "x", "--out", "y", "--preset", "huge"], "--preset"),
         (["run", "--audio", "nowhere.jsonl", "--out", "{out}"], "nowhere.jsonl"),
+        (["run", "--audio", "", "--out", "{out}"], "audio: an empty path"),
         (["evaluate", "--run", "nowhere"], "no run here"),
         (["extract", "--run", "nowhere", "--audio", "x", "--out", "{out}"], "no run here"),
         (["validate", "--audio", "nowhere"], "nowhere"),
@@ -252,6 +254,25 @@ def test_doctor_tells_versions_devices_and_backends(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("torch", "cpu", "triton", "native module"))
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_idle_threads_leave_the_core_to_others(given, expected):
+    """What libgomp reads at its start is there before torch is."""
+    program = (
+        "import os, sys; from gmm_jepa.cli import main; assert 'torch' not in sys.modules; "
+        f"main(['doctor']); assert os.environ['GOMP_SPINCOUNT'] == {expected!r}"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    subprocess.run([sys.executable, "-c", program], env=bare | given, check=True)
+
+
+def test_output_that_nobody_reads_ends_in_silence():
+    command = f"{sys.executable} -m gmm_jepa run --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage:")
+    assert done.stderr == ""
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install(manifest, tmp_path):

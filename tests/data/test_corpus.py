@@ -218,6 +218,8 @@ def test_what_cannot_be_opened_says_so(write_audio, write_manifest, tmp_path):
         (empty, {}, "holds no usable audio"),
         ([tmp_path / "a.wav"], {"weights": [1, 2]}, "weights: one per source"),
         ([tmp_path / "a.wav"], {"weights": [-1]}, "weights: 0 or more"),
+        ([tmp_path / "a.wav"], {"weights": [0]}, "weights: one above 0"),
+        ([tmp_path / "a.wav", ""], {}, "sources: an empty path"),
         ([tmp_path / "a.wav"], {"weights": [float("nan")]}, "weights: 0 or more"),
     ]:
         with pytest.raises(InputError, match=words):

@@ -59,3 +59,12 @@ def test_in_memory():
     log = RejectLog(None)
     log.add("a.wav", None, "missing: no such file")
     assert log.summary() == "1 rejected (1 missing)"
+
+
+def test_a_limit_that_is_passed_comes_with_one_that_is_not():
+    log = RejectLog()
+    for i in range(5):
+        log.add(f"{i}.wav", None, "missing: no such file")
+    with pytest.raises(InputError, match=r"0\.01 allows \(0\.218 would\)"):
+        log.check(23, 0.01)
+    log.check(23, 0.218)

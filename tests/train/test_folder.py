@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import stat
 
 import pytest
 
@@ -6,7 +8,8 @@ from gmm_jepa.config import Sources
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
 from gmm_jepa.presets import PRESETS
-from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.distributed import Processes
+from gmm_jepa.train.folder import RunFolder, held
 
 SOURCES = Sources(audio=("somewhere",))
 
@@ -57,6 +60,38 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    root, peers = tmp_path / "some" / "run", Processes(rank=0, world_size=1, device="cpu")
+    with held(root, peers):
+        (root / "config.json").write_text("{}")
+        with (
+            pytest.raises(InputError, match="another process works on this run"),
+            held(root, peers),
+        ):
+            pass
+        with held(root, dataclasses.replace(peers, rank=1)):  # one of the same run's
+            pass
+    with held(root, peers):
+        pass
+    assert [path.name for path in root.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_stays_empty_goes_again(tmp_path):
+    peers = Processes(rank=0, world_size=1, device="cpu")
+    with pytest.raises(KeyboardInterrupt), held(tmp_path / "run", peers):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_folder_is_named(tmp_path):
+    peers, file = Processes(rank=0, world_size=1, device="cpu"), tmp_path / "notes.txt"
+    file.write_text("mine")
+    for root, said in ((file, "is a file"), (file / "sub", "no folder can be made here")):
+        with pytest.raises(InputError, match=said), held(root, peers):
+            pass
+    assert file.read_text() == "mine"
+
+
 def test_reading_where_no_run_is(tmp_path):
     with pytest.raises(InputError, match="no run here"):
         RunFolder(tmp_path / "nowhere").read()
@@ -83,6 +118,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_and_fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_the_umask(tmp_path):
+    """Whatever the library that writes gives."""
+    before = os.umask(0o027)
+    try:
+        with written_aside(tmp_path / "file") as aside:
+            aside.touch(mode=0o600)
+        with written_aside(tmp_path / "folder") as aside:
+            (aside / "in").mkdir(parents=True)
+            (aside / "in" / "file").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "file", tmp_path / "folder" / "in" / "file"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_folders_are_replaced_whole(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmm_jepa.cli import main
+from gmm_jepa.cli import EXIT_STOPPED, main
 from gmm_jepa.train.checkpoint import newest, steps
 from gmm_jepa.train.metrics import read_metrics
 from tests.audio import write_corpus
@@ -215,7 +215,7 @@ def test_ctrl_c_saves_like_sigterm(manifest, tmp_path):
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 1, running)
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=60)
-    assert running.returncode == 0, output
+    assert running.returncode == EXIT_STOPPED, output
     assert "stopped at step" in output
     assert newest(tmp_path / "run" / "checkpoints") is not None
 
@@ -244,7 +244,7 @@ def test_sigterm_saves_and_ends_cleanly(manifest, tmp_path):
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 2, running)
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=60)
-    assert running.returncode == 0, output
+    assert running.returncode == EXIT_STOPPED, output
     assert "stopped at step" in output
     assert newest(tmp_path / "run" / "checkpoints") is not None
 
