@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -189,18 +188,6 @@ def test_a_process_without_audio_fits_with_the_others(tmp_path):
     assert finished.returncode == 0, finished.stderr
     ours, theirs = GaussianMixture.load(one), GaussianMixture.load(two)
     np.testing.assert_allclose(theirs.means_, ours.means_, rtol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", METHODS)
-def test_a_fit_on_cuda_is_that_on_the_cpu(manifest, method):
-    mixture, reports = fit(manifest, METHODS[method])
-    with mock.patch.object(torch.cuda, "is_available", return_value=False):
-        other, expected = fit(manifest, METHODS[method])
-    np.testing.assert_allclose(mixture.means_, other.means_, rtol=1e-3, atol=1e-3)
-    heldout = [[r.heldout_log_likelihood for r in made] for made in (reports, expected)]
-    np.testing.assert_allclose(*heldout, rtol=1e-3)
 
 
 def test_a_killed_fit_goes_on(manifest, tmp_path):

@@ -123,13 +123,29 @@ def held(root: Path, peers: Processes) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{root}: no folder can be made here ({error.strerror})") from None
     folder = os.open(root, os.O_RDONLY)
+    _folders.add(folder)
     try:
         _lock(folder, root)
         yield
     finally:
+        _folders.remove(folder)
         os.close(folder)
         if not any(root.iterdir()):
             root.rmdir()
+
+
+_folders: set[int] = set()
+"""Descriptors of the folders that this process holds."""
+
+
+def _let_go() -> None:
+    """A decoding process must not hold the folder of a run that was killed."""
+    while _folders:
+        os.close(_folders.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(folder: int, root: Path) -> None:

@@ -1,6 +1,8 @@
 import dataclasses
+import multiprocessing
 import os
 import stat
+import time
 
 import pytest
 
@@ -74,6 +76,19 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     with held(root, peers):
         pass
     assert [path.name for path in root.iterdir()] == ["config.json"]
+
+
+def test_a_folder_is_free_though_a_worker_of_its_run_lives(tmp_path):
+    peers = Processes(rank=0, world_size=1, device="cpu")
+    with held(tmp_path, peers):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with held(tmp_path, peers):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
