@@ -80,6 +80,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 
 def test_a_folder_is_free_though_a_worker_of_its_run_lives(tmp_path):
     peers = Processes(rank=0, world_size=1, device="cpu")
+    (tmp_path / "config.json").write_text("{}")
     with held(tmp_path, peers):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         worker.start()
