@@ -78,12 +78,20 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     assert [path.name for path in root.iterdir()] == ["config.json"]
 
 
+def _started_and_asleep(started) -> None:
+    started.set()
+    time.sleep(60)
+
+
 def test_a_folder_is_free_though_a_worker_of_its_run_lives(tmp_path):
     peers = Processes(rank=0, world_size=1, device="cpu")
+    fork = multiprocessing.get_context("fork")
     (tmp_path / "config.json").write_text("{}")
+    started = fork.Event()
     with held(tmp_path, peers):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker = fork.Process(target=_started_and_asleep, args=(started,))
         worker.start()
+        assert started.wait(30)
     try:
         with held(tmp_path, peers):
             assert worker.is_alive()
