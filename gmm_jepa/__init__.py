@@ -1,7 +1,8 @@
 """GMM-JEPA: pretrain speech encoders with GMM-anchored joint-embedding prediction.
 
-This face needs torch and NumPy alone; everything else is imported where it is used. Its names are
-imported when they are asked for, so that the command line can set what torch reads at its start.
+This face needs torch and NumPy alone; everything else is imported where it is used. Its names, and
+modules, are imported when they are asked for, so that the command line can set what torch reads at
+its start. ``import gmm_jepa.ops`` registers the operators.
 """
 
 import importlib
@@ -36,12 +37,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """One of `__all__`, from the module that it is in."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gmm_jepa.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    """One of `__all__`, from the module that it is in, or a module."""
+    if name in _HOMES:
+        globals()[name] = getattr(importlib.import_module(f"gmm_jepa.{_HOMES[name]}"), name)
+        return globals()[name]
+    try:
+        return importlib.import_module(f"gmm_jepa.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"gmm_jepa.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

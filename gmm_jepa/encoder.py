@@ -72,7 +72,9 @@ class SpeechEncoder(nn.Module):
 
 
 def _check_lengths(lengths: Tensor, n_samples: int) -> None:
-    """Where nobody would have to wait for their values."""
+    """Refuse what is no number of samples; values only where nobody would have to wait for them."""
+    if lengths.is_floating_point() or lengths.is_complex():
+        raise InputError(f"lengths: expected integers, got {lengths.dtype}")
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if ((lengths < 0) | (lengths > n_samples)).any():

@@ -35,12 +35,20 @@ def written_aside(path: Path) -> Iterator[Path]:
     _sync_entry(path.parent)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_MODE = 0o666 & ~_umask()
+"""Of new files. Asked once: to ask changes it for all threads."""
+
+
 def _open_to_readers(aside: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
     for path in (aside, *aside.rglob("*")) if aside.is_dir() else (aside,):
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            path.chmod(_MODE)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -140,6 +140,8 @@ def test_an_encoder_says_what_it_cannot_take(tmp_path: Path):
             encoder(waveform, torch.tensor(lengths))
     with pytest.raises(InputError, match="waveform: expected a float"):
         encoder(waveform.short())
+    with pytest.raises(InputError, match="lengths: expected integers"):
+        encoder(waveform, [8_000.0, 5.5])
 
 
 def test_encoders_from_a_model_file(tmp_path: Path):

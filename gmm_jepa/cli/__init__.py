@@ -78,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return module.main(name, rest)
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError as error:
+        if _is_read():
+            return _fail(str(error), EXIT_FAILED)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (ImportError, OSError) as error:
@@ -90,6 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{reason} ({error})", EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _is_read() -> bool:
+    """Whether somebody reads the output: who has seen enough may be gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _fail(message: str, code: int) -> int:

@@ -85,7 +85,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         outcome = run.train(audio.train, profile=options.profile)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
-            return EXIT_STOPPED
+            return EXIT_STOPPED if peers.world_size == 1 else 0  # torchrun would start it again
         if command == "run":
             _evaluate(run, audio)
         else:

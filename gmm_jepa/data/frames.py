@@ -209,16 +209,18 @@ class LogMelStream:
         The windows of an utterance have together as many frames as the utterance whole: the frame
         at a cut belongs to the window that it begins.
         """
-        length, dealt = self._window_samples, 0
-        for place, i in enumerate(utterances):
-            duration = int(self.corpus.durations_samples[i])
-            n_windows = -(-duration // length)
-            for w in range((self.rank - dealt) % self.world_size, n_windows, self.world_size):
-                rest = duration - w * length
-                is_last = w == n_windows - 1
+        length = self._window_samples
+        n_windows = self._n_windows(utterances)
+        ends = np.cumsum(n_windows)
+        for own in _in_parts(self.rank, int(ends[-1]) if len(ends) else 0, self.world_size):
+            places = np.searchsorted(ends, own, side="right")
+            numbers = own - ends[places] + n_windows[places]
+            for place, w in zip(places.tolist(), numbers.tolist()):
+                i = int(utterances[place])
+                rest = int(self.corpus.durations_samples[i]) - w * length
+                is_last = w == n_windows[place] - 1
                 n_frames = int(log_mel_frames(rest, self.spec)) if is_last else self._window_frames
-                yield place, w, Window(int(i), w * length, min(length, rest), n_frames)
-            dealt += n_windows
+                yield place, w, Window(i, w * length, min(length, rest), n_frames)
 
     @property
     def _window_samples(self) -> int:
@@ -250,6 +252,12 @@ class LogMelStream:
             with self._rejecting:  # several threads read
                 self.rejects.extend([self.corpus.reject(window.utterance, error)])
             return None
+
+
+def _in_parts(start: int, stop: int, step: int, *, n: int = 1 << 16) -> Iterator[np.ndarray]:
+    """The numbers of a range, so many at a time."""
+    for first in range(start, stop, n * step):
+        yield np.arange(first, min(first + n * step, stop), step)
 
 
 def read_ahead(

@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ PARTIAL = "partial"
 PLAN = "plan.json"
 
 MOST_OPEN_SHARDS = 1_024
-"""Shards that a process keeps mapped at most. A mapping holds a file descriptor: of these, too, no
-more than a quarter of what the process may have."""
+"""Shards that a process keeps mapped at most, of all packs. A mapping holds a file descriptor: of
+these, too, no more than a quarter of what the process may have."""
 
 
 def is_pack(folder: Path) -> bool:
@@ -69,8 +69,6 @@ class PackedCorpus(Corpus):
                 raise InputError(f"{path}: {file['bytes']} bytes are expected, found {size}")
         self._index = _mapped(self.folder / INDEX)
         self.durations_samples = np.array(self._index[:, 2])
-        # Safe to share among threads, and no lock that a fork could leave locked.
-        self._shard = lru_cache(_most_open_shards())(partial(_mapped_shard, self.folder))
 
     @property
     def is_decoded(self) -> np.ndarray:
@@ -132,12 +130,8 @@ class PackedCorpus(Corpus):
     def _read_into(self, i: int, start: int, out: np.ndarray) -> None:
         number, first, _, _ = self._index[i].tolist()
         first += start
-        window = self._shard(number)[first : first + len(out)]
+        window = _mapped_shard(self.folder, self.fingerprint, number)[first : first + len(out)]
         np.multiply(window, np.float32(1 / FULL_SCALE), out=out, dtype=np.float32)
-
-
-def _mapped_shard(folder: Path, number: int) -> np.ndarray:
-    return _mapped(folder / shard_name(number))
 
 
 def _most_open_shards() -> int:
@@ -153,6 +147,12 @@ def _most_open_shards() -> int:
 def _mapped(path: Path) -> np.ndarray:
     """What a file holds, without the class `np.memmap`, whose slices are dear."""
     return np.load(path, mmap_mode="r").view(np.ndarray)
+
+
+# Safe to share among threads, and no lock that a fork could leave locked.
+@lru_cache(_most_open_shards())
+def _mapped_shard(folder: Path, _fingerprint: str, number: int) -> np.ndarray:
+    return _mapped(folder / shard_name(number))
 
 
 def shard_name(number: int) -> str:

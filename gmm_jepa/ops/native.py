@@ -2,7 +2,7 @@
 
 ``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides. Where it was not
 built nothing is registered here, and the operators run on torch alone. ``GMM_JEPA_CUDA_EM=0``
-when the package is imported leaves its CUDA part out.
+when this is imported leaves its CUDA part out.
 """
 
 from __future__ import annotations

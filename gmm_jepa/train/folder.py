@@ -113,25 +113,18 @@ def held(root: Path, peers: Processes) -> Iterator[None]:
     Raises:
         InputError: another run holds it, or it is no folder and cannot be made.
     """
-    if not peers.is_main:
-        yield
-        return
+    folder, refusal = _locked(root) if peers.is_main else (None, None)
+    refusal = peers.of_main(refusal)
+    if refusal is not None:
+        raise InputError(refusal)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise InputError(f"{root} is a file: give a folder") from None
-    except OSError as error:
-        raise InputError(f"{root}: no folder can be made here ({error.strerror})") from None
-    folder = os.open(root, os.O_RDONLY)
-    _folders.add(folder)
-    try:
-        _lock(folder, root)
         yield
     finally:
-        _folders.remove(folder)
-        os.close(folder)
-        if not any(root.iterdir()):
-            root.rmdir()
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                root.rmdir()  # if it is empty
+            _folders.remove(folder)
+            os.close(folder)
 
 
 _folders: set[int] = set()
@@ -148,15 +141,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-def _lock(folder: int, root: Path) -> None:
-    if fcntl is None:
-        return
+def _locked(root: Path) -> tuple[int | None, str | None]:
+    """The descriptor of a folder that is locked now, or why it is not."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        root.mkdir(parents=True, exist_ok=True)
+        folder = os.open(root, os.O_RDONLY)
+    except FileExistsError:
+        return None, f"{root} is a file: give a folder"
+    except OSError as error:
+        return None, f"{root}: no folder can be made here ({error.strerror})"
+    try:
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{root}: another process works on this run; wait until it ends") from None
-    except OSError:
-        return
+        os.close(folder)
+        return None, f"{root}: another process works on this run; wait until it ends"
+    except OSError:  # no locks here
+        pass
+    _folders.add(folder)
+    return folder, None
 
 
 def _differences(found: Any, wanted: Any, where: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from unittest import mock
 
 import numpy as np
@@ -78,20 +79,22 @@ def test_few_file_descriptors_suffice(labelled, tmp_path):
     """A mapped shard holds one, and shells allow 1,024 where a corpus has 25,000 shards."""
     resource = pytest.importorskip("resource")
     expected = pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog(), shard_s=1.0)
+    shutil.copytree(tmp_path / "pack", tmp_path / "copy")
     assert len(list((tmp_path / "pack").glob("shard_*.npy"))) > 10
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     order = np.random.default_rng(0).permutation(len(expected)).tolist()
     audio = [expected.read(i) for i in order]
+    few = lru_cache(5)(packed_module._mapped_shard.__wrapped__)
+    packed_module._mapped_shard.cache_clear()
     n_open = len(os.listdir("/proc/self/fd"))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 12, limits[1]))
-        with mock.patch.object(packed_module, "MOST_OPEN_SHARDS", 5):
-            packed = PackedCorpus(tmp_path / "pack")
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(packed.read, order))
+        with mock.patch.object(packed_module, "_mapped_shard", few), ThreadPoolExecutor(2) as pool:
+            packs = [PackedCorpus(tmp_path / name) for name in ("pack", "copy")]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 14, limits[1]))
+            found = [list(pool.map(pack.read, order)) for pack in packs]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert all(map(np.array_equal, found, audio))
+    assert all(map(np.array_equal, found[0] + found[1], audio + audio))
     for soft, most in ((1_024, 256), (2, 1), (65_536, 1_024), (resource.RLIM_INFINITY, 1_024)):
         with mock.patch.object(resource, "getrlimit", return_value=(soft, soft)):
             assert packed_module._most_open_shards() == most

@@ -60,3 +60,14 @@ def test_version_is_the_projects():
     import gmm_jepa
 
     assert gmm_jepa.__version__ == importlib.metadata.version("gmm-jepa")
+
+
+def test_names_and_modules_are_imported_when_they_are_asked_for():
+    program = (
+        "import sys, gmm_jepa; assert 'torch' not in sys.modules; "
+        "assert {'GaussianMixture', 'load_encoder', 'log_mel'} <= set(dir(gmm_jepa)); "
+        "gmm_jepa.ops.log_mel, gmm_jepa.gmm.KMeans, gmm_jepa.GaussianMixture; import torch; "
+        "torch.ops.gmm_jepa.log_mel; from gmm_jepa import *; load_encoder; "
+        "assert not hasattr(gmm_jepa, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

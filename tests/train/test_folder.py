@@ -1,7 +1,5 @@
 import dataclasses
 import multiprocessing
-import os
-import stat
 import time
 
 import pytest
@@ -100,6 +98,15 @@ def test_a_folder_is_free_though_a_worker_of_its_run_lives(tmp_path):
         worker.join()
 
 
+def test_who_is_refused_leaves_the_folder_as_it_is(tmp_path):
+    root, peers = tmp_path / "run", Processes(rank=0, world_size=1, device="cpu")
+    with held(root, peers):
+        for _ in "12":
+            with pytest.raises(InputError, match="another process"), held(root, peers):
+                pass
+    assert not root.exists()
+
+
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
     peers = Processes(rank=0, world_size=1, device="cpu")
     with pytest.raises(KeyboardInterrupt), held(tmp_path / "run", peers):
@@ -146,17 +153,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_permissions_are_those_of_the_umask(tmp_path):
     """Whatever the library that writes gives."""
-    before = os.umask(0o027)
-    try:
-        with written_aside(tmp_path / "file") as aside:
-            aside.touch(mode=0o600)
-        with written_aside(tmp_path / "folder") as aside:
-            (aside / "in").mkdir(parents=True)
-            (aside / "in" / "file").touch(mode=0o600)
-    finally:
-        os.umask(before)
+    with written_aside(tmp_path / "file") as aside:
+        aside.touch(mode=0o600)
+    with written_aside(tmp_path / "folder") as aside:
+        (aside / "in").mkdir(parents=True)
+        (aside / "in" / "file").touch(mode=0o600)
+    (tmp_path / "usual").touch()
     for path in (tmp_path / "file", tmp_path / "folder" / "in" / "file"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_folders_are_replaced_whole(tmp_path):
