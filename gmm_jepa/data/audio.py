@@ -185,13 +185,9 @@ def _n_frames(path: str | os.PathLike[str], file) -> int:
 
 def _count_frames(path: str | os.PathLike[str]) -> int:
     """Decode a stream of unknown length to learn it."""
-    frames, block = 0, _COUNT_BLOCK_FRAMES
     with _open(path) as file:
         file.seekable = lambda: False
-        while block == _COUNT_BLOCK_FRAMES:
-            block = len(_decode(path, file, _COUNT_BLOCK_FRAMES))
-            frames += block
-    return frames
+        return _skip(path, file, _UNKNOWN_FRAMES)
 
 
 def _resampled_length(frames: int, rate_hz: int) -> int:

@@ -210,24 +210,12 @@ class LogMelStream:
         at a cut belongs to the window that it begins.
         """
         length = self._window_samples
-        n_windows = self._n_windows(utterances)
-        ends = np.cumsum(n_windows)
-        for own in _in_parts(self.rank, int(ends[-1]) if len(ends) else 0, self.world_size):
-            places = np.searchsorted(ends, own, side="right")
-            numbers = own - ends[places] + n_windows[places]
-            for place, w in zip(places.tolist(), numbers.tolist()):
-                i = int(utterances[place])
-                rest = int(self.corpus.durations_samples[i]) - w * length
-                is_last = w == n_windows[place] - 1
-                n_frames = int(log_mel_frames(rest, self.spec)) if is_last else self._window_frames
-                yield place, w, Window(i, w * length, min(length, rest), n_frames)
-
-    @property
-    def _window_samples(self) -> int:
-        return self._window_frames * self.spec.hop_samples
-
-    def _n_windows(self, utterances: np.ndarray) -> np.ndarray:
-        return -(-self.corpus.durations_samples[utterances] // self._window_samples)
+        for places, numbers, rests in self._dealt(utterances):
+            for place, w, rest in zip(places.tolist(), numbers.tolist(), rests.tolist()):
+                is_cut = rest > length
+                n_frames = self._window_frames if is_cut else int(log_mel_frames(rest, self.spec))
+                window = Window(int(utterances[place]), w * length, min(length, rest), n_frames)
+                yield place, w, window
 
     def _count(self, n_whole: int, n_last: Callable[[np.ndarray], np.ndarray]) -> int:
         """Frames of this process's windows.
@@ -236,14 +224,33 @@ class LogMelStream:
             n_whole: of a window that others of its utterance follow.
             n_last: takes the samples of utterances' last windows (n,) and gives their frames.
         """
-        n_windows = self._n_windows(self.drawn)
+        total = 0
+        for *_, rests in self._dealt(self.drawn):
+            last = rests[rests <= self._window_samples]
+            total += (len(rests) - len(last)) * n_whole + int(n_last(last).sum())
+        return total
+
+    def _dealt(self, utterances: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """This process's windows, a part of them at a time.
+
+        Yields:
+            places of their utterances, their numbers in these, and samples from where they begin
+            to the utterance's end; each (n,).
+        """
+        n_windows = self._n_windows(utterances)
         ends = np.cumsum(n_windows)
-        own = (ends - 1 - self.rank) % self.world_size == 0  # the last one is
-        own &= n_windows > 0
-        before = (ends - self.rank + self.world_size - 1) // self.world_size
-        n_own = int(before[-1]) if len(before) else 0
-        last = self.corpus.durations_samples[self.drawn] - (n_windows - 1) * self._window_samples
-        return (n_own - int(own.sum())) * n_whole + int(n_last(last[own]).sum())
+        for own in _in_parts(self.rank, int(ends[-1]) if len(ends) else 0, self.world_size):
+            places = np.searchsorted(ends, own, side="right")
+            numbers = own - ends[places] + n_windows[places]
+            durations = self.corpus.durations_samples[utterances[places]]
+            yield places, numbers, durations - numbers * self._window_samples
+
+    @property
+    def _window_samples(self) -> int:
+        return self._window_frames * self.spec.hop_samples
+
+    def _n_windows(self, utterances: np.ndarray) -> np.ndarray:
+        return -(-self.corpus.durations_samples[utterances] // self._window_samples)
 
     def _read(self, window: Window) -> np.ndarray | None:
         try:

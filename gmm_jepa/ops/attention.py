@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.dropout import check_probability
+from gmm_jepa.ops.dropout import check_probability, drawn_seed
 from gmm_jepa.ops.mixture import kind_of
 from gmm_jepa.ops.operator import Operator
 
@@ -67,10 +67,8 @@ def gated_bias_attention(
     """
     _check(q, k, v, table, gate, key_lengths)
     check_probability("dropout_p", dropout_p)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(1 << 62, (1,), device=q.device)
+    if dropout_p == 0.0 or seed is None:
+        seed = drawn_seed(dropout_p, q.device)
     return _attention(q, k, v, table, gate, key_lengths, seed, float(dropout_p))[0]
 
 

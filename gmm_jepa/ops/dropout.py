@@ -39,9 +39,9 @@ def check_probability(name: str, p: float) -> None:
         raise InputError(f"{name}: expected at least 0 and below 1, got {p}")
 
 
-def drawn_seed(p: float) -> Tensor | None:
-    """(1,) int64 on the CPU by torch's generator, which masks are drawn from; None without any."""
-    return torch.randint(1 << 62, (1,)) if p else None
+def drawn_seed(p: float, device: torch.device | str = "cpu") -> Tensor | None:
+    """(1,) int64 by torch's own generator, which masks are drawn from; None without any."""
+    return torch.randint(1 << 62, (1,), device=device) if p else None
 
 
 def hashed_dropout(x: Tensor, p: float) -> Tensor:

@@ -47,7 +47,7 @@ def waveform_conv(
     x: Tensor, taps: Tensor, bias: Tensor, ends: Tensor, last: Tensor, stride: int
 ) -> Tensor:
     """Strided convolution of one channel, in float32, less the ends."""
-    if not _is_waveform(x, taps, bias):
+    if not _is_float32(x, taps, bias):
         return waveform_conv_reference(x, taps, bias, ends, last, stride)
     x, taps, bias = x.contiguous(), taps.contiguous(), bias.contiguous()
     out = x.new_empty((len(x), (x.shape[1] - taps.shape[1]) // stride + 1, len(taps)))
@@ -60,7 +60,7 @@ def waveform_conv_backward(
     grad: Tensor, x: Tensor, taps: Tensor, last: Tensor, stride: int, with_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of taps, bias and ends, in float32; with that of x all by torch."""
-    if with_x or not _is_waveform(x, taps, grad):
+    if with_x or not _is_float32(x, taps, grad):
         return waveform_conv_backward_reference(grad, x, taps, last, stride, with_x)
     grad, x = grad.contiguous(), x.contiguous()
     d_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
@@ -73,11 +73,6 @@ def waveform_conv_backward(
 def _waveform_shape(x: Tensor, taps: Tensor, stride: int) -> tuple[int, ...]:
     n_frames = (x.shape[1] - taps.shape[1]) // stride + 1
     return (*x.shape, n_frames, stride, taps.shape[1], len(taps))
-
-
-def _is_waveform(*tensors: Tensor) -> bool:
-    """Float32, and at least one value."""
-    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
 
 
 def residual_unit(
@@ -93,7 +88,7 @@ def residual_unit(
 ) -> tuple[Tensor, Tensor]:
     """x + conv(lrelu(conv(lrelu(x)))), and what the first convolution made, both float32."""
     tensors = (x, weight1, bias1, weight2, bias2)
-    if not _is_residual(*tensors):
+    if not _is_float32(*tensors):
         return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden, narrow)
     x, *parameters = (t.contiguous() for t in tensors)
     out = torch.empty_like(x)
@@ -124,7 +119,7 @@ def residual_unit_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the parameters of `residual_unit`."""
     tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
-    if not _is_residual(*tensors):
+    if not _is_float32(*tensors):
         return residual_unit_backward_reference(*tensors, lengths_frames, dilation, narrow)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
@@ -153,7 +148,7 @@ def residual_block(
 ) -> Tensor:
     """Residual units one after the other, in float32."""
     tensors = (x, weight1, bias1, weight2, bias2)
-    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+    if x.shape[2] not in CHANNELS or not _is_float32(*tensors):
         return residual_block_reference(*tensors, lengths_frames, dilations, narrow)
     x, *parameters = (t.contiguous() for t in tensors)
     out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
@@ -180,7 +175,7 @@ def residual_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the parameters of `residual_block`."""
     tensors = (grad, x, weight1, bias1, weight2, bias2)
-    if x.shape[2] not in CHANNELS or not _is_residual(*tensors):
+    if x.shape[2] not in CHANNELS or not _is_float32(*tensors):
         return residual_block_backward_reference(*tensors, lengths_frames, dilations, narrow)
     grad, x, *parameters = (t.contiguous() for t in tensors)
     out, lengths = tuple(torch.empty_like(t) for t in (x, *parameters)), lengths_of(lengths_frames)
@@ -193,11 +188,6 @@ def residual_block_backward(
         tuple(o.data_ptr() for o in out),
     )
     return out
-
-
-def _is_residual(*tensors: Tensor) -> bool:
-    """What the native unit is made for: float32, and at least one value."""
-    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
 
 
 def snake(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
@@ -292,6 +282,11 @@ def density_attention_backward(
 def _is_density(x: Tensor) -> bool:
     """Float32 with channels that fill the vectors of every instruction set."""
     return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
+
+
+def _is_float32(*tensors: Tensor) -> bool:
+    """Float32, and at least one value each."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors)
 
 
 if instruction_sets():

@@ -69,7 +69,7 @@ DENSITIES = {
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native_front_end, "_is_residual", lambda *tensors: False)
+        monkeypatch.setattr(native_front_end, "_is_float32", lambda *tensors: False)
         monkeypatch.setattr(native_front_end, "_is_density", lambda x: False)
         monkeypatch.setattr(native_front_end, "_is_snake", lambda *tensors: False)
     else:

@@ -115,7 +115,7 @@ def case_of(name: str) -> tuple[list[Tensor], dict]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    with on_kernel(request.param, native_front_end, "_is_residual") as name:
+    with on_kernel(request.param, native_front_end, "_is_float32") as name:
         yield name
 
 

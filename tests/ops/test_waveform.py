@@ -70,7 +70,7 @@ def case_of(name: str) -> tuple[list[Tensor], dict]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    with on_kernel(request.param, native_front_end, "_is_waveform") as name:
+    with on_kernel(request.param, native_front_end, "_is_float32") as name:
         yield name
 
 
