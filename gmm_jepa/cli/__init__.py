@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,12 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_read() -> bool:
-    """Whether somebody reads the output: who has seen enough may be gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return False
-    return True
+    """Whether somebody reads the output: who has seen enough may be gone.
+
+    The pipe is asked: a write that failed may leave nothing behind whose flush would fail, too.
+    """
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
 def _fail(message: str, code: int) -> int:
