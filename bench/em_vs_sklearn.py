@@ -105,11 +105,12 @@ def check(frames: np.ndarray, K: int) -> dict[str, float]:
     return differences
 
 
-def seconds(function: Callable) -> float:
-    """Wall time of one call."""
+def seconds(function: Callable, calls: int = 1) -> float:
+    """Wall time of a call, the mean of so many in a row."""
     begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
 
 
 def rates(times: dict[str, list[float]], n_frames: int) -> dict[str, dict[str, float]]:

@@ -33,6 +33,7 @@ import torch
 
 from bench.cases import Case
 from bench.peaks import Peaks, peaks_of
+from bench.records import settle
 from bench.registry import makers
 from bench.shapes import SHAPES, Shape
 
@@ -43,6 +44,7 @@ FLUSH_BYTES = 1 << 30  # many times any L2 cache
 BUSY_PER_HOST, MIN_BUSY_S, MAX_BUSY_S = 3.0, 3e-3, 30e-3
 CYCLES_PER_S = 2.0e9  # of no GPU here more: the wait is at least as long as asked for
 MIN_RUNS, MAX_RUNS = 5, 50
+REST_S, REST_BESIDE_OTHER_POOLS_S = 0.05, 0.3  # on CPUs, see `settle`
 WARM_UPS = 2  # the first may compile, the second tells how long the call takes to return
 HEADER = (
     f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'host ms':>8} "
@@ -91,17 +93,26 @@ def timer(device: str) -> Callable[[Callable[[], object], float], Taken]:
     return on_cuda
 
 
+def forget_gradients(case: Case) -> None:
+    """Of the leaves that a run adds to."""
+    for leaf in case.with_gradient:
+        leaf.grad = None
+
+
 def times_of(case: Case, device: str, seconds: float) -> dict[str, list[Taken]]:
     """Every run of the op ("ours") and of its peers, in turn, for about so long."""
     sides = {"ours": case.run, **case.peers}
     time_once = timer(device)
     times: dict[str, list[Taken]] = {side: [] for side in sides}
     last_host_s = dict.fromkeys(sides, 0.0)
+    # scikit-learn brings thread pools of its own
+    rest_s = REST_BESIDE_OTHER_POOLS_S if "scikit-learn" in sides else REST_S
     begin, rounds = time.perf_counter(), -WARM_UPS
     while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() - begin < seconds):
         for side, run in sides.items():
-            for leaf in case.with_gradient:
-                leaf.grad = None
+            if device == "cpu":
+                settle(run, rest_s)
+            forget_gradients(case)
             taken = time_once(run, last_host_s[side])
             last_host_s[side] = taken.host_s
             if rounds >= 0:

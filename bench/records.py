@@ -15,6 +15,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
+SETTLE_S = 0.02
 
 
 def surroundings(device: str = "cpu") -> dict[str, Any]:
@@ -77,6 +78,21 @@ def take_turns(
             wait()
             times[name].append(time.perf_counter() - begin)
     return {name: quantiles(taken) for name, taken in times.items()}
+
+
+def settle(run: Callable[[], Any], rest_s: float) -> None:
+    """What precedes a measured call on CPUs: `run` for 20 ms, `rest_s` after another side.
+
+    Threads of the other side look on for work while it rests. Then, on virtual machines, memory
+    that rested is slow to touch, and a thread that was woken may share the caller's processor for a
+    while.
+    """
+    time.sleep(rest_s)
+    begin = time.perf_counter()
+    while True:
+        run()
+        if time.perf_counter() - begin > SETTLE_S:
+            return
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -13,19 +13,21 @@ namespace gmm_jepa {
 // Scratch of one thread. Frames are rows of n_dims_padded values, zero behind the last dimension.
 class Candidates {
   public:
-    Candidates(const ScreenedMixture& mixture, double margin)
+    // For groups of so many frames at most, and of no more than suit the mixture.
+    Candidates(const ScreenedMixture& mixture, double margin, int64_t n_frames)
         : mixture_(mixture),
           margin_(margin),
-          words_(size_t(group()) * mixture.screen.n_words),
+          group_(static_cast<int>(std::clamp<int64_t>(n_frames, 1, mixture.group()))),
+          words_(size_t(padded(group_)) * mixture.screen.n_words),
           stride_(static_cast<int>(mixture.screen.bias.size())),
-          scores_(size_t(group()) * stride_),
+          scores_(size_t(padded(group_)) * stride_),
           frame_(mixture.n_dims_padded),
           found_(stride_ + mixture.n_components),
           log_joint_(found_.size()),
-          usable_(group()),
-          best_(group()) {}
+          usable_(padded(group_)),
+          best_(padded(group_)) {}
 
-    int group() const { return mixture_.group(); }
+    int group() const { return group_; }
 
     // Screens `n` <= group() frames; `find` then refers to them.
     template <typename T>
@@ -35,10 +37,9 @@ class Candidates {
             const T* x = frames + size_t(i) * mixture_.n_dims_padded;
             usable_[i] = p.pack(x, &words_[size_t(i) * p.n_words]);
         }
-        const int padded = static_cast<int>(round_up(n, p.screen->tile));
         std::fill(words_.begin() + size_t(n) * p.n_words,
-                  words_.begin() + size_t(padded) * p.n_words, 0u);
-        p.run(words_.data(), padded, scores_.data(), best_.data());
+                  words_.begin() + size_t(padded(n)) * p.n_words, 0u);
+        p.run(words_.data(), padded(n), scores_.data(), best_.data());
     }
 
     // Finds the components of frame i of the group; returns how many, at least one. NaN and
@@ -84,6 +85,8 @@ class Candidates {
     double largest() const { return largest_; }
 
   private:
+    int padded(int n) const { return static_cast<int>(round_up(n, mixture_.screen.screen->tile)); }
+
     void compute(int start, int stop) {
         mixture_.kernels.distances(frame_.data(), mixture_.means.data(),
                                    mixture_.precisions.data(), mixture_.n_dims_padded,
@@ -114,6 +117,7 @@ class Candidates {
 
     const ScreenedMixture& mixture_;
     double margin_;
+    int group_;
     AlignedVector<uint32_t> words_;
     int stride_;
     AlignedVector<float> scores_;

@@ -62,7 +62,7 @@ class Expectation {
     }
 
     void run() {
-        std::vector<Candidates> candidates(n_threads_, Candidates(mixture_, kMarginNats));
+        std::vector<Candidates> candidates(n_threads_, Candidates(mixture_, kMarginNats, rows_));
         parallel(n_threads_, [&](int thread) {
             for (int64_t start = 0; start < frames_.n_rows; start += rows_) {
                 const int n = static_cast<int>(std::min(rows_, frames_.n_rows - start));
@@ -196,25 +196,23 @@ class Expectation {
 }  // namespace
 
 template <typename T>
-void em_statistics(const Matrix<T>& frames, const MixtureView& mixture, const Statistics& out,
-                   const Kernels& kernels, int n_threads) {
-    const ScreenedMixture screened(mixture, kernels);
-    const int64_t groups = std::max<int64_t>(1, frames.n_rows / screened.group());
+void em_statistics(const Matrix<T>& frames, const ScreenedMixture& mixture, const Statistics& out,
+                   int n_threads) {
+    const int64_t groups = std::max<int64_t>(1, frames.n_rows / mixture.group());
     n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, groups));
-    Expectation<T> expectation(frames, screened, n_threads);
+    Expectation<T> expectation(frames, mixture, n_threads);
     expectation.run();
     expectation.write(out);
     if (expectation.is_finite()) return;
     const double nan = std::numeric_limits<double>::quiet_NaN();
     std::fill_n(out.counts, mixture.n_components, nan);
-    std::fill_n(out.first, mixture.n_components * mixture.n_dims, nan);
-    std::fill_n(out.second, mixture.n_components * mixture.n_dims, nan);
+    const int64_t n_moments = int64_t(mixture.n_components) * mixture.n_dims;
+    std::fill_n(out.first, n_moments, nan);
+    std::fill_n(out.second, n_moments, nan);
     *out.log_likelihood = nan;
 }
 
-template void em_statistics(const Matrix<float>&, const MixtureView&, const Statistics&,
-                            const Kernels&, int);
-template void em_statistics(const Matrix<double>&, const MixtureView&, const Statistics&,
-                            const Kernels&, int);
+template void em_statistics(const Matrix<float>&, const ScreenedMixture&, const Statistics&, int);
+template void em_statistics(const Matrix<double>&, const ScreenedMixture&, const Statistics&, int);
 
 }  // namespace gmm_jepa

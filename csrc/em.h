@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arrays.h"
-#include "kernels.h"
+#include "screened_mixture.h"
 
 namespace gmm_jepa {
 
@@ -17,7 +17,7 @@ struct Statistics {
 // T is float or double. The same bits for any number of threads; NaN throughout where a frame is
 // not finite. Throws std::bad_alloc only.
 template <typename T>
-void em_statistics(const Matrix<T>& frames, const MixtureView& mixture, const Statistics& out,
-                   const Kernels& kernels, int n_threads);
+void em_statistics(const Matrix<T>& frames, const ScreenedMixture& mixture, const Statistics& out,
+                   int n_threads);
 
 }  // namespace gmm_jepa

@@ -2,16 +2,19 @@
 // (gmm_jepa/ops/native.py) owns the memory and has checked shapes, types and devices.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "bindings.h"
 #include "cuda/bindings.h"
 #include "em.h"
+#include "half_types.h"
 #include "kernels.h"
 #include "log_mel.h"
 #include "parallel.h"
 #include "posterior.h"
+#include "screened_mixture.h"
 
 namespace py = pybind11;
 
@@ -41,18 +44,31 @@ struct MatrixArguments {
 };
 
 // (log_weights, means, variances, n_components): addresses of contiguous float64
-MixtureView mixture_view(const py::tuple& t, int64_t n_dims) {
+std::unique_ptr<ScreenedMixture> screened_mixture(const py::tuple& t, int64_t n_dims,
+                                                  const std::string& instruction_set) {
     const MixtureView mixture{pointer<const double>(t[0].cast<uintptr_t>()),
                               pointer<const double>(t[1].cast<uintptr_t>()),
                               pointer<const double>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
                               n_dims};
     const int64_t most = int64_t(1) << 30;
-    if (mixture.n_components < 1 || mixture.n_components > most || n_dims > most ||
+    if (mixture.n_components < 1 || mixture.n_components > most || n_dims < 1 || n_dims > most ||
         !mixture.log_weights || !mixture.means || !mixture.variances) {
-        throw std::invalid_argument("mixture: expected addresses and 1 to 2^30 components");
+        throw std::invalid_argument("mixture: expected addresses, 1 to 2^30 components, features");
     }
-    return mixture;
+    const Kernels& table = kernels(instruction_set.c_str());
+    const py::gil_scoped_release release;
+    return std::make_unique<ScreenedMixture>(mixture, table);
 }
+
+// Frames that have the mixture's features.
+struct FramesOfMixture : MatrixArguments {
+    FramesOfMixture(const py::tuple& frames, const ScreenedMixture& mixture)
+        : MatrixArguments(frames) {
+        if (n_columns != mixture.n_dims) {
+            throw std::invalid_argument("frames: expected as many features as the mixture has");
+        }
+    }
+};
 
 void use_openmp_at(const py::tuple& t) {
     use_openmp({reinterpret_cast<decltype(OpenMP::parallel)>(t[0].cast<uintptr_t>()),
@@ -60,75 +76,61 @@ void use_openmp_at(const py::tuple& t) {
                 reinterpret_cast<decltype(OpenMP::num_threads)>(t[2].cast<uintptr_t>())});
 }
 
-void em_statistics_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
-                      const py::tuple& out, int n_threads, const std::string& instruction_set) {
-    const MatrixArguments x(frames);
-    const MixtureView view = mixture_view(mixture, x.n_columns);
+void em_statistics_at(const py::tuple& frames, bool is_float64, const ScreenedMixture& mixture,
+                      const py::tuple& out, int n_threads) {
+    const FramesOfMixture x(frames, mixture);
     const Statistics statistics{
         pointer<double>(out[0].cast<uintptr_t>()), pointer<double>(out[1].cast<uintptr_t>()),
         pointer<double>(out[2].cast<uintptr_t>()), pointer<double>(out[3].cast<uintptr_t>())};
-    const Kernels& table = kernels(instruction_set.c_str());
     const py::gil_scoped_release release;
-    if (is_float64) {
-        em_statistics(x.as<double>(), view, statistics, table, n_threads);
-    } else {
-        em_statistics(x.as<float>(), view, statistics, table, n_threads);
-    }
+    const auto run = [&](auto matrix) { em_statistics(matrix, mixture, statistics, n_threads); };
+    is_float64 ? run(x.as<double>()) : run(x.as<float>());
 }
 
-void posterior_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
-                  double temperature, uintptr_t out, bool out_is_float64, int n_threads,
-                  const std::string& instruction_set) {
-    const MatrixArguments x(frames);
-    const MixtureView view = mixture_view(mixture, x.n_columns);
-    const Kernels& table = kernels(instruction_set.c_str());
+// out_type: float64, float32, bfloat16 or float16
+void posterior_at(const py::tuple& frames, bool is_float64, const ScreenedMixture& mixture,
+                  double temperature, uintptr_t out, const std::string& out_type, int n_threads) {
+    const FramesOfMixture x(frames, mixture);
+    const auto write = [&](auto* to) {
+        const py::gil_scoped_release release;
+        const auto run = [&](auto rows) { posterior(rows, mixture, temperature, to, n_threads); };
+        is_float64 ? run(x.as<double>()) : run(x.as<float>());
+    };
+    if (out_type == "float64") return write(pointer<double>(out));
+    if (out_type == "float32") return write(pointer<float>(out));
+    if (out_type == "bfloat16") return write(pointer<BFloat16>(out));
+    if (out_type == "float16") return write(pointer<Float16>(out));
+    throw std::invalid_argument("out_type: not supported");
+}
+
+void log_likelihood_at(const py::tuple& frames, bool is_float64, const ScreenedMixture& mixture,
+                       uintptr_t out, int n_threads) {
+    const FramesOfMixture x(frames, mixture);
     const py::gil_scoped_release release;
-    const auto run = [&](auto matrix) {
-        if (out_is_float64) {
-            posterior(matrix, view, temperature, pointer<double>(out), table, n_threads);
-        } else {
-            posterior(matrix, view, temperature, pointer<float>(out), table, n_threads);
-        }
+    const auto run = [&](auto rows) {
+        log_likelihood(rows, mixture, pointer<double>(out), n_threads);
     };
     is_float64 ? run(x.as<double>()) : run(x.as<float>());
 }
 
-void log_likelihood_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
-                       uintptr_t out, int n_threads, const std::string& instruction_set) {
-    const MatrixArguments x(frames);
-    const MixtureView view = mixture_view(mixture, x.n_columns);
-    const Kernels& table = kernels(instruction_set.c_str());
+void topk_at(const py::tuple& frames, bool is_float64, const ScreenedMixture& mixture, int64_t k,
+             double temperature, uintptr_t posteriors, uintptr_t indices, int n_threads) {
+    const FramesOfMixture x(frames, mixture);
+    if (k < 1 || k > mixture.n_components) throw std::invalid_argument("k: expected 1 to K");
     const py::gil_scoped_release release;
-    const auto run = [&](auto matrix) {
-        log_likelihood(matrix, view, pointer<double>(out), table, n_threads);
+    const auto run = [&](auto rows) {
+        topk(rows, mixture, static_cast<int>(k), temperature, pointer<float>(posteriors),
+             pointer<int64_t>(indices), n_threads);
     };
     is_float64 ? run(x.as<double>()) : run(x.as<float>());
 }
 
-void topk_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture, int64_t k,
-             double temperature, uintptr_t posteriors, uintptr_t indices, int n_threads,
-             const std::string& instruction_set) {
-    const MatrixArguments x(frames);
-    const MixtureView view = mixture_view(mixture, x.n_columns);
-    if (k < 1 || k > view.n_components) throw std::invalid_argument("k: expected 1 to K");
-    const Kernels& table = kernels(instruction_set.c_str());
+void nearest_at(const py::tuple& frames, bool is_float64, const ScreenedMixture& mixture,
+                uintptr_t labels, uintptr_t squared_distances, int n_threads) {
+    const FramesOfMixture x(frames, mixture);
     const py::gil_scoped_release release;
-    const auto run = [&](auto matrix) {
-        topk(matrix, view, static_cast<int>(k), temperature, pointer<float>(posteriors),
-             pointer<int64_t>(indices), table, n_threads);
-    };
-    is_float64 ? run(x.as<double>()) : run(x.as<float>());
-}
-
-void nearest_at(const py::tuple& frames, bool is_float64, const py::tuple& mixture,
-                uintptr_t labels, uintptr_t squared_distances, int n_threads,
-                const std::string& instruction_set) {
-    const MatrixArguments x(frames);
-    const MixtureView view = mixture_view(mixture, x.n_columns);
-    const Kernels& table = kernels(instruction_set.c_str());
-    const py::gil_scoped_release release;
-    const auto run = [&](auto matrix) {
-        nearest(matrix, view, pointer<int64_t>(labels), pointer<float>(squared_distances), table,
+    const auto run = [&](auto rows) {
+        nearest(rows, mixture, pointer<int64_t>(labels), pointer<float>(squared_distances),
                 n_threads);
     };
     is_float64 ? run(x.as<double>()) : run(x.as<float>());
@@ -173,21 +175,22 @@ PYBIND11_MODULE(_native, module) {
     module.def("is_intel", &is_intel, "Whether the processor is Intel's.");
     module.def("use_openmp", &use_openmp_at, py::arg("addresses"),
                "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads.");
+    py::class_<ScreenedMixture>(module, "ScreenedMixture", "A mixture prepared, see csrc/README.md.")
+        .def(py::init(&screened_mixture), py::arg("mixture"), py::arg("n_dims"),
+             py::arg("instruction_set") = "");
     module.def("em_statistics", &em_statistics_at, py::arg("frames"), py::arg("is_float64"),
-               py::arg("mixture"), py::arg("out"), py::arg("n_threads"),
-               py::arg("instruction_set") = "");
+               py::arg("mixture"), py::arg("out"), py::arg("n_threads"));
     module.def("posterior", &posterior_at, py::arg("frames"), py::arg("is_float64"),
-               py::arg("mixture"), py::arg("temperature"), py::arg("out"),
-               py::arg("out_is_float64"), py::arg("n_threads"), py::arg("instruction_set") = "");
+               py::arg("mixture"), py::arg("temperature"), py::arg("out"), py::arg("out_type"),
+               py::arg("n_threads"));
     module.def("log_likelihood", &log_likelihood_at, py::arg("frames"), py::arg("is_float64"),
-               py::arg("mixture"), py::arg("out"), py::arg("n_threads"),
-               py::arg("instruction_set") = "");
+               py::arg("mixture"), py::arg("out"), py::arg("n_threads"));
     module.def("topk", &topk_at, py::arg("frames"), py::arg("is_float64"), py::arg("mixture"),
                py::arg("k"), py::arg("temperature"), py::arg("posteriors"), py::arg("indices"),
-               py::arg("n_threads"), py::arg("instruction_set") = "");
+               py::arg("n_threads"));
     module.def("nearest", &nearest_at, py::arg("frames"), py::arg("is_float64"),
                py::arg("mixture"), py::arg("labels"), py::arg("squared_distances"),
-               py::arg("n_threads"), py::arg("instruction_set") = "");
+               py::arg("n_threads"));
     module.def("log_mel", &log_mel_at, py::arg("waveform"), py::arg("is_int16"),
                py::arg("lengths"), py::arg("settings"), py::arg("out"), py::arg("n_threads"),
                py::arg("instruction_set") = "");

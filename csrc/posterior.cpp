@@ -11,10 +11,13 @@
 #endif
 
 #include "candidates.h"
+#include "half_types.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
 namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Fresh memory of a large result is a third of the time of posteriors in pages of 4 KB.
 void prefer_huge_pages(void* data, size_t n_bytes) {
@@ -30,19 +33,18 @@ void prefer_huge_pages(void* data, size_t n_bytes) {
 
 // Calls each(candidates, padded rows, place in the group, row) for every frame.
 template <typename T, typename Each>
-void for_each_frame(const Matrix<T>& frames, const MixtureView& mixture, double margin,
-                    const Kernels& kernels, int n_threads, const Each& each) {
-    const ScreenedMixture screened(mixture, kernels);
-    const int group = screened.group();
-    const int64_t groups = std::max<int64_t>(1, frames.n_rows / group);
+void for_each_frame(const Matrix<T>& frames, const ScreenedMixture& mixture, double margin,
+                    int n_threads, const Each& each) {
+    const int64_t groups = std::max<int64_t>(1, frames.n_rows / mixture.group());
     n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, groups));
     parallel(n_threads, [&](int thread) {
         const Share share(frames.n_rows, thread, n_threads);
-        Candidates candidates(screened, margin);
-        std::vector<T> rows(size_t(group) * screened.n_dims_padded);
+        Candidates candidates(mixture, margin, share.last - share.first);
+        const int group = candidates.group();
+        std::vector<T> rows(size_t(group) * mixture.n_dims_padded);
         for (int64_t start = share.first; start < share.last; start += group) {
             const int n = static_cast<int>(std::min<int64_t>(group, share.last - start));
-            load_rows(frames, start, n, screened.n_dims_padded, rows.data());
+            load_rows(frames, start, n, mixture.n_dims_padded, rows.data());
             candidates.screen(rows.data(), n);
             for (int i = 0; i < n; ++i) each(candidates, rows.data(), i, start + i);
         }
@@ -52,8 +54,8 @@ void for_each_frame(const Matrix<T>& frames, const MixtureView& mixture, double 
 }  // namespace
 
 template <typename T, typename Out>
-void posterior(const Matrix<T>& frames, const MixtureView& mixture, double temperature, Out* out,
-               const Kernels& kernels, int n_threads) {
+void posterior(const Matrix<T>& frames, const ScreenedMixture& mixture, double temperature,
+               Out* out, int n_threads) {
     const int64_t K = mixture.n_components;
     prefer_huge_pages(out, sizeof(Out) * size_t(frames.n_rows) * size_t(K));
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
@@ -61,26 +63,26 @@ void posterior(const Matrix<T>& frames, const MixtureView& mixture, double tempe
         double* values = candidates.log_joint();
         const double total = normalise(values, n, candidates.largest(), temperature);
         Out* to = out + row * K;
-        std::fill_n(to, K, std::isfinite(total) ? Out(0) : std::numeric_limits<Out>::quiet_NaN());
+        std::fill_n(to, K, std::isfinite(total) ? Out(0.0) : Out(kNaN));
         if (!std::isfinite(total)) return;
         for (int j = 0; j < n; ++j) to[candidates.components()[j]] = static_cast<Out>(values[j]);
     };
-    for_each_frame(frames, mixture, kMarginNats * temperature, kernels, n_threads, each);
+    for_each_frame(frames, mixture, kMarginNats * temperature, n_threads, each);
 }
 
 template <typename T>
-void log_likelihood(const Matrix<T>& frames, const MixtureView& mixture, double* out,
-                    const Kernels& kernels, int n_threads) {
+void log_likelihood(const Matrix<T>& frames, const ScreenedMixture& mixture, double* out,
+                    int n_threads) {
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         const int n = candidates.find(rows, i);
         out[row] = normalise(candidates.log_joint(), n, candidates.largest(), 1.0);
     };
-    for_each_frame(frames, mixture, kMarginNats, kernels, n_threads, each);
+    for_each_frame(frames, mixture, kMarginNats, n_threads, each);
 }
 
 template <typename T>
-void topk(const Matrix<T>& frames, const MixtureView& mixture, int k, double temperature,
-          float* posteriors, int64_t* indices, const Kernels& kernels, int n_threads) {
+void topk(const Matrix<T>& frames, const ScreenedMixture& mixture, int k, double temperature,
+          float* posteriors, int64_t* indices, int n_threads) {
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         int n = candidates.find(rows, i);
         if (n < k) n = candidates.find_all(rows, i);
@@ -101,12 +103,12 @@ void topk(const Matrix<T>& frames, const MixtureView& mixture, int k, double tem
             indices[row * k + j] = components[order[j]];
         }
     };
-    for_each_frame(frames, mixture, kMarginNats * temperature, kernels, n_threads, each);
+    for_each_frame(frames, mixture, kMarginNats * temperature, n_threads, each);
 }
 
 template <typename T>
-void nearest(const Matrix<T>& frames, const MixtureView& mixture, int64_t* labels,
-             float* squared_distances, const Kernels& kernels, int n_threads) {
+void nearest(const Matrix<T>& frames, const ScreenedMixture& mixture, int64_t* labels,
+             float* squared_distances, int n_threads) {
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         const int n = candidates.find(rows, i);
         int64_t label = mixture.n_components;
@@ -115,29 +117,30 @@ void nearest(const Matrix<T>& frames, const MixtureView& mixture, int64_t* label
             label = std::min<int64_t>(label, candidates.components()[j]);
         }
         labels[row] = label < mixture.n_components ? label : 0;
+        const double* mean = &mixture.means[size_t(labels[row]) * mixture.n_dims_padded];
         double square = 0.0;
         for (int64_t d = 0; d < mixture.n_dims; ++d) {
-            const double z = double(frames(row, d)) - mixture.means[labels[row] * mixture.n_dims + d];
+            const double z = double(frames(row, d)) - mean[d];
             square += z * z;
         }
         squared_distances[row] = static_cast<float>(square);
     };
-    for_each_frame(frames, mixture, 0.0, kernels, n_threads, each);
+    for_each_frame(frames, mixture, 0.0, n_threads, each);
 }
 
-#define GMM_JEPA_INSTANTIATE(T)                                                                   \
-    template void posterior(const Matrix<T>&, const MixtureView&, double, float*, const Kernels&, \
-                            int);                                                                 \
-    template void posterior(const Matrix<T>&, const MixtureView&, double, double*,                \
-                            const Kernels&, int);                                                 \
-    template void log_likelihood(const Matrix<T>&, const MixtureView&, double*, const Kernels&,   \
-                                 int);                                                            \
-    template void nearest(const Matrix<T>&, const MixtureView&, int64_t*, float*, const Kernels&, \
-                          int);                                                                   \
-    template void topk(const Matrix<T>&, const MixtureView&, int, double, float*, int64_t*,       \
-                       const Kernels&, int);
+#define GMM_JEPA_POSTERIOR(T, Out) \
+    template void posterior(const Matrix<T>&, const ScreenedMixture&, double, Out*, int);
+#define GMM_JEPA_INSTANTIATE(T)                                                                  \
+    GMM_JEPA_POSTERIOR(T, float)                                                                 \
+    GMM_JEPA_POSTERIOR(T, double)                                                                \
+    GMM_JEPA_POSTERIOR(T, BFloat16)                                                              \
+    GMM_JEPA_POSTERIOR(T, Float16)                                                               \
+    template void log_likelihood(const Matrix<T>&, const ScreenedMixture&, double*, int);        \
+    template void nearest(const Matrix<T>&, const ScreenedMixture&, int64_t*, float*, int);      \
+    template void topk(const Matrix<T>&, const ScreenedMixture&, int, double, float*, int64_t*, int);
 GMM_JEPA_INSTANTIATE(float)
 GMM_JEPA_INSTANTIATE(double)
 #undef GMM_JEPA_INSTANTIATE
+#undef GMM_JEPA_POSTERIOR
 
 }  // namespace gmm_jepa

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+
+#include "half_types.h"
 
 namespace gmm_jepa {
 namespace {
@@ -18,21 +19,6 @@ constexpr double kLargestPrecision = 1e30;
 constexpr double kReach = 4.0;
 // Features whose products integers add up before they become float32: the more, the coarser.
 constexpr int kMostDepth = 96;
-
-uint32_t float_bits(double value) {
-    const float narrow = static_cast<float>(value);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    return bits;
-}
-
-double to_bfloat16(double value) {
-    uint32_t bits = float_bits(value);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    float rounded;
-    std::memcpy(&rounded, &bits, 4);
-    return rounded;
-}
 
 // What rounding floats does to log-densities; the names are README.md's.
 struct Rounding {
@@ -126,7 +112,7 @@ ScreenParameters::Bound ScreenParameters::pack_floats(int k, const std::vector<d
     const Rounding rounding(bfloat16);
     const double u = rounding.u, square_u = rounding.square();
     const auto round = [bfloat16](double v) {
-        return bfloat16 ? to_bfloat16(v) : double(static_cast<float>(v));
+        return double(bfloat16 ? float(BFloat16(v)) : static_cast<float>(v));
     };
     const int stride = screen->panel;
     uint32_t* word = words_of(k);
@@ -138,7 +124,8 @@ ScreenParameters::Bound ScreenParameters::pack_floats(int k, const std::vector<d
         square += precision[d] * mu[d] * mu[d];
         delta += precision[d] * (mu_hat - mu[d]) * (mu_hat - mu[d]);
         square_hat += precision_hat * mu_hat * mu_hat;
-        const uint32_t first = float_bits(slope), second = float_bits(-0.5 * precision_hat);
+        const uint32_t first = bits_of(static_cast<float>(slope));
+        const uint32_t second = bits_of(static_cast<float>(-0.5 * precision_hat));
         if (bfloat16) {
             word[d * stride] = (first >> 16) | (second & ~0xffffu);
         } else {

@@ -16,6 +16,7 @@
 #include "depthwise.h"
 #include "dropout.h"
 #include "em.h"
+#include "half_types.h"
 #include "lists.h"
 #include "log_mel.h"
 #include "losses.h"
@@ -42,11 +43,12 @@ void mixture_round(const Kernels& kernels) {
     std::vector<T> frames(N ? (N - 1) * stride_row + (D - 1) * stride_column + 1 : 1);
     for (T& x : frames) x = static_cast<T>(any(0, 3000) ? 3.0 * normal() : std::pow(10.0, any(0, 60)));
     const Matrix<T> matrix{frames.data(), N, D, stride_row, stride_column};
-    const MixtureView mixture{log_weights.data(), means.data(), variances.data(), K, D};
+    const MixtureView view{log_weights.data(), means.data(), variances.data(), K, D};
+    const ScreenedMixture mixture(view, kernels);
     std::vector<double> counts(K), first(K * D), second(K * D), likelihood(1), each(N);
     const int threads = static_cast<int>(any(1, 4)), k = static_cast<int>(any(1, K));
     em_statistics(matrix, mixture, {counts.data(), first.data(), second.data(), likelihood.data()},
-                  kernels, threads);
+                  threads);
     double total = 0.0;
     for (double n : counts) total += n;
     if (std::isfinite(total) && std::fabs(total - N) > 1e-6 * (N + 1)) {
@@ -54,11 +56,14 @@ void mixture_round(const Kernels& kernels) {
         std::exit(1);
     }
     std::vector<float> posteriors(N * K), best(N * k), squares(N);
+    std::vector<BFloat16> narrow(N * K, BFloat16(0.0));
     std::vector<int64_t> indices(N * k), labels(N);
-    posterior(matrix, mixture, 1.0 + any(0, 4), posteriors.data(), kernels, threads);
-    log_likelihood(matrix, mixture, each.data(), kernels, threads);
-    topk(matrix, mixture, k, 1.0, best.data(), indices.data(), kernels, threads);
-    nearest(matrix, mixture, labels.data(), squares.data(), kernels, threads);
+    const double temperature = 1.0 + any(0, 4);
+    posterior(matrix, mixture, temperature, posteriors.data(), threads);
+    posterior(matrix, mixture, temperature, narrow.data(), threads);
+    log_likelihood(matrix, mixture, each.data(), threads);
+    topk(matrix, mixture, k, 1.0, best.data(), indices.data(), threads);
+    nearest(matrix, mixture, labels.data(), squares.data(), threads);
 }
 
 // Near `value`, where rounding to an integer leads away from a mean on the other side of -z.

@@ -26,7 +26,8 @@ from gmm_jepa.ops.em import (
     kmeans_statistics_reference,
 )
 from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
-from gmm_jepa.ops.packed import PackedMixtures
+from gmm_jepa.ops.mixture import Mixture
+from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures
 from gmm_jepa.ops.posterior import (
     _log_likelihood,
     _posterior,
@@ -43,6 +44,12 @@ except ImportError as error:
     _why_absent = str(error)
 
 _WIDE = (torch.float32, torch.float64)
+_POSTERIOR_TYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 # Both kernels and their emulation are made for mixtures up to this size.
 _MOST_COMPONENTS, _MOST_FEATURES = 8192, 512
@@ -131,17 +138,11 @@ def em_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sufficient statistics, see `gmm_jepa.ops.em.em_statistics`."""
     K, D = means.shape
+    mixture = Mixture(log_weights, means, variances)
     if not K or not D:
-        return em_statistics_reference(frames, log_weights, means, variances)
-    x, parameters = _frames(frames), _parameters(log_weights, means, variances)
-    out = _statistics(K, D, x.device)
-    call(
-        "em_statistics",
-        _matrix(x),
-        x.dtype == torch.float64,
-        _addresses(parameters),
-        tuple(o.data_ptr() for o in out),
-    )
+        return em_statistics_reference(frames, *mixture)
+    out = _statistics(K, D, frames.device)
+    _of_mixture("em_statistics", frames, mixture, tuple(o.data_ptr() for o in out))
     return out
 
 
@@ -227,21 +228,13 @@ def posterior(
     The logarithm is needed of components that carry nothing, too: torch computes it.
     """
     K, D = means.shape
-    mixture = (log_weights, means, variances)
+    mixture = Mixture(log_weights, means, variances)
     if log or not K or not D:
         return posterior_reference(frames, *mixture, temperature, log, precision, out_dtype)
-    x, parameters = _frames(frames), _parameters(*mixture)
-    dtype = out_dtype if out_dtype in _WIDE else torch.float32
-    out = torch.empty((x.shape[0], K), dtype=dtype)
-    call(
-        "posterior",
-        _matrix(x),
-        x.dtype == torch.float64,
-        _addresses(parameters),
-        temperature,
-        out.data_ptr(),
-        dtype == torch.float64,
-    )
+    dtype = out_dtype if out_dtype in _POSTERIOR_TYPES else torch.float32
+    out = torch.empty((len(frames), K), dtype=dtype)
+    name = _POSTERIOR_TYPES[dtype]
+    _of_mixture("posterior", frames, mixture, temperature, out.data_ptr(), name)
     return out.to(out_dtype)
 
 
@@ -249,19 +242,12 @@ def log_likelihood(
     frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor, precision: str
 ) -> Tensor:
     """Log-densities (n,), exact in either precision."""
-    mixture = (log_weights, means, variances)
+    mixture = Mixture(log_weights, means, variances)
     if not means.numel():
         return log_likelihood_reference(frames, *mixture, precision)
-    x, parameters = _frames(frames), _parameters(*mixture)
-    out = torch.empty(x.shape[0], dtype=torch.float64)
-    call(
-        "log_likelihood",
-        _matrix(x),
-        x.dtype == torch.float64,
-        _addresses(parameters),
-        out.data_ptr(),
-    )
-    return out.to(x.dtype)
+    out = torch.empty(len(frames), dtype=torch.float64)
+    _of_mixture("log_likelihood", frames, mixture, out.data_ptr())
+    return out if frames.dtype == torch.float64 else out.float()
 
 
 def topk(
@@ -273,22 +259,13 @@ def topk(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The k largest posteriors (n, k) and their components; ties go to the first component."""
-    mixture = (log_weights, means, variances)
+    mixture = Mixture(log_weights, means, variances)
     if not means.numel():
         return topk_reference(frames, *mixture, k, temperature)
-    x, parameters = _frames(frames), _parameters(*mixture)
-    posteriors = torch.empty((x.shape[0], k), dtype=torch.float32)
-    indices = torch.empty((x.shape[0], k), dtype=torch.int64)
-    call(
-        "topk",
-        _matrix(x),
-        x.dtype == torch.float64,
-        _addresses(parameters),
-        k,
-        temperature,
-        posteriors.data_ptr(),
-        indices.data_ptr(),
-    )
+    posteriors = torch.empty((len(frames), k), dtype=torch.float32)
+    indices = torch.empty((len(frames), k), dtype=torch.int64)
+    into = (posteriors.data_ptr(), indices.data_ptr())
+    _of_mixture("topk", frames, mixture, k, temperature, *into)
     return posteriors, indices
 
 
@@ -297,22 +274,14 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     K, D = centroids.shape
     if not K or not D:
         return kmeans_assign_reference(frames, centroids)
-    means = centroids.to(torch.float64).contiguous()
+    means = centroids.to(torch.float64)
     # Any variance gives the same labels; a tenth of the centroids' own keeps the screen's scale
     # of nats to that of distances.
     variance = (0.1 * means.var(0, correction=0).mean()).clamp_min(1e-30)
-    variances = variance.expand(K, D).contiguous()
-    x, log_weights = _frames(frames), means.new_zeros(K)
-    labels = torch.empty(x.shape[0], dtype=torch.int64)
-    distances = torch.empty(x.shape[0], dtype=torch.float32)
-    call(
-        "nearest",
-        _matrix(x),
-        x.dtype == torch.float64,
-        _addresses([log_weights, means, variances]),
-        labels.data_ptr(),
-        distances.data_ptr(),
-    )
+    mixture = Mixture(means.new_zeros(K), means, variance.expand(K, D))
+    labels = torch.empty(len(frames), dtype=torch.int64)
+    distances = torch.empty(len(frames), dtype=torch.float32)
+    _of_mixture("nearest", frames, mixture, labels.data_ptr(), distances.data_ptr())
     return labels, distances
 
 
@@ -382,13 +351,22 @@ def _frames(frames: Tensor) -> Tensor:
     return frames if frames.dtype in _WIDE else frames.float()
 
 
-def _parameters(*parameters: Tensor) -> list[Tensor]:
-    return [p.detach().to(torch.float64).contiguous() for p in parameters]
+def _screen(mixture: Mixture, instruction_set: str) -> Any:
+    """The mixture prepared by the module."""
+    parameters = [p.to(torch.float64).contiguous() for p in mixture]
+    addresses = (*(p.data_ptr() for p in parameters), len(mixture.means))
+    return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
 
 
-def _addresses(parameters: list[Tensor]) -> tuple[int, int, int, int]:
-    """Of log-weights, means and variances, and K."""
-    return (*(p.data_ptr() for p in parameters), parameters[0].shape[0])
+_screened = MixturesByValue(_screen, n_kept=2)
+
+
+def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object) -> None:
+    """A function of the module on frames under a mixture, on torch's number of threads."""
+    x, screened = _frames(frames), _screened(mixture, _instruction_set)
+    is_float64 = x.dtype == torch.float64
+    function = getattr(_native, name)
+    function(_matrix(x), is_float64, screened, *arguments, torch.get_num_threads())
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:

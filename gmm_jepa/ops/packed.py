@@ -1,4 +1,4 @@
-"""Mixtures packed for kernels on a GPU: folding one takes about as long as a kernel on a batch."""
+"""Mixtures packed for kernels: to fold one takes about as long as a kernel on a batch of frames."""
 
 from __future__ import annotations
 
@@ -46,6 +46,39 @@ class PackedMixtures(Generic[Operand]):
             if len(self._kept) > self._n_kept:
                 self._kept.popitem(last=False)
         return entry[0]
+
+
+class MixturesByValue(Generic[Operand]):
+    """The last few operands that a function made of mixtures on a CPU, found again by their values.
+
+    NumPy may share a parameter's memory and write to it without a version counter; to compare takes
+    a twentieth of the time of packing.
+
+    Args:
+        pack: makes an operand of a mixture and further arguments.
+        n_kept: operands kept, each beside a copy of its mixture.
+    """
+
+    def __init__(self, pack: Callable[..., Operand], n_kept: int) -> None:
+        self._pack, self._n_kept = pack, n_kept
+        self._kept: tuple[tuple[Mixture, tuple, Operand], ...] = ()
+
+    def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
+        """The operand of the mixture, made if it is not among those kept."""
+        kept = self._kept
+        for entry in kept:
+            if entry[1] == arguments and _same_values(entry[0], mixture):
+                break
+        else:
+            copy = Mixture(*(parameter.detach().clone() for parameter in mixture))
+            entry = (copy, arguments, self._pack(copy, *arguments))
+        # Replaced as a whole: a thread that does the same at once costs a packing, no more.
+        self._kept = (entry, *(e for e in kept if e is not entry))[: self._n_kept]
+        return entry[2]
+
+
+def _same_values(a: Mixture, b: Mixture) -> bool:
+    return all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def _key(mixture: Mixture) -> tuple | None:

@@ -165,6 +165,32 @@ def test_posteriors_are_exact(name, instruction_set):
     torch.testing.assert_close(picked, best, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_posteriors_in_half_types_are_float32_ones_rounded(dtype, temperature, instruction_set):
+    frames, mixture = overlapping()
+    frames[7, 1] = math.nan
+    kwargs = {"temperature": temperature}
+    expected = ops.gmm_posterior(frames, mixture, **kwargs).to(dtype)
+    got = ops.gmm_posterior(frames, mixture, out_dtype=dtype, **kwargs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert got[7].isnan().all()
+    least = torch.finfo(dtype).smallest_normal
+    assert ((got > 0) & (got < least)).any() == (dtype == torch.float16), "below the normal range"
+
+
+def test_a_mixture_changed_in_place_is_prepared_anew(instruction_set):
+    """By NumPy, too, whose writes to shared memory torch does not see."""
+    frames, mixture = drawn(50, 30, 8)
+    mixture = mixture._replace(means=torch.from_numpy(means := mixture.means.numpy().copy()))
+    assert_statistics(frames, mixture)
+    means += 0.5
+    assert_statistics(frames, mixture)
+    got = ops.gmm_posterior(frames, mixture, out_dtype=torch.float64)
+    expected = torch.softmax(log_joint(frames, mixture), 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_nearest_centroids(name, instruction_set):
     frames, (_, centroids, _) = CASES[name]()

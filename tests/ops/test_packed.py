@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 
+import numpy as np
 import torch
 
 from gmm_jepa.ops import Mixture
-from gmm_jepa.ops.packed import PackedMixtures
+from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures
 
 
 def mixture_of(value: float) -> Mixture:
@@ -56,3 +57,27 @@ def test_threads_push_each_others_mixtures_out():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+def test_found_by_value_whatever_the_memory():
+    made = []
+    packed = MixturesByValue(lambda m, *more: made.append((m, *more)) or len(made), n_kept=2)
+    means = np.zeros((2, 3))
+    mixture = Mixture(torch.zeros(2), torch.from_numpy(means), torch.ones(2, 3))
+    again = Mixture(*(p.clone() for p in mixture))
+    assert [packed(mixture), packed(mixture), packed(again)] == [1, 1, 1]
+    means[1, 2] = 1.0  # no version counter sees it
+    assert packed(mixture) == 2
+    assert packed(mixture, "otherwise") == 3
+    assert packed(mixture) == 2
+    means[1, 2] = 0.0
+    assert packed(mixture) == 4, "the least recently used is dropped"
+    assert packed(Mixture(*(p.float() for p in mixture))) == 5
+    assert all(float(m.means[1, 2]) in (0.0, 1.0) for m, *_ in made)
+    assert made[0][0].means[1, 2] == 0.0, "what is packed is a copy"
+
+
+def test_a_mixture_that_is_not_a_number_is_made_anew():
+    packed = MixturesByValue(lambda m: object(), n_kept=2)
+    broken = mixture_of(float("nan"))
+    assert packed(broken) is not packed(broken)
