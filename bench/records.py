@@ -15,7 +15,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
-SETTLE_S = 0.02
+SETTLE_S = 0.05
 
 
 def surroundings(device: str = "cpu") -> dict[str, Any]:
@@ -81,7 +81,7 @@ def take_turns(
 
 
 def settle(run: Callable[[], Any], rest_s: float) -> None:
-    """What precedes a measured call on CPUs: `run` for 20 ms, `rest_s` after another side.
+    """What precedes a measured call on CPUs: `run` for 50 ms, `rest_s` after another side.
 
     Threads of the other side look on for work while it rests. Then, on virtual machines, memory
     that rested is slow to touch, and a thread that was woken may share the caller's processor for a
