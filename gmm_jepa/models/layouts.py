@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.models.transformer import TransformerConfig
@@ -195,18 +194,24 @@ def layout_of(model: JepaModel) -> Layout:
     Raises:
         InputError: the published code has none like it.
     """
-    for layout in LAYOUTS.values():
-        if (
-            isinstance(model.config, layout.config)
-            and (model.head_kind, model.predicts) == (layout.cluster_head, layout.predicts)
-            and _fits(model.config, layout)
-        ):
-            return layout
-    raise InputError(
-        f"model: no published kind has a {type(model.online).__name__} with cluster head "
-        f"{model.head_kind}, {'a' if model.predicts else 'no'} predictor and these settings"
-    )
+    alike = [layout for layout in LAYOUTS.values() if isinstance(model.config, layout.config)]
+    found = {layout.kind: list(_differences(model, layout)) for layout in alike}
+    nearest = min(found, key=lambda kind: len(found[kind]))
+    if found[nearest]:
+        raise InputError(
+            f"model: no published kind is like it; the nearest, {nearest}, has "
+            f"{', '.join(found[nearest])} (for other tools: gmm-jepa export)"
+        )
+    return LAYOUTS[nearest]
 
 
-def _fits(config: EncoderConfig, layout: Layout) -> bool:
-    return all(getattr(config, name) == value for name, value in layout.fixed.items())
+def _differences(model: JepaModel, layout: Layout) -> Iterator[str]:
+    """What the published kind has where the model is unlike it."""
+    if model.head_kind != layout.cluster_head:
+        yield f"the cluster head {layout.cluster_head}, not {model.head_kind}"
+    if model.predicts != layout.predicts:
+        yield f"{'a' if layout.predicts else 'no'} predictor"
+    for name, value in layout.fixed.items():
+        ours = getattr(model.config, name)
+        if ours != value:
+            yield f"{name.replace('_', ' ')} {value}, not {ours}"

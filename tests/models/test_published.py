@@ -79,9 +79,10 @@ def test_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_published_kind_is_refused() -> None:
-    with pytest.raises(InputError, match="no published kind has a ConformerEncoder"):
+    nearest = "no published kind is like it; the nearest, jepa_conformer, has "
+    with pytest.raises(InputError, match=nearest + "the cluster head mlp, not linear"):
         export_published(JepaModel(SMALL, n_clusters=5, cluster_head="linear"))
-    with pytest.raises(InputError, match="no published kind"):
+    with pytest.raises(InputError, match=nearest + "aggregation attention, not last"):
         export_published(JepaModel(replace(SMALL, aggregation="last"), n_clusters=5))
 
 
