@@ -53,7 +53,7 @@ def _error(run: Run, peer: Run, allowed: float) -> float:
 
 
 def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of two sides' gradients in the Euclidean norm, of that of theirs."""
+    """Largest distance of two sides' gradients, relative to the norm of the expected one."""
     pairs = zip(found, expected, strict=True)
     return _largest((a - b).norm() / b.norm() for a, b in pairs)
 
@@ -89,9 +89,13 @@ def residual_unit(shape: Shape, device: str) -> Case:
         "f32",
         run,
         {"torch": by_torch},
-        # Gradients of the weights and biases, and all of each at once: where a value is within
-        # rounding of the kink, that of x differs, and each of theirs by one frame's share.
-        lambda: _distance(run()[1:], by_torch()[1:]) / 1e-3,
+        # Gradients of the weights and biases. A value within rounding of the kink may fall on
+        # either side of it, and among 61 million some do: their frames' shares of a gradient were
+        # 2e-3 of its largest value, which the norm hardly sees.
+        lambda: max(
+            _distance(run()[1:], by_torch()[1:]) / 1e-3,
+            _error(lambda: run()[1:], lambda: by_torch()[1:], 1e-2),
+        ),
         flops.residual_unit(B * T, C),
         "float32",
     )
@@ -165,8 +169,8 @@ def layer(
 
     def error() -> float:
         """By the root of the mean square, of 5 %: values near a kink may be rounded across it."""
-        pairs = ((a.detach().float(), b.detach().float()) for a, b in zip(run(), composed()))
-        return _largest((a - b).norm() / b.norm() for a, b in pairs) / 0.05
+        found, expected = ([t.detach().float() for t in side()] for side in (run, composed))
+        return _distance(found, expected) / 0.05
 
     peers: dict[str, Run] = {"torch": composed}
     if isinstance(module, ResidualBlock):

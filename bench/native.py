@@ -5,7 +5,8 @@
 One EM iteration (sufficient statistics and new parameters, of a mixture that was not seen before),
 posteriors of everything and of one utterance, and log-mel frames, on log-mel of speech where it
 lies beside the repository. The mixture is the one after ten iterations from frames of the data.
-Correctness first; sides in turn; median, p20 and p80 of `--repeats`.
+Correctness first; sides in turn, each settled (`bench.records.settle`) before it is timed; median,
+p20 and p80 of `--repeats`, for an utterance of means of ten calls.
 Chunked torch is `bench.peers.chunked_torch`, float32; "reference" is the operator's own exact
 torch form, which screens as well. ``sgemm_share`` is the arithmetic of the dense problem over
 measured sgemm, so that above one means faster than any dense float32 method could be. Prints JSON
@@ -28,7 +29,13 @@ from threadpoolctl import threadpool_limits
 
 from bench.em_vs_sklearn import rates, seconds, speech_frames
 from bench.peers.chunked_torch import ChunkedMixture
-from bench.records import RESULTS, append, settle, surroundings
+from bench.records import (
+    REST_BESIDE_OTHER_POOLS_S,
+    RESULTS,
+    append,
+    settle,
+    surroundings,
+)
 from gmm_jepa import ops
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import maximisation
@@ -76,11 +83,14 @@ def em_sides(frames: torch.Tensor, mixture: Mixture) -> dict[str, Callable]:
     def iteration(statistics: Callable[[], tuple]) -> Callable:
         return lambda: maximisation(EMStatistics(*statistics()), mixture, FLOOR)
 
-    # The native side keeps two mixtures prepared: of three in turn none is among them.
-    others = (mixture._replace(log_weights=mixture.log_weights + i * 1e-12) for i in range(3))
-    unseen = itertools.cycle(others)
+    unseen = itertools.count(1)  # the native side keeps mixtures prepared that it has seen
+
+    def native_statistics() -> EMStatistics:
+        log_weights = mixture.log_weights + next(unseen) * 1e-12
+        return ops.em_statistics(frames, mixture._replace(log_weights=log_weights))
+
     return {
-        "native": iteration(lambda: ops.em_statistics(frames, next(unseen))),
+        "native": iteration(native_statistics),
         "chunked_torch": iteration(lambda: ChunkedMixture(*mixture).statistics(frames)),
         "reference": iteration(lambda: em.em_statistics_reference(frames, *mixture)),
         "sklearn_float64": peer(np.float64),
@@ -97,9 +107,10 @@ def posterior_sides(frames: torch.Tensor, mixture: Mixture) -> dict[str, Callabl
     if not np.abs(got - expected).max() < 1e-5:
         raise SystemExit(f"posteriors differ by {np.abs(got - expected).max()}")
     options = (1.0, False, "exact", torch.float32)
+    chunked = ChunkedMixture(*mixture)
     return {
         "native": lambda: ops.gmm_posterior(frames, mixture, precision="exact"),
-        "chunked_torch": lambda: ChunkedMixture(*mixture).posteriors(frames),
+        "chunked_torch": lambda: chunked.posteriors(frames),
         "reference": lambda: posterior.posterior_reference(frames, *mixture, *options),
         "sklearn_float64": lambda: models[np.float64].predict_proba(data[np.float64]),
         "sklearn_float32": lambda: models[np.float32].predict_proba(data[np.float32]),
@@ -142,7 +153,7 @@ def measure(sides: dict[str, Callable], n_frames: int, repeats: int) -> dict:
         side()
     for _ in range(repeats):
         for name, side in sides.items():
-            settle(side, 0.3)
+            settle(side, REST_BESIDE_OTHER_POOLS_S)
             times[name].append(seconds(side, calls))
     found = rates(times, n_frames)
     best = found["native"]["median"]

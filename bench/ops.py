@@ -3,7 +3,8 @@
     python -m bench.ops --shapes small paper --device cpu
 
 Correctness comes first: an op that is further from float64 than its contract allows is not timed,
-and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80.
+and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80; on CPUs
+each is settled before (`bench.records.settle`), which ``--seconds`` does not count.
 Gradients are cleared before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where
 no peak is known. ``--tune`` times other tiles of the mixture kernels instead (CUDA only), see
 `bench.tune`.
@@ -33,7 +34,7 @@ import torch
 
 from bench.cases import Case
 from bench.peaks import Peaks, peaks_of
-from bench.records import settle
+from bench.records import REST_BESIDE_OTHER_POOLS_S, REST_S, settle
 from bench.registry import makers
 from bench.shapes import SHAPES, Shape
 
@@ -43,8 +44,7 @@ FLUSH_BYTES = 1 << 30  # many times any L2 cache
 # the host's time scatters; the bounds are for calls that are short, or still compiling.
 BUSY_PER_HOST, MIN_BUSY_S, MAX_BUSY_S = 3.0, 3e-3, 30e-3
 CYCLES_PER_S = 2.0e9  # of no GPU here more: the wait is at least as long as asked for
-MIN_RUNS, MAX_RUNS = 5, 50
-REST_S, REST_BESIDE_OTHER_POOLS_S = 0.05, 0.3  # on CPUs, see `settle`
+MIN_RUNS, MAX_RUNS = 5, {"cpu": 20, "cuda": 50}
 WARM_UPS = 2  # the first may compile, the second tells how long the call takes to return
 HEADER = (
     f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'host ms':>8} "
@@ -107,11 +107,17 @@ def times_of(case: Case, device: str, seconds: float) -> dict[str, list[Taken]]:
     last_host_s = dict.fromkeys(sides, 0.0)
     # scikit-learn brings thread pools of its own
     rest_s = REST_BESIDE_OTHER_POOLS_S if "scikit-learn" in sides else REST_S
-    begin, rounds = time.perf_counter(), -WARM_UPS
-    while rounds < MIN_RUNS or (rounds < MAX_RUNS and time.perf_counter() - begin < seconds):
+    begin, rounds, settling_s = time.perf_counter(), -WARM_UPS, 0.0
+
+    def time_is_left() -> bool:
+        return time.perf_counter() - begin - settling_s < seconds
+
+    while rounds < MIN_RUNS or (rounds < MAX_RUNS[device] and time_is_left()):
         for side, run in sides.items():
             if device == "cpu":
-                settle(run, rest_s)
+                settling = time.perf_counter()
+                settle(lambda run=run: (forget_gradients(case), run()), rest_s)
+                settling_s += time.perf_counter() - settling
             forget_gradients(case)
             taken = time_once(run, last_host_s[side])
             last_host_s[side] = taken.host_s

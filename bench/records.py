@@ -15,7 +15,10 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
-SETTLE_S = 0.05
+# Of `settle`, on two virtual cores of a Xeon: EM of 800 frames, which takes 0.45 ms, had medians
+# of 0.5 to 7.9 ms after 20 ms and of 0.45 to 0.65 after 50. Beside scikit-learn, which has thread
+# pools of its own, posteriors had 7.7 ms after a rest of 50 ms and 0.3 after 300.
+SETTLE_S, REST_S, REST_BESIDE_OTHER_POOLS_S = 0.05, 0.05, 0.3
 
 
 def surroundings(device: str = "cpu") -> dict[str, Any]:
@@ -81,11 +84,11 @@ def take_turns(
 
 
 def settle(run: Callable[[], Any], rest_s: float) -> None:
-    """What precedes a measured call on CPUs: `run` for 50 ms, `rest_s` after another side.
+    """Bring a CPU into the state in which a call is measured: rest, then run for `SETTLE_S`.
 
-    Threads of the other side look on for work while it rests. Then, on virtual machines, memory
-    that rested is slow to touch, and a thread that was woken may share the caller's processor for a
-    while.
+    The threads of whatever ran before spin for a while before they sleep: hence the rest. After it,
+    on virtual machines, memory is slow to touch at first, and a thread that is woken may have been
+    put on the caller's processor: hence the runs.
     """
     time.sleep(rest_s)
     begin = time.perf_counter()

@@ -13,7 +13,7 @@ namespace gmm_jepa {
 // Scratch of one thread. Frames are rows of n_dims_padded values, zero behind the last dimension.
 class Candidates {
   public:
-    // For groups of so many frames at most, and of no more than suit the mixture.
+    // Groups hold mixture.group() frames, or n_frames where these are fewer.
     Candidates(const ScreenedMixture& mixture, double margin, int64_t n_frames)
         : mixture_(mixture),
           margin_(margin),

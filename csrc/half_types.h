@@ -1,4 +1,5 @@
-// Results in half the bytes: rounded to float32 first and then to nearest even, as torch does it.
+// Numbers of two bytes: rounded to float32 first and then to nearest even, as torch does it. Code that
+// is compiled for one instruction set (kernels.h) or for CUDA has roundings of its own.
 #pragma once
 
 #include <cstdint>

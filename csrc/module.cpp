@@ -1,5 +1,6 @@
-// gmm_jepa._native: addresses, sizes and strides in, nothing returned but through them. The caller
-// (gmm_jepa/ops/native.py) owns the memory and has checked shapes, types and devices.
+// gmm_jepa._native: addresses, sizes and strides in, nothing returned but through them, save for
+// prepared mixtures. The caller (gmm_jepa/ops/native.py) owns the memory that the addresses are of, and
+// has checked shapes, types and devices.
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -50,10 +51,10 @@ std::unique_ptr<ScreenedMixture> screened_mixture(const py::tuple& t, int64_t n_
                               pointer<const double>(t[1].cast<uintptr_t>()),
                               pointer<const double>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
                               n_dims};
-    const int64_t most = int64_t(1) << 30;
+    const int64_t most = int64_t(1) << 28;  // twice as many, and some padding, are an int
     if (mixture.n_components < 1 || mixture.n_components > most || n_dims < 1 || n_dims > most ||
         !mixture.log_weights || !mixture.means || !mixture.variances) {
-        throw std::invalid_argument("mixture: expected addresses, 1 to 2^30 components, features");
+        throw std::invalid_argument("mixture: expected addresses, 1 to 2^28 components, features");
     }
     const Kernels& table = kernels(instruction_set.c_str());
     const py::gil_scoped_release release;

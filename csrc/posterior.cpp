@@ -11,7 +11,6 @@
 #endif
 
 #include "candidates.h"
-#include "half_types.h"
 #include "parallel.h"
 
 namespace gmm_jepa {

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "arrays.h"
+#include "half_types.h"
 #include "screened_mixture.h"
 
 namespace gmm_jepa {
 
 // out (n_rows, K), contiguous: softmax_k(l_k / temperature); exactly zero where it is below 2e-15
 // of the frame's largest, NaN throughout a frame that is not finite. T: float or double; Out: either,
-// or one of the half types.
+// BFloat16 or Float16.
 template <typename T, typename Out>
 void posterior(const Matrix<T>& frames, const ScreenedMixture& mixture, double temperature,
                Out* out, int n_threads);

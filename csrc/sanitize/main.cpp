@@ -56,11 +56,13 @@ void mixture_round(const Kernels& kernels) {
         std::exit(1);
     }
     std::vector<float> posteriors(N * K), best(N * k), squares(N);
-    std::vector<BFloat16> narrow(N * K, BFloat16(0.0));
+    std::vector<BFloat16> bfloats(N * K, BFloat16(0.0));
+    std::vector<Float16> halves(N * K, Float16(0.0));
     std::vector<int64_t> indices(N * k), labels(N);
     const double temperature = 1.0 + any(0, 4);
     posterior(matrix, mixture, temperature, posteriors.data(), threads);
-    posterior(matrix, mixture, temperature, narrow.data(), threads);
+    posterior(matrix, mixture, temperature, bfloats.data(), threads);
+    posterior(matrix, mixture, temperature, halves.data(), threads);
     log_likelihood(matrix, mixture, each.data(), threads);
     topk(matrix, mixture, k, 1.0, best.data(), indices.data(), threads);
     nearest(matrix, mixture, labels.data(), squares.data(), threads);

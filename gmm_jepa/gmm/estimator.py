@@ -17,10 +17,7 @@ from gmm_jepa.gmm.seeding import GatherRows, start_from, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
 from gmm_jepa.ops import Mixture, gmm_log_likelihood, gmm_posterior, gmm_topk
-from gmm_jepa.ops.packed import MixturesByValue
-
-# The same tensors on a GPU from call to call: what the operators pack of them is packed once.
-_on_device = MixturesByValue(lambda m, device: Mixture(*(p.to(device) for p in m)), n_kept=2)
+from gmm_jepa.ops.packed import mixture_on
 
 
 class ConvergenceWarning(UserWarning):
@@ -341,8 +338,7 @@ class GaussianMixture(SklearnProtocol):
                 f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
                 f"{self.n_features_in_} features as input"
             )
-        mixture = self.mixture(dtype=torch.float64)
-        return frames, _on_device(mixture, frames.device) if frames.is_cuda else mixture
+        return frames, mixture_on(self.mixture(dtype=torch.float64), frames.device)
 
     def _total_log_likelihood(self, X: Frames | Batches) -> tuple[float, int]:
         """Sum of log p(x), nats, and the number of frames."""

@@ -1,8 +1,8 @@
 """The native module's kernels in the place of the torch ones on CPUs, and of EM on CUDA devices.
 
-``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides. Where it was not
-built nothing is registered here, and the operators run on torch alone. ``GMM_JEPA_CUDA_EM=0``
-when this is imported leaves its CUDA part out.
+``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides, and mixtures that it
+prepared itself. Where it was not built nothing is registered here, and the operators run on torch
+alone. ``GMM_JEPA_CUDA_EM=0`` when this is imported leaves its CUDA part out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
 
 _packed = PackedMixtures(cuda_em.pack, n_kept=2)
 
-# Every call names the set it runs with; the empty name is the best one.
+# Every call names the set it runs with, or a mixture prepared for one; the empty name is the best.
 _instruction_set = ""
 
 
@@ -358,7 +358,7 @@ def _screen(mixture: Mixture, instruction_set: str) -> Any:
     return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
 
 
-_screened = MixturesByValue(_screen, n_kept=2)
+_screened = MixturesByValue(_screen, n_kept=8)
 
 
 def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object) -> None:
