@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gmm_jepa.ops import Mixture
+from gmm_jepa import GaussianMixture
+from gmm_jepa.ops import Mixture, triton_gmm
 from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures, mixture_on
 
 
@@ -107,3 +108,17 @@ def test_a_mixture_has_the_same_tensors_on_a_device():
     assert not on_device.means.is_inference(), "or no version counter tells of a change"
     assert mixture_on(mixture_of(2.0), device).means is not on_device.means
     assert mixture_on(mixture, torch.device("cpu")) is mixture
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_estimator_on_a_gpu_packs_its_mixture_once(monkeypatch):
+    frames = torch.randn(200, 12, generator=torch.Generator().manual_seed(0))
+    model = GaussianMixture(4, random_state=0, tol=1e-3).fit(frames)
+    pack, packed = triton_gmm._packed._pack, []
+    monkeypatch.setattr(triton_gmm._packed, "_pack", lambda *a: packed.append(1) or pack(*a))
+    with torch.inference_mode():
+        first = model.predict_proba(frames.cuda())
+    assert torch.equal(model.predict_proba(frames.cuda()), first)
+    assert len(packed) == 1
+    torch.testing.assert_close(first.cpu(), model.predict_proba(frames), rtol=0, atol=1e-5)
