@@ -138,7 +138,8 @@ void load_rows(const Matrix<T>& frames, int64_t start, int n, int n_dims_padded,
     }
 }
 
-// Log-densities over a temperature become posteriors in place; returns the log of their sum.
+// Log-densities over a temperature become posteriors in place; returns the sum of their exponentials
+// over that of the largest: NaN where one is not finite.
 inline double normalise(double* values, int n, double largest, double temperature) {
     double total = 0.0;
     for (int j = 0; j < n; ++j) {
@@ -146,7 +147,7 @@ inline double normalise(double* values, int n, double largest, double temperatur
         total += values[j];
     }
     for (int j = 0; j < n; ++j) values[j] /= total;
-    return largest / temperature + std::log(total);
+    return total;
 }
 
 }  // namespace gmm_jepa

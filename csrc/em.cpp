@@ -112,8 +112,9 @@ class Expectation {
             candidates.screen(rows, size);
             for (int i = 0; i < size; ++i) {
                 const int found = candidates.find(rows, i);
-                log_likelihoods_[group + i] =
+                const double total =
                     normalise(candidates.log_joint(), found, candidates.largest(), 1.0);
+                log_likelihoods_[group + i] = candidates.largest() + std::log(total);
                 for (int j = 0; j < found; ++j) {
                     const uint32_t k = candidates.components()[j];
                     pairs.push_back({uint32_t(group + i), k, candidates.log_joint()[j]});

@@ -50,6 +50,18 @@ void for_each_frame(const Matrix<T>& frames, const ScreenedMixture& mixture, dou
     });
 }
 
+template <typename T>
+double squared_distance(const Matrix<T>& frames, int64_t row, const ScreenedMixture& mixture,
+                        int64_t k) {
+    const double* mean = &mixture.means[size_t(k) * mixture.n_dims_padded];
+    double square = 0.0;
+    for (int64_t d = 0; d < mixture.n_dims; ++d) {
+        const double z = double(frames(row, d)) - mean[d];
+        square += z * z;
+    }
+    return square;
+}
+
 }  // namespace
 
 template <typename T, typename Out>
@@ -74,7 +86,8 @@ void log_likelihood(const Matrix<T>& frames, const ScreenedMixture& mixture, dou
                     int n_threads) {
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         const int n = candidates.find(rows, i);
-        out[row] = normalise(candidates.log_joint(), n, candidates.largest(), 1.0);
+        const double total = normalise(candidates.log_joint(), n, candidates.largest(), 1.0);
+        out[row] = candidates.largest() + std::log(total);
     };
     for_each_frame(frames, mixture, kMarginNats, n_threads, each);
 }
@@ -110,19 +123,20 @@ void nearest(const Matrix<T>& frames, const ScreenedMixture& mixture, int64_t* l
              float* squared_distances, int n_threads) {
     const auto each = [=](Candidates& candidates, const T* rows, int i, int64_t row) {
         const int n = candidates.find(rows, i);
-        int64_t label = mixture.n_components;
+        // Where distances are small beside the constant of a density, unequal ones have equal
+        // densities.
+        int64_t label = 0;
+        double least = kNaN;
         for (int j = 0; j < n; ++j) {
             if (candidates.log_joint()[j] != candidates.largest()) continue;
-            label = std::min<int64_t>(label, candidates.components()[j]);
+            const int64_t k = candidates.components()[j];
+            const double square = squared_distance(frames, row, mixture, k);
+            if (square > least || (square == least && k > label)) continue;
+            label = k;
+            least = square;
         }
-        labels[row] = label < mixture.n_components ? label : 0;
-        const double* mean = &mixture.means[size_t(labels[row]) * mixture.n_dims_padded];
-        double square = 0.0;
-        for (int64_t d = 0; d < mixture.n_dims; ++d) {
-            const double z = double(frames(row, d)) - mean[d];
-            square += z * z;
-        }
-        squared_distances[row] = static_cast<float>(square);
+        labels[row] = label;
+        squared_distances[row] = static_cast<float>(least);
     };
     for_each_frame(frames, mixture, 0.0, n_threads, each);
 }

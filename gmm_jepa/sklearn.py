@@ -33,19 +33,17 @@ Engine = TypeVar("Engine", gmm.GaussianMixture, gmm.KMeans)
 
 
 class _OnEngine(BaseEstimator):
-    """An estimator that leaves the work to `_engine`, which `fit` makes."""
+    """An estimator that leaves the work to one of `gmm_jepa.gmm`."""
 
     _attributes: tuple[str, ...] = ()
 
     def _fit(self, X: ArrayLike, make: type[Engine], **parameters: Any) -> np.ndarray:
         """Fit an engine on the checked frames, which are returned, and take over what it found."""
         X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        engine = make(**parameters, random_state=seed)
+        engine = make(**parameters, random_state=_seed_of(self.random_state))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", gmm.ConvergenceWarning)
             engine.fit(X)
-        self._engine = engine
         for name in self._attributes:
             setattr(self, name, getattr(engine, name))
         return X
@@ -58,6 +56,8 @@ class _OnEngine(BaseEstimator):
 
 class GaussianMixture(DensityMixin, _OnEngine):
     """Gaussian mixture with diagonal covariances, as `sklearn.mixture.GaussianMixture`.
+
+    What is predicted follows from `weights_`, `means_` and `covariances_`, which may be set.
 
     One difference: variances have a floor, ``max(v, variance_floor)``, where scikit-learn adds
     ``reg_covar`` to every variance. Arithmetic is float64.
@@ -163,11 +163,22 @@ class GaussianMixture(DensityMixin, _OnEngine):
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Draw samples (n_samples, D) and their components (n_samples,), in order."""
         check_is_fitted(self)
-        return self._engine.sample(n_samples)
+        engine = self._engine()
+        engine.random_state = _seed_of(self.random_state)
+        return engine.sample(n_samples)
 
     def _engine_of(self, X: ArrayLike, method: str) -> Any:
         checked = self._checked(X)
-        return getattr(self._engine, method)(checked)
+        return getattr(self._engine(), method)(checked)
+
+    def _engine(self) -> gmm.GaussianMixture:
+        """Of the present parameters."""
+        engine = gmm.GaussianMixture(len(self.weights_))
+        engine.weights_ = np.asarray(self.weights_)
+        engine.means_ = np.asarray(self.means_)
+        engine.covariances_ = np.asarray(self.covariances_)
+        engine.n_features_in_ = engine.means_.shape[1]
+        return engine
 
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, _OnEngine):
@@ -218,15 +229,15 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, _O
         parameters = self.get_params(deep=False)
         del parameters["random_state"]
         X = self._fit(X, gmm.KMeans, **parameters)
-        self.labels_ = self._engine.predict(X)
-        self.inertia_ = -self._engine.score(X)
+        self.labels_ = self._engine().predict(X)
+        self.inertia_ = -self._engine().score(X)
         self._n_features_out = self.n_clusters
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Nearest centroid: (N, D) -> (N,) int64."""
         checked = self._checked(X)
-        return self._engine.predict(checked)
+        return self._engine().predict(checked)
 
     def transform(self, X: ArrayLike) -> np.ndarray:
         """Distances to the centroids: (N, D) -> (N, K)."""
@@ -236,4 +247,14 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, _O
     def score(self, X: ArrayLike, y: None = None) -> float:
         """Minus the sum of squared distances to the nearest centroids."""
         checked = self._checked(X)
-        return self._engine.score(checked)
+        return self._engine().score(checked)
+
+    def _engine(self) -> gmm.KMeans:
+        """Of the present centroids."""
+        engine = gmm.KMeans(len(self.cluster_centers_))
+        engine.set_centers(self.cluster_centers_, np.zeros(len(self.cluster_centers_)))
+        return engine
+
+
+def _seed_of(random_state: int | np.random.RandomState | None) -> int:
+    return int(check_random_state(random_state).randint(2**31 - 1))

@@ -83,3 +83,21 @@ def test_says_that_it_did_not_converge():
 def test_refuses_what_it_is_not():
     with pytest.raises(ValueError, match="covariance_type"):
         GaussianMixture(2, covariance_type="full").fit(BLOBS)
+
+
+def test_predictions_follow_the_parameters():
+    X = np.random.default_rng(0).standard_normal((200, 3))
+    fitted = GaussianMixture(4, random_state=0).fit(X)
+    expected = fitted.predict_proba(X)
+    given = GaussianMixture(4, random_state=0)  # as scikit-learn's are made of parameters
+    given.weights_, given.means_ = fitted.weights_, fitted.means_
+    given.covariances_ = fitted.covariances_
+    np.testing.assert_array_equal(given.predict_proba(X), expected)
+    np.testing.assert_array_equal(given.sample(5)[0], fitted.sample(5)[0])
+    for name in ("weights_", "means_", "covariances_"):
+        setattr(fitted, name, getattr(fitted, name)[::-1].copy())
+    np.testing.assert_allclose(fitted.predict_proba(X)[:, ::-1], expected, rtol=0, atol=1e-12)
+    clusters = KMeans(3, random_state=0).fit(X)
+    labels = clusters.predict(X)
+    clusters.cluster_centers_ = clusters.cluster_centers_[::-1].copy()
+    np.testing.assert_array_equal(2 - clusters.predict(X), labels)

@@ -175,7 +175,7 @@ class GaussianMixture(SklearnProtocol):
             raise InputError(f"n_samples: expected 1 or more, got {n_samples}")
         random = np.random.default_rng(self.random_state)
         counts = random.multinomial(n_samples, self.weights_ / self.weights_.sum())
-        labels = np.repeat(np.arange(self.n_components), counts)
+        labels = np.repeat(np.arange(len(counts)), counts)
         noise = random.standard_normal((n_samples, self.n_features_in_))
         return self.means_[labels] + noise * np.sqrt(self.covariances_[labels]), labels
 
@@ -187,6 +187,7 @@ class GaussianMixture(SklearnProtocol):
         with np.errstate(divide="ignore"):
             log_weights = np.log(self.weights_)
         arrays = (log_weights, self.means_, self.covariances_)
+        device = torch.device("cpu" if device is None else device)
         return Mixture(*(torch.tensor(a, dtype=dtype, device=device) for a in arrays))
 
     @property

@@ -148,7 +148,7 @@ class KMeans(SklearnProtocol):
                 f"{self.n_features_in_} features as input"
             )
         centers = torch.as_tensor(self.cluster_centers_, device=frames.device)
-        return kmeans_assign(frames, centers.to(frames.dtype))
+        return kmeans_assign(frames, centers)
 
     def _check_parameters(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa import ops
+from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.estimator import GaussianMixture
 from gmm_jepa.ops import Mixture
 
@@ -41,10 +42,15 @@ def gmm_posterior(
         InputError: shapes, devices, temperature or precision make no sense.
         TypeError: `frames` are not floating-point numbers.
     """
-    x = torch.from_numpy(np.array(frames)) if isinstance(frames, np.ndarray) else frames
+    of_numpy = isinstance(frames, np.ndarray)
+    if of_numpy and out_dtype == torch.bfloat16:
+        raise InputError("out_dtype: NumPy has no bfloat16, give a tensor of frames")
+    x = frames
+    if of_numpy:
+        x = torch.from_numpy(np.array(frames, dtype=frames.dtype.newbyteorder("=")))
     if isinstance(mixture, GaussianMixture):
         mixture = mixture.mixture(x.device if isinstance(x, Tensor) else None, torch.float64)
     out = ops.gmm_posterior(
         x, mixture, temperature=temperature, log=log, precision=precision, out_dtype=out_dtype
     )
-    return out.numpy() if isinstance(frames, np.ndarray) else out
+    return out.numpy() if of_numpy else out

@@ -6,6 +6,7 @@ Everything here runs on the CPU from one seed: the same start whatever device th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -80,11 +81,12 @@ def _lowest(
     index = np.sort(np.argsort(priorities, kind="stable")[:n_frames])
     ends = np.cumsum([len(part) for part in rows])
     cuts = np.searchsorted(index, ends)
-    kept = rows[0].new_empty(len(index), rows[0].shape[1])
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in rows))
+    kept = rows[0].new_empty(len(index), rows[0].shape[1], dtype=dtype)
     begin = 0
     for part, end, cut in zip(rows, ends, cuts):  # without a copy of all rows
         wanted = torch.from_numpy(index[begin:cut] - (end - len(part)))
-        torch.index_select(part, 0, wanted, out=kept[begin:cut])
+        kept[begin:cut] = part.index_select(0, wanted)
         begin = cut
     return [kept], priorities[index]
 

@@ -166,6 +166,7 @@ def _from_array(X: Any) -> Tensor:
         array = array.astype(np.float64)
     if array.dtype.kind in "iub":
         array = array.astype(np.float64)
-    if not array.flags.writeable or any(s < 0 for s in array.strides) or not array.dtype.isnative:
-        array = np.array(array, dtype=array.dtype.newbyteorder("="))  # memory-mapped, flipped
+    odd = any(s < 0 or s % array.itemsize for s in array.strides)  # flipped, a field of records
+    if odd or not array.flags.writeable or not array.dtype.isnative:  # or memory-mapped
+        array = np.array(array, dtype=array.dtype.newbyteorder("="))
     return torch.from_numpy(array)

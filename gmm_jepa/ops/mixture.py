@@ -138,11 +138,15 @@ def check_frames(frames: Tensor, mixture: Mixture) -> None:
     """Refuse what no kernel could read; shapes, types and devices only, never values.
 
     Raises:
-        TypeError: `frames` is not a floating-point tensor.
+        TypeError: `frames` is not a floating-point tensor, or `mixture` no `Mixture` of tensors.
         InputError: shapes or devices disagree, or a mixture parameter requires a gradient.
     """
     if not isinstance(frames, Tensor) or not frames.is_floating_point():
         raise TypeError(f"frames: expected a floating-point tensor, got {kind_of(frames)}")
+    of_three = isinstance(mixture, tuple) and len(mixture) == 3
+    if not of_three or not all(isinstance(p, Tensor) for p in mixture):
+        parts = f" of {kind_of(mixture[1])}" if of_three else ""
+        raise TypeError(f"mixture: expected a Mixture of tensors, got {kind_of(mixture)}{parts}")
     log_weights, means, variances = mixture
     if means.ndim != 2 or variances.shape != means.shape or log_weights.shape != means.shape[:1]:
         raise InputError(
@@ -153,8 +157,11 @@ def check_frames(frames: Tensor, mixture: Mixture) -> None:
         raise InputError(
             f"frames: expected (..., {means.shape[1]}) for this mixture, got {tuple(frames.shape)}"
         )
-    if frames.device != means.device:
-        raise InputError(f"frames: on {frames.device}, but the mixture is on {means.device}")
+    for parameter in mixture:
+        if frames.device != parameter.device:
+            raise InputError(
+                f"frames: on {frames.device}, but the mixture is on {parameter.device}"
+            )
     if any(parameter.requires_grad for parameter in mixture):
         raise InputError("mixture: expected frozen parameters, got one that requires a gradient")
 

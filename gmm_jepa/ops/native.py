@@ -13,9 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gmm_jepa.errors import InputError
 from gmm_jepa.ops import cuda_em
 from gmm_jepa.ops.em import (
     _em_statistics,
@@ -26,8 +28,8 @@ from gmm_jepa.ops.em import (
     kmeans_statistics_reference,
 )
 from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
-from gmm_jepa.ops.mixture import Mixture
-from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures
+from gmm_jepa.ops.mixture import Mixture, check_frames
+from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures, array_of
 from gmm_jepa.ops.posterior import (
     _log_likelihood,
     _posterior,
@@ -274,11 +276,12 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     K, D = centroids.shape
     if not K or not D:
         return kmeans_assign_reference(frames, centroids)
-    means = centroids.to(torch.float64)
+    means = array_of(centroids).astype(np.float64)
     # Any variance gives the same labels; a tenth of the centroids' own keeps the screen's scale
     # of nats to that of distances.
-    variance = (0.1 * means.var(0, correction=0).mean()).clamp_min(1e-30)
-    mixture = Mixture(means.new_zeros(K), means, variance.expand(K, D))
+    with np.errstate(over="ignore", invalid="ignore"):
+        variance = np.full((K, D), np.maximum(0.1 * means.var(0).mean(), 1e-30))
+    mixture = Mixture(*map(torch.from_numpy, (np.zeros(K), means, variance)))
     labels = torch.empty(len(frames), dtype=torch.int64)
     distances = torch.empty(len(frames), dtype=torch.float32)
     _of_mixture("nearest", frames, mixture, labels.data_ptr(), distances.data_ptr())
@@ -301,6 +304,12 @@ def log_mel(
     plain = waveform.dtype == torch.float64 or not floor >= 1e-30
     if plain or not (B and S and n_mels and _native.log_mel_supports(n_fft)):
         return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
+    bins = n_fft // 2 + 1
+    if lengths_samples.shape != (B,) or window.ndim != 1 or len(filters) != bins:
+        raise InputError(
+            f"log_mel: expected lengths ({B},), window (n_fft,), filters ({bins}, n_mels), got "
+            f"{tuple(lengths_samples.shape)}, {tuple(window.shape)}, {tuple(filters.shape)}"
+        )
     x = waveform if waveform.dtype in (torch.float32, torch.int16) else waveform.float()
     window, filters = window.float().contiguous(), filters.float().contiguous()
     lengths = lengths_samples.contiguous()
@@ -353,8 +362,8 @@ def _frames(frames: Tensor) -> Tensor:
 
 def _screen(mixture: Mixture, instruction_set: str) -> Any:
     """The mixture prepared by the module."""
-    parameters = [p.to(torch.float64).contiguous() for p in mixture]
-    addresses = (*(p.data_ptr() for p in parameters), len(mixture.means))
+    parameters = [np.ascontiguousarray(array_of(p), np.float64) for p in mixture]
+    addresses = (*(p.ctypes.data for p in parameters), len(mixture.means))
     return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
 
 
@@ -362,7 +371,14 @@ _screened = MixturesByValue(_screen, n_kept=8)
 
 
 def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object) -> None:
-    """A function of the module on frames under a mixture, on torch's number of threads."""
+    """A function of the module on frames under a mixture, on torch's number of threads.
+
+    Raises:
+        InputError: shapes or devices disagree, as where the operator is called past its function.
+    """
+    check_frames(frames, mixture)
+    if frames.ndim != 2:
+        raise InputError(f"frames: expected (N, D), got {tuple(frames.shape)}")
     x, screened = _frames(frames), _screened(mixture, _instruction_set)
     is_float64 = x.dtype == torch.float64
     function = getattr(_native, name)

@@ -15,7 +15,9 @@ alone: the mixture is frozen.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +67,10 @@ def gmm_posterior(
     (check_ensemble if several else check_frames)(frames, mixture)
     check_temperature(temperature)
     _check_precision(precision)
+    if out_dtype is not None and not (
+        isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point
+    ):
+        raise InputError(f"out_dtype: expected a floating-point torch.dtype, got {out_dtype!r}")
     op, parameters = _posterior, mixture
     if several:
         op, parameters = gmm_posterior_ensemble, parameters_of(mixture)
@@ -143,21 +149,21 @@ def gmm_topk(
     (check_ensemble if several else check_frames)(frames, mixture)
     check_temperature(temperature)
     n_components = (mixture.mixtures[0] if several else mixture).means.shape[0]
-    if not 1 <= k <= n_components:
+    if not isinstance(k, (int, np.integer)) or not 1 <= k <= n_components:
         raise InputError(f"k: expected 1 to {n_components} components, got {k}")
     rows = frames.detach().reshape(-1, frames.shape[-1])
     op, parameters = _topk, mixture
     if several:
         op, parameters = gmm_topk_ensemble, parameters_of(mixture)
-    posteriors, indices = op(rows, *parameters, k, float(temperature))
+    posteriors, indices = op(rows, *parameters, int(k), float(temperature))
     shape = (*frames.shape[:-1], k)
     return posteriors.reshape(shape), indices.reshape(shape)
 
 
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that is not above zero."""
-    if not temperature > 0.0:
-        raise InputError(f"temperature: expected a number above 0, got {temperature}")
+    if not isinstance(temperature, Real) or not temperature > 0.0:
+        raise InputError(f"temperature: expected a number above 0, got {temperature!r}")
 
 
 def _check_precision(precision: str) -> None:

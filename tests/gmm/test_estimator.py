@@ -169,3 +169,16 @@ def test_scikit_learns_own_checks():
     )
     assert sum(result["status"] == "passed" for result in results) >= 35
     assert clone(GaussianMixture(7, tol=0.1)).get_params()["n_components"] == 7
+
+
+def test_sample_is_of_the_components_that_were_fitted(blobs):
+    model = GaussianMixture(3, random_state=0).fit(blobs)
+    expected = model.sample(10)[0]
+    np.testing.assert_array_equal(model.set_params(n_components=2).sample(10)[0], expected)
+
+
+def test_a_default_device_is_not_the_device_of_arrays(blobs):
+    model = GaussianMixture(3, random_state=0).fit(blobs)
+    expected = model.predict_proba(np.asarray(blobs))
+    with torch.device("meta"):
+        np.testing.assert_array_equal(model.predict_proba(np.asarray(blobs)), expected)

@@ -128,3 +128,12 @@ def test_equal_rows_and_more_clusters_than_distinct_rows():
     kmeans = KMeans(4, max_iter=10).fit(np.repeat([[1.0, 2.0], [3.0, 4.0]], 5, axis=0))
     assert np.isfinite(kmeans.cluster_centers_).all()
     assert kmeans.score([[1.0, 2.0], [3.0, 4.0]]) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_of_half_precision_frames_are_those_of_their_values(blobs, dtype):
+    model = KMeans(5, random_state=0).fit(blobs)
+    frames = torch.as_tensor(blobs).to(dtype)
+    squared = (frames.double()[:, None] - torch.from_numpy(model.cluster_centers_)).square().sum(-1)
+    assert torch.equal(model.predict(frames), squared.argmin(1))
+    assert model.score(frames) == pytest.approx(-float(squared.amin(1).sum()), rel=1e-6)

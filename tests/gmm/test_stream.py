@@ -156,3 +156,19 @@ def test_kmeans_plus_plus_finds_every_cluster():
             (1, 0),
             (1, 1),
         }
+
+
+def test_batches_may_be_of_several_types(blobs):
+    batches = [blobs[:40].astype(np.float32), torch.as_tensor(blobs[40:]).double()]
+    model = GaussianMixture(3, random_state=0).fit(batches)
+    whole = np.concatenate([np.asarray(batch, np.float64) for batch in batches])
+    again = GaussianMixture(3, random_state=0).fit([whole[:40], whole[40:]])
+    np.testing.assert_allclose(model.means_, again.means_, rtol=1e-9)
+
+
+def test_a_field_of_records_is_an_array():
+    records = np.zeros(30, [("flag", "i1"), ("frame", "f4", (3,))])
+    records["frame"] = np.random.default_rng(0).standard_normal((30, 3))
+    model = GaussianMixture(2, random_state=0).fit(records["frame"])
+    again = GaussianMixture(2, random_state=0).fit(records["frame"].copy())
+    np.testing.assert_array_equal(model.means_, again.means_)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from gmm_jepa import ops
+from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.ops import Mixture, native
 from gmm_jepa.ops.log_mel import log_mel_reference
@@ -276,3 +280,91 @@ def test_log_mel_keeps_nan_to_its_frames(instruction_set):
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="expected one of"):
         native.use_instruction_set("mmx")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).add_(1.0)  # torch's threads have begun
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_forked_process_computes_too(dtype, two_threads):
+    """Where torch's own threads are gone: whatever it would share among them waits for ever."""
+    frames, mixture = drawn(300, 1024, 80, dtype=dtype)
+    mixture = Mixture(*(p.to(dtype) for p in mixture))
+
+    def results():
+        posterior = ops.gmm_posterior(frames, mixture).numpy()
+        labels, _ = ops.kmeans_assign(frames, mixture.means)
+        return posterior, ops.em_statistics(frames, mixture).counts.numpy(), labels.numpy()
+
+    expected = results()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(map(np.array_equal, expected, results())) else 1)
+    deadline = time.monotonic() + 60.0
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if status[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert status == (child, 0)
+
+
+@pytest.mark.parametrize("far", [1e7, 1e9])
+def test_one_far_centroid_hides_no_difference_of_the_others(far, instruction_set):
+    g = torch.Generator().manual_seed(0)
+    centroids = torch.randn(20, 5, generator=g, dtype=torch.float64)
+    centroids[3] = far
+    assert_nearest(torch.randn(500, 5, generator=g, dtype=torch.float64), centroids)
+
+
+def test_centroids_of_any_scale(instruction_set):
+    frames, (_, centroids, _) = drawn(300, 20, 5, dtype=torch.float64)
+    for scale in (1e-22, 1e15):
+        assert_nearest(scale * frames, scale * centroids)
+
+
+def assert_nearest(frames, centroids):
+    labels, squared = ops.kmeans_assign(frames, centroids)
+    expected = (frames[:, None] - centroids).square().sum(-1)
+    assert torch.equal(labels, expected.argmin(1))
+    torch.testing.assert_close(squared, expected.amin(1).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308])
+def test_no_temperature_is_too_low(temperature, instruction_set):
+    frames, mixture = drawn(50, 30, 8)
+    best = log_joint(frames, mixture).argmax(1)
+    posterior = ops.gmm_posterior(frames, mixture, temperature=temperature)
+    assert torch.equal(posterior, torch.nn.functional.one_hot(best, 30).float())
+    assert torch.equal(ops.gmm_topk(frames, mixture, 2, temperature=temperature)[1][:, 0], best)
+
+
+def test_operators_called_past_their_functions_check_shapes():
+    frames, (log_weights, means, variances) = drawn(5, 4, 8)
+    options = (1.0, False, "fast", torch.float32)
+    operator = torch.ops.gmm_jepa.gmm_posterior
+    for wrong in (
+        (frames, log_weights, means, variances[:1]),
+        (frames, log_weights[:1], means, variances),
+        (frames[:, :3], log_weights, means, variances),
+        (frames[None], log_weights, means, variances),
+    ):
+        with pytest.raises(InputError, match="expected"):
+            operator(*wrong, *options)
+    spec = LogMelSpec()
+    with pytest.raises(InputError, match=r"expected lengths \(3,\)"):
+        torch.ops.gmm_jepa.log_mel(
+            torch.zeros(3, 4000),
+            torch.tensor([4000]),
+            spec.window(),
+            spec.filters(),
+            320,
+            1e-6,
+            torch.float32,
+        )
