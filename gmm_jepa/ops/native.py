@@ -367,7 +367,9 @@ def _screen(mixture: Mixture, instruction_set: str) -> Any:
     return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
 
 
-_screened = MixturesByValue(_screen, n_kept=8)
+# An iteration of EM has a mixture of its own, whatever the number of batches: to keep more of them
+# costs fresh memory each time.
+_screened, _screened_for_em = (MixturesByValue(_screen, n_kept) for n_kept in (8, 1))
 
 
 def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object) -> None:
@@ -379,7 +381,8 @@ def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object)
     check_frames(frames, mixture)
     if frames.ndim != 2:
         raise InputError(f"frames: expected (N, D), got {tuple(frames.shape)}")
-    x, screened = _frames(frames), _screened(mixture, _instruction_set)
+    x, is_em = _frames(frames), name == "em_statistics"
+    screened = (_screened_for_em if is_em else _screened)(mixture, _instruction_set)
     is_float64 = x.dtype == torch.float64
     function = getattr(_native, name)
     function(_matrix(x), is_float64, screened, *arguments, torch.get_num_threads())

@@ -69,17 +69,21 @@ class MixturesByValue(Generic[Operand]):
 
     def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
         """The operand of the mixture, made if it is not among those kept."""
-        kept = self._kept
-        for entry in kept:
-            if entry.arguments == arguments and _same_values(entry.mixture, mixture):
-                break
-        else:
+        entry = self._find(mixture, arguments)
+        if entry is None:
+            self._kept = self._kept[: self._n_kept - 1]  # first: the new one may have its memory
             with torch.inference_mode(False):
                 copy = Mixture(*(torch.from_numpy(array_of(p).copy()) for p in mixture))
                 entry = _Kept(copy, arguments, self._pack(copy, *arguments))
         # Replaced as a whole: a thread that does the same at once costs a packing, no more.
-        self._kept = tuple(self._room_for([entry, *(e for e in kept if e is not entry)]))
+        self._kept = tuple(self._room_for([entry, *(e for e in self._kept if e is not entry)]))
         return entry.operand
+
+    def _find(self, mixture: Mixture, arguments: tuple) -> _Kept[Operand] | None:
+        for entry in self._kept:
+            if entry.arguments == arguments and _same_values(entry.mixture, mixture):
+                return entry
+        return None
 
     def _room_for(self, entries: list[_Kept[Operand]]) -> Iterator[_Kept[Operand]]:
         """As many of the first as may be kept."""
