@@ -339,7 +339,13 @@ class GaussianMixture(SklearnProtocol):
                 f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
                 f"{self.n_features_in_} features as input"
             )
-        return frames, mixture_on(self.mixture(dtype=torch.float64), frames.device)
+        return frames, mixture_on(self._shared_mixture(), frames.device)
+
+    def _shared_mixture(self) -> Mixture:
+        """The fitted parameters in the arrays' own memory, where it can be written to."""
+        with np.errstate(divide="ignore"):
+            arrays = (np.log(self.weights_), self.means_, self.covariances_)
+        return Mixture(*(torch.from_numpy(np.require(a, np.float64, "CW")) for a in arrays))
 
     def _total_log_likelihood(self, X: Frames | Batches) -> tuple[float, int]:
         """Sum of log p(x), nats, and the number of frames."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -54,8 +54,9 @@ class PackedMixtures(Generic[Operand]):
 class MixturesByValue(Generic[Operand]):
     """The last few operands that a function made of mixtures on a CPU, found again by their values.
 
-    NumPy may share a parameter's memory and write to it where no version counter sees it. At
-    K = 1,024, D = 80 to compare takes 0.1 ms, to prepare a mixture for the native module 1.1.
+    Where torch alone knows of the memory, version counters tell that it was not written to, and
+    nothing is compared: at K = 1,024, D = 80 that takes 0.2 ms and the caches of a core, to prepare
+    a mixture for the native module 1.1. NumPy writes to shared memory where no counter sees it.
 
     Args:
         pack: makes an operand of a mixture and further arguments.
@@ -69,20 +70,28 @@ class MixturesByValue(Generic[Operand]):
 
     def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
         """The operand of the mixture, made if it is not among those kept."""
-        entry = self._find(mixture, arguments)
+        source = mixture if all(p.untyped_storage().resizable() for p in mixture) else None
+        key = None if source is None else _key(source)
+        entry = self._find(mixture, key, arguments)
         if entry is None:
             self._kept = self._kept[: self._n_kept - 1]  # first: the new one may have its memory
             with torch.inference_mode(False):
                 copy = Mixture(*(torch.from_numpy(array_of(p).copy()) for p in mixture))
-                entry = _Kept(copy, arguments, self._pack(copy, *arguments))
+                entry = _Kept(copy, arguments, self._pack(copy, *arguments), key, source)
         # Replaced as a whole: a thread that does the same at once costs a packing, no more.
-        self._kept = tuple(self._room_for([entry, *(e for e in self._kept if e is not entry)]))
+        others = (e for e in self._kept if e.operand is not entry.operand)
+        self._kept = tuple(self._room_for([entry, *others]))
         return entry.operand
 
-    def _find(self, mixture: Mixture, arguments: tuple) -> _Kept[Operand] | None:
-        for entry in self._kept:
-            if entry.arguments == arguments and _same_values(entry.mixture, mixture):
+    def _find(self, mixture: Mixture, key: tuple | None, arguments: tuple) -> _Kept[Operand] | None:
+        kept = [entry for entry in self._kept if entry.arguments == arguments]
+        for entry in kept:
+            if key is not None and entry.key == key:
                 return entry
+        for entry in kept:
+            if _same_values(entry.mixture, mixture):
+                source = None if key is None else mixture
+                return replace(entry, key=key, source=source)
         return None
 
     def _room_for(self, entries: list[_Kept[Operand]]) -> Iterator[_Kept[Operand]]:
@@ -100,15 +109,19 @@ class _Kept(Generic[Operand]):
     mixture: Mixture
     arguments: tuple
     operand: Operand
+    key: tuple | None
+    source: Mixture | None
+    """what the key is of, kept so that its addresses are not used again"""
 
 
 def array_of(parameter: Tensor) -> np.ndarray:
-    """A parameter in a CPU's memory for NumPy, which works in a forked process, too.
+    """A parameter in a CPU's memory for NumPy, to read: `Tensor.numpy` would mark it as shared.
 
-    Torch's threads do not live on there, and whatever it shares among them waits for ever.
+    NumPy works in a forked process, too. Torch's threads do not live on there, and whatever torch
+    shares among them waits for ever.
     """
     is_wide = parameter.dtype in (torch.float32, torch.float64)
-    return (parameter if is_wide else parameter.double()).numpy(force=True)
+    return np.from_dlpack((parameter if is_wide else parameter.double()).detach().resolve_neg())
 
 
 def _same_values(a: Mixture, b: Mixture) -> bool:
