@@ -23,6 +23,7 @@ from gmm_jepa.ops.mixture import (
     quadratic,
     row_chunks,
 )
+from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.screen import Screen
 
 # The gathered pairs of a chunk should stay in cache: at K = 256, 1,024 rows gave 179 k frames/s on
@@ -147,9 +148,7 @@ def em_statistics_reference(
     return counts, first, second, log_likelihood
 
 
-_em_statistics = torch.library.custom_op(
-    "gmm_jepa::em_statistics", em_statistics_reference, mutates_args=()
-)
+_em_statistics = Operator("gmm_jepa::em_statistics", em_statistics_reference)
 
 
 @_em_statistics.register_fake
@@ -175,9 +174,7 @@ def kmeans_assign_reference(frames: Tensor, centroids: Tensor) -> tuple[Tensor, 
     return labels, distances
 
 
-_kmeans_assign = torch.library.custom_op(
-    "gmm_jepa::kmeans_assign", kmeans_assign_reference, mutates_args=()
-)
+_kmeans_assign = Operator("gmm_jepa::kmeans_assign", kmeans_assign_reference)
 
 
 @_kmeans_assign.register_fake
@@ -202,9 +199,7 @@ def kmeans_statistics_reference(
     return counts, first, second, inertia
 
 
-_kmeans_statistics = torch.library.custom_op(
-    "gmm_jepa::kmeans_statistics", kmeans_statistics_reference, mutates_args=()
-)
+_kmeans_statistics = Operator("gmm_jepa::kmeans_statistics", kmeans_statistics_reference)
 
 
 @_kmeans_statistics.register_fake

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.operator import Operator
 
 # Frames in flight. Real FFT of 1,024 frames of 400 samples keeps every buffer in the L2 cache:
 # on two Zen 4 cores 1.0 M frames/s (256: 0.90 M; 4,096: 0.90 M; all 30,000 at once: 0.49 M),
@@ -109,7 +110,7 @@ def log_mel_reference(
     return torch.where(valid[..., None], mel.view(B, n_slots, -1)[:, :T], 0.0).to(out_dtype)
 
 
-_log_mel = torch.library.custom_op("gmm_jepa::log_mel", log_mel_reference, mutates_args=())
+_log_mel = Operator("gmm_jepa::log_mel", log_mel_reference)
 
 
 @_log_mel.register_fake

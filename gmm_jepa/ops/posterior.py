@@ -33,6 +33,7 @@ from gmm_jepa.ops.mixture import (
     quadratic,
     row_chunks,
 )
+from gmm_jepa.ops.operator import Operator
 
 _COMPUTE = {"fast": torch.float32, "exact": torch.float64}
 
@@ -194,9 +195,7 @@ def posterior_reference(
     return out
 
 
-_posterior = torch.library.custom_op(
-    "gmm_jepa::gmm_posterior", posterior_reference, mutates_args=()
-)
+_posterior = Operator("gmm_jepa::gmm_posterior", posterior_reference)
 
 
 @_posterior.register_fake
@@ -277,9 +276,7 @@ def log_likelihood_reference(
     return out
 
 
-_log_likelihood = torch.library.custom_op(
-    "gmm_jepa::gmm_log_likelihood", log_likelihood_reference, mutates_args=()
-)
+_log_likelihood = Operator("gmm_jepa::gmm_log_likelihood", log_likelihood_reference)
 
 
 @_log_likelihood.register_fake
@@ -342,7 +339,7 @@ def topk_reference(
     return posteriors, indices
 
 
-_topk = torch.library.custom_op("gmm_jepa::gmm_topk", topk_reference, mutates_args=())
+_topk = Operator("gmm_jepa::gmm_topk", topk_reference)
 
 
 @_topk.register_fake

@@ -29,11 +29,23 @@ def test_the_last_few_are_kept():
     assert made[-1] == (1.0, "otherwise")
 
 
-def test_a_change_in_place_is_seen():
-    packed, mixture = PackedMixtures(lambda m: float(m.means[0, 0]), n_kept=2), mixture_of(1.0)
+@pytest.mark.parametrize("kind", [PackedMixtures, MixturesByValue])
+def test_a_change_in_place_is_seen(kind):
+    packed, mixture = kind(lambda m: float(m.means[0, 0]), n_kept=2), mixture_of(1.0)
     assert packed(mixture) == 1.0
     mixture.means.add_(1.0)
     assert packed(mixture) == 2.0
+    assert packed(mixture) == 2.0
+    mixture.means.numpy()[:] = 3.0  # from then on no version counter tells
+    assert kind is PackedMixtures or packed(mixture) == 3.0
+
+
+def test_memory_that_torch_alone_knows_is_not_compared(monkeypatch):
+    packed, mixture = MixturesByValue(lambda m: object(), n_kept=2), mixture_of(1.0)
+    first, again = packed(mixture), Mixture(*(p.clone() for p in mixture))
+    assert packed(again) is first, "compared once"
+    monkeypatch.setattr("gmm_jepa.ops.packed._same_values", None)
+    assert packed(again) is first
 
 
 @pytest.mark.parametrize("kind", [PackedMixtures, MixturesByValue])
@@ -79,9 +91,9 @@ def test_found_by_value_whatever_the_memory():
     assert made[1][0].means[1, 2] == 1.0, "what is packed is a copy"
 
 
-def test_a_mixture_that_is_not_a_number_is_made_anew():
+def test_what_is_not_a_number_equals_nothing():
     packed = MixturesByValue(lambda m: object(), n_kept=2)
-    broken = mixture_of(float("nan"))
+    broken = Mixture(*(torch.from_numpy(p.numpy()) for p in mixture_of(float("nan"))))
     assert packed(broken) is not packed(broken)
 
 
