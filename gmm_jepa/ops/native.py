@@ -144,7 +144,8 @@ def em_statistics(
     if not K or not D:
         return em_statistics_reference(frames, *mixture)
     out = _statistics(K, D, frames.device)
-    _of_mixture("em_statistics", frames, mixture, tuple(o.data_ptr() for o in out))
+    into = tuple(o.data_ptr() for o in out)
+    _of_mixture("em_statistics", frames, mixture, into, kept=_screened_for_em)
     return out
 
 
@@ -372,7 +373,13 @@ def _screen(mixture: Mixture, instruction_set: str) -> Any:
 _screened, _screened_for_em = (MixturesByValue(_screen, n_kept) for n_kept in (8, 1))
 
 
-def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object) -> None:
+def _of_mixture(
+    name: str,
+    frames: Tensor,
+    mixture: Mixture,
+    *arguments: object,
+    kept: MixturesByValue = _screened,
+) -> None:
     """A function of the module on frames under a mixture, on torch's number of threads.
 
     Raises:
@@ -381,8 +388,7 @@ def _of_mixture(name: str, frames: Tensor, mixture: Mixture, *arguments: object)
     check_frames(frames, mixture)
     if frames.ndim != 2:
         raise InputError(f"frames: expected (N, D), got {tuple(frames.shape)}")
-    x, is_em = _frames(frames), name == "em_statistics"
-    screened = (_screened_for_em if is_em else _screened)(mixture, _instruction_set)
+    x, screened = _frames(frames), kept(mixture, _instruction_set)
     is_float64 = x.dtype == torch.float64
     function = getattr(_native, name)
     function(_matrix(x), is_float64, screened, *arguments, torch.get_num_threads())
