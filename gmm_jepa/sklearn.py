@@ -53,6 +53,10 @@ class _OnEngine(BaseEstimator):
         check_is_fitted(self)
         return validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
 
+    def _engine_of(self, X: ArrayLike, method: str) -> Any:
+        checked = self._checked(X)
+        return getattr(self._engine(), method)(checked)
+
 
 class GaussianMixture(DensityMixin, _OnEngine):
     """Gaussian mixture with diagonal covariances, as `sklearn.mixture.GaussianMixture`.
@@ -167,10 +171,6 @@ class GaussianMixture(DensityMixin, _OnEngine):
         engine.random_state = _seed_of(self.random_state)
         return engine.sample(n_samples)
 
-    def _engine_of(self, X: ArrayLike, method: str) -> Any:
-        checked = self._checked(X)
-        return getattr(self._engine(), method)(checked)
-
     def _engine(self) -> gmm.GaussianMixture:
         """Of the present parameters."""
         engine = gmm.GaussianMixture(len(self.weights_))
@@ -229,15 +229,14 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, _O
         parameters = self.get_params(deep=False)
         del parameters["random_state"]
         X = self._fit(X, gmm.KMeans, **parameters)
-        self.labels_ = self._engine().predict(X)
-        self.inertia_ = -self._engine().score(X)
+        engine = self._engine()
+        self.labels_, self.inertia_ = engine.predict(X), -engine.score(X)
         self._n_features_out = self.n_clusters
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Nearest centroid: (N, D) -> (N,) int64."""
-        checked = self._checked(X)
-        return self._engine().predict(checked)
+        return self._engine_of(X, "predict")
 
     def transform(self, X: ArrayLike) -> np.ndarray:
         """Distances to the centroids: (N, D) -> (N, K)."""
@@ -246,8 +245,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, _O
 
     def score(self, X: ArrayLike, y: None = None) -> float:
         """Minus the sum of squared distances to the nearest centroids."""
-        checked = self._checked(X)
-        return self._engine().score(checked)
+        return self._engine_of(X, "score")
 
     def _engine(self) -> gmm.KMeans:
         """Of the present centroids."""

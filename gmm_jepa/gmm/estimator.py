@@ -184,11 +184,14 @@ class GaussianMixture(SklearnProtocol):
     ) -> Mixture:
         """The fitted parameters as tensors for the ops."""
         self.check_fitted()
-        with np.errstate(divide="ignore"):
-            log_weights = np.log(self.weights_)
-        arrays = (log_weights, self.means_, self.covariances_)
         device = torch.device("cpu" if device is None else device)
-        return Mixture(*(torch.tensor(a, dtype=dtype, device=device) for a in arrays))
+        return Mixture(*(torch.tensor(a, dtype=dtype, device=device) for a in self._arrays()))
+
+    def mixture_on(self, device: torch.device) -> Mixture:
+        """`mixture` in float64 for calls in a row: in the arrays' own memory, or kept on a GPU."""
+        self.check_fitted()
+        arrays = (np.require(a, np.float64, "CW") for a in self._arrays())
+        return mixture_on(Mixture(*map(torch.from_numpy, arrays)), device)
 
     @property
     def precisions_(self) -> np.ndarray:
@@ -339,13 +342,12 @@ class GaussianMixture(SklearnProtocol):
                 f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
                 f"{self.n_features_in_} features as input"
             )
-        return frames, mixture_on(self._shared_mixture(), frames.device)
+        return frames, self.mixture_on(frames.device)
 
-    def _shared_mixture(self) -> Mixture:
-        """The fitted parameters in the arrays' own memory, where it can be written to."""
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The fields of a `Mixture`."""
         with np.errstate(divide="ignore"):
-            arrays = (np.log(self.weights_), self.means_, self.covariances_)
-        return Mixture(*(torch.from_numpy(np.require(a, np.float64, "CW")) for a in arrays))
+            return np.log(self.weights_), self.means_, self.covariances_
 
     def _total_log_likelihood(self, X: Frames | Batches) -> tuple[float, int]:
         """Sum of log p(x), nats, and the number of frames."""

@@ -49,7 +49,7 @@ def gmm_posterior(
     if of_numpy:
         x = torch.from_numpy(np.array(frames, dtype=frames.dtype.newbyteorder("=")))
     if isinstance(mixture, GaussianMixture):
-        mixture = mixture.mixture(x.device if isinstance(x, Tensor) else None, torch.float64)
+        mixture = mixture.mixture_on(x.device if isinstance(x, Tensor) else torch.device("cpu"))
     out = ops.gmm_posterior(
         x, mixture, temperature=temperature, log=log, precision=precision, out_dtype=out_dtype
     )

@@ -72,14 +72,17 @@ class MixturesByValue(Generic[Operand]):
 
     def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
         """The operand of the mixture, made if it is not among those kept."""
-        source = mixture if all(p.untyped_storage().resizable() for p in mixture) else None
-        key = None if source is None else _key(source)
+        is_torchs = all(p.untyped_storage().resizable() for p in mixture)
+        key = _key(mixture) if is_torchs else None
+        source = None if key is None else mixture
         entry = self._find(mixture, key, arguments)
         if entry is None:
             self._kept = self._kept[: self._n_kept - 1]  # first: the new one may have its memory
             with torch.inference_mode(False):
                 copy = Mixture(*(torch.from_numpy(array_of(p).copy()) for p in mixture))
                 entry = _Kept(copy, arguments, self._pack(copy, *arguments), key, source)
+        elif entry.key != key:
+            entry = replace(entry, key=key, source=source)
         # Replaced as a whole: a thread that does the same at once costs a packing, no more.
         others = (e for e in self._kept if e.mixture is not entry.mixture)
         self._kept = tuple(self._room_for([entry, *others]))
@@ -90,11 +93,7 @@ class MixturesByValue(Generic[Operand]):
         for entry in kept:
             if key is not None and entry.key == key:
                 return entry
-        for entry in kept:
-            if _same_values(entry.mixture, mixture):
-                source = None if key is None else mixture
-                return replace(entry, key=key, source=source)
-        return None
+        return next((entry for entry in kept if _same_values(entry.mixture, mixture)), None)
 
     def _room_for(self, entries: list[_Kept[Operand]]) -> Iterator[_Kept[Operand]]:
         """As many of the first as may be kept."""
