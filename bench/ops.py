@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +32,17 @@ import torch
 
 from bench.cases import Case
 from bench.peaks import Peaks, peaks_of
-from bench.records import REST_BESIDE_OTHER_POOLS_S, REST_S, settle
+from bench.records import (
+    REST_BESIDE_OTHER_POOLS_S,
+    REST_S,
+    RESULTS,
+    append,
+    settle,
+    surroundings,
+)
 from bench.registry import makers
 from bench.shapes import SHAPES, Shape
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FLUSH_BYTES = 1 << 30  # many times any L2 cache
 # How long the device is kept waiting: a few times what the call took to return the last time, for
 # the host's time scatters; the bounds are for calls that are short, or still compiling.
@@ -174,21 +178,6 @@ def row_of(case: Case, measured: dict) -> str:
     )
 
 
-def surroundings(device: str, peaks: Peaks | None) -> dict:
-    """Commit, versions and device."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    on_cuda = device == "cuda"
-    return {
-        "commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or "cpu",
-        "threads": None if on_cuda else torch.get_num_threads(),
-        "peaks": None if peaks is None else peaks._asdict(),
-    }
-
-
 def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -196,9 +185,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[""], help="ops whose names contain one")
     parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each case")
-    parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the results"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tune", action="store_true", help="sweep the mixture kernels' tiles")
     options = parser.parse_args()
     if options.tune:
@@ -208,8 +195,10 @@ def main() -> None:
         sweep(shapes, options.device, options.only[0], options.out)
         return
     peaks = peaks_of(options.device)
-    where = surroundings(options.device, peaks)
-    options.out.mkdir(parents=True, exist_ok=True)
+    where = {
+        **surroundings(options.device),
+        "peaks": None if peaks is None else peaks._asdict(),
+    }
     print(json.dumps(where))
     wrong = seen = 0
     for name in options.shapes:
@@ -230,8 +219,7 @@ def main() -> None:
             print(row_of(case, measured), flush=True)
             line = {"op": case.name, "dtype": case.dtype, "shape": name, **shape._asdict()}
             line |= {"error_of_allowed": error, **measured, **where}
-            with (options.out / "ops.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append("ops", line, options.out)
     if not seen:
         sys.exit(f"no op's name contains any of: {' '.join(options.only)}")
     sys.exit(1 if wrong else 0)

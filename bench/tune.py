@@ -8,7 +8,6 @@ or whose result is off, is shown as such. To adopt one, write it into `config` w
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from bench import cases, loss_cases
-from bench.records import surroundings
+from bench.records import append, surroundings
 from bench.shapes import Shape
 
 # The first to try on a GPU is 64 x 64 with 4 warps: half the registers of a thread's accumulators.
@@ -57,8 +56,7 @@ def sweep(shapes: list[Shape], device: str, only: str, out: Path) -> None:
                 print(f"  {tile}: {milliseconds}", flush=True)
                 line = {"op": case.name, "dtype": case.dtype, **shape._asdict(), "tile": tile}
                 line |= {"ms": milliseconds, **surroundings(device)}
-                with (out / "tune.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append("tune", line, out)
 
 
 def timed(case: cases.Case, module, device: str) -> Iterator[tuple[object, object]]:
