@@ -70,8 +70,14 @@ def build_objective(recipe: Recipe, model: JepaModel, labels: Labels) -> MaskedP
         terms.append(JepaTerm(objective.jepa_weight))
     if objective.anchored:
         terms.append(ClusterTerm(_targets(recipe, labels), objective.head_input))
-    place, one_graph = objective.mask_place, recipe.train.compile
-    whole = MaskedPrediction(model, terms, mask_place=place, one_graph=one_graph)
+    whole = MaskedPrediction(
+        model,
+        terms,
+        predicts=objective.needs_predictor,
+        teaches=objective.needs_teacher,
+        mask_place=objective.mask_place,
+        one_graph=recipe.train.compile,
+    )
     return whole if device.type == "meta" else whole.to(device)
 
 

@@ -33,9 +33,9 @@ class Heard(NamedTuple):
     schedule: Schedule
     encoded: EncoderOutput
     predicted: Tensor | None
-    """(R, T, D), the predictor's frames."""
+    """(R, T, D), the predictor's frames; None where no term needs them."""
     taught: EncoderOutput | None
-    """The teacher's, on clean audio."""
+    """The teacher's, on clean audio; None likewise."""
 
 
 class TermLoss(NamedTuple):
@@ -129,6 +129,7 @@ class MaskedPrediction(nn.Module):
     Args:
         model: the networks that are trained.
         terms: of the loss, one or more.
+        predicts, teaches: whether a term needs the predictor's frames, and the teacher's.
         mask_place: "latent" (the encoder's output is masked) or "input" (its frames are).
         one_graph: rows are always masked behind their lengths, even where all are full.
     """
@@ -138,11 +139,13 @@ class MaskedPrediction(nn.Module):
         model: JepaModel,
         terms: list[JepaTerm | ClusterTerm],
         *,
+        predicts: bool,
+        teaches: bool,
         mask_place: str,
         one_graph: bool = False,
     ) -> None:
         super().__init__()
-        self.one_graph = one_graph
+        self.predicts, self.teaches, self.one_graph = predicts, teaches, one_graph
         self.model = model
         self.terms = nn.ModuleList(terms)
         self.masks_input = mask_place == "input"
@@ -153,10 +156,10 @@ class MaskedPrediction(nn.Module):
         """Losses of one micro-batch."""
         model, lengths = self.model, self._lengths(batch)
         at_input, at_latent = (batch.keep, None) if self.masks_input else (None, batch.keep)
-        taught = None if model.teacher is None else model.teach(batch.clean, lengths)
+        taught = model.teach(batch.clean, lengths) if self.teaches else None
         encoded = model.encode(batch.disturbed, lengths, keep=at_input)
         predicted = None
-        if model.predictor is not None:
+        if self.predicts:
             frames = None if lengths is None else encoded.lengths_frames
             predicted = model.predict(encoded.output, at_latent, frames)
         heard = Heard(batch, schedule, encoded, predicted, taught)

@@ -11,23 +11,36 @@ _LOW_32 = (1 << 32) - 1
 _BLOCK = 32  # an utterance of 15 s takes about 20
 
 
-def draw_mask(
-    length_frames: int,
-    rng: np.random.Generator,
-    *,
-    share: tuple[float, float],
-    span_frames: tuple[int, int],
-) -> np.ndarray:
-    """Draw one utterance's mask: disjoint spans that together cover an exact share of it.
+def masked_count(
+    length_frames: int, rng: np.random.Generator, *, share: tuple[float, float]
+) -> int:
+    """Draw how many of an utterance's frames are masked: one number of the generator.
 
-    The share is uniform in `share`; it is cut into spans of `span_frames` and the visible frames
-    are spread over the gaps at random. An utterance too short for one span hides a single, shorter
-    one; of two frames or more at least one stays visible.
+    The share is uniform in `share`. Of two frames or more at least one stays visible.
 
     Args:
         length_frames: number of real frames T, 0 or more.
         rng: the only source of randomness.
         share: least and greatest share of masked frames.
+    """
+    if length_frames == 0:
+        return 0
+    target = round(rng.uniform(*share) * length_frames)
+    return max(1, min(target, length_frames - 1))
+
+
+def draw_mask(
+    length_frames: int, n_masked: int, rng: np.random.Generator, *, span_frames: tuple[int, int]
+) -> np.ndarray:
+    """Draw one utterance's mask: disjoint spans that together cover `n_masked` frames.
+
+    They are cut into spans of `span_frames`, and the visible frames are spread over the gaps at
+    random. An utterance too short for one span hides a single, shorter one.
+
+    Args:
+        length_frames: number of real frames T, 0 or more.
+        n_masked: of them, as `masked_count` draws it.
+        rng: the only source of randomness.
         span_frames: shortest and longest span, 2 * shortest <= longest + 1 (so that some number
             of spans fills any count).
 
@@ -36,8 +49,6 @@ def draw_mask(
     """
     if length_frames == 0:
         return np.zeros(0, dtype=bool)
-    target = round(rng.uniform(*share) * length_frames)
-    n_masked = max(1, min(target, length_frames - 1))
     words = _words(rng)
     spans = _cut_into_spans(n_masked, words, span_frames)
     n_visible = length_frames - n_masked

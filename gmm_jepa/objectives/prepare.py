@@ -17,13 +17,15 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.loader import Batch, RankView
 from gmm_jepa.objectives.augmentation import disturb_into
 from gmm_jepa.objectives.batch import MaskedBatch
-from gmm_jepa.objectives.masks import draw_mask
+from gmm_jepa.objectives.masks import draw_mask, masked_count
 
 _MASK, _NOISE = 0, 1  # separate streams of random numbers
 
 
 class MaskAndDisturb:
-    """Draws masks for the global batch and noise for this process's rows; runs in the workers.
+    """Draws masks and noise for this process's rows; runs in the workers.
+
+    Of the others' rows it draws how many frames they mask, which the weights of all depend on.
 
     Args:
         config: shares, spans and probabilities.
@@ -49,32 +51,29 @@ class MaskAndDisturb:
         frames = {n: self.n_frames(n) for n in {*planned, *held}}
         lengths = [frames[n] for n in planned]
         n_frames = self.n_frames(view.waveform.shape[1])
-        masks = np.zeros((view.n_rows, n_frames), dtype=bool)
+        mask = np.zeros((len(held), n_frames), dtype=bool)
+        places = {row: place for place, row in enumerate(view.rows.tolist())}
+        n_masked = 0
         for row, length in enumerate(lengths):
-            masks[row, :length] = self._mask(view.step, row, length)
+            rng = self._rng(view.step, row, _MASK)
+            count = masked_count(length, rng, share=self.config.mask_share)
+            n_masked += count
+            if row in places:
+                spans = self.config.mask_span_frames
+                mask[places[row], :length] = draw_mask(length, count, rng, span_frames=spans)
         real = np.arange(n_frames) < np.array([frames[n] for n in held])[:, None]
         disturbed = view.empty(view.waveform.shape)
         for place, (row, n_samples) in enumerate(zip(view.rows.tolist(), held)):
             self._disturb(disturbed[place, :n_samples], view, row, place)
             disturbed[place, n_samples:] = 0
-        n_masked = int(masks.sum())
         return {
             "disturbed": disturbed,
-            "mask": view.take(masks) & real,
+            "mask": mask & real,
             "real": real,
             "n_masked": n_masked,
             "n_visible": sum(lengths) - n_masked,
             "audio_s": float(view.lengths_samples.sum()) / SAMPLE_RATE_HZ,
         }
-
-    def _mask(self, step: int, row: int, length_frames: int) -> np.ndarray:
-        config = self.config
-        return draw_mask(
-            length_frames,
-            self._rng(step, row, _MASK),
-            share=config.mask_share,
-            span_frames=config.mask_span_frames,
-        )
 
     def _disturb(self, out: np.ndarray, view: RankView, row: int, place: int) -> None:
         """Write a row (n,), with what is drawn for it."""

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
-from gmm_jepa.objectives.masks import _below, _words, draw_mask
+from gmm_jepa.objectives.masks import _below, _words, draw_mask, masked_count
 
 SHARE, SPAN = (0.40, 0.65), (10, 25)
 
 
 def draw(length, seed=0, share=SHARE, span=SPAN):
-    return draw_mask(length, np.random.default_rng(seed), share=share, span_frames=span)
+    rng = np.random.default_rng(seed)
+    return draw_mask(length, masked_count(length, rng, share=share), rng, span_frames=span)
 
 
 def runs(mask):

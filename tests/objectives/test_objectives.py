@@ -15,7 +15,7 @@ from gmm_jepa.gmm import GaussianMixture, KMeans
 from gmm_jepa.models import build_encoder
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.build import Labels, build_objective, initial_model
-from gmm_jepa.objectives.masks import draw_mask
+from gmm_jepa.objectives.masks import draw_mask, masked_count
 from gmm_jepa.objectives.online import OnlineTargets
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.objectives.targets import (
@@ -75,7 +75,8 @@ def batch(waveform) -> MaskedBatch:
     rng = np.random.default_rng(0)
     for row, length in enumerate(lengths.tolist()):
         n = n_frames(length)
-        drawn = draw_mask(n, rng, share=(0.4, 0.6), span_frames=(5, 9))
+        n_masked = masked_count(n, rng, share=(0.4, 0.6))
+        drawn = draw_mask(n, n_masked, rng, span_frames=(5, 9))
         mask[row, :n], real[row, :n] = torch.from_numpy(drawn), True
     masked, all_real = mask.flatten().nonzero()[:, 0], real.flatten().nonzero()[:, 0]
     return MaskedBatch(
@@ -201,6 +202,23 @@ def test_the_teacher_moves_by_the_average_alone(system, batch, labels):
         before, state.model.teacher.parameters(), state.model.online.parameters()
     ):
         torch.testing.assert_close(now, 0.996 * old + 0.004 * online, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("system", "settings", "idle"),
+    [
+        ("gmm-anchored", {"jepa_weight": 0.0, "head_input": "predictor"}, "teacher"),
+        ("online-gmm", {"jepa_weight": 0.0, "head_input": "encoder"}, "predictor"),
+    ],
+)
+def test_networks_that_no_term_needs_do_not_run(system, settings, idle, batch, labels):
+    recipe = recipe_of(system, **settings)
+    model = initial_model(recipe)
+    ran = []
+    for name in ("online", "teacher", "predictor"):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    build_objective(recipe, model, labels(recipe))(batch, schedule_at(recipe, 0))
+    assert set(ran) == {"online", "teacher", "predictor"} - {idle}
 
 
 def test_masking_at_the_input_hides_frames_from_the_encoder(batch, mixture):
