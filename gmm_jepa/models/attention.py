@@ -13,40 +13,39 @@ from gmm_jepa.models.padding import valid_frames
 from gmm_jepa.ops.fused import exporting
 
 
-class GatedRelativeBias(nn.Module):
-    """bias[b, h, i, j] = table[h, j - i] * gate[b, h, i]; one module serves all blocks.
+class RelativeBias(nn.Module):
+    """A bias of relative position for each head, to be gated; one module serves all blocks."""
+
+    def __init__(self, heads: int, *, n_buckets: int, max_distance: int) -> None:
+        super().__init__()
+        self.n_buckets, self.max_distance = n_buckets, max_distance
+        self.embedding = nn.Embedding(n_buckets, heads)
+
+    def table(self, n_frames: int) -> Tensor:
+        """(H, 2 T - 1): the bias of relative position rel = key - query at column rel + T - 1."""
+        relative = torch.arange(1 - n_frames, n_frames, device=self.embedding.weight.device)
+        sizes = {"n_buckets": self.n_buckets, "max_distance": self.max_distance}
+        return self.embedding(relative_bucket(relative, **sizes)).T
+
+
+class GatedRelativeBias(RelativeBias):
+    """bias[b, h, i, j] = table[h, j - i] * gate[b, h, i].
 
     With u = sigmoid(q . gate_u[h]) and r = sigmoid(q . gate_r[h]) from the unscaled query q,
     gate = 1 + u + (1 - u) r s_h.
     """
 
     def __init__(self, heads: int, head_dim: int, *, n_buckets: int, max_distance: int) -> None:
-        super().__init__()
-        self.n_buckets, self.max_distance = n_buckets, max_distance
-        self.embedding = nn.Embedding(n_buckets, heads)
+        super().__init__(heads, n_buckets=n_buckets, max_distance=max_distance)
         self.gate_u = nn.Parameter(0.02 * torch.randn(heads, head_dim))
         self.gate_r = nn.Parameter(0.02 * torch.randn(heads, head_dim))
         self.scale = nn.Parameter(torch.ones(heads))
-
-    def table(self, n_frames: int) -> Tensor:
-        """(H, 2 T - 1): the bias of relative position rel = key - query at column rel + T - 1."""
-        return position_table(
-            self.embedding, n_frames, n_buckets=self.n_buckets, max_distance=self.max_distance
-        )
 
     def gate(self, q: Tensor) -> Tensor:
         """(B, H, T, d) unscaled queries -> (B, H, T) gates."""
         vectors = torch.stack([self.gate_u, self.gate_r], dim=-1)  # (H, d, 2)
         u, r = torch.sigmoid(q @ vectors.to(q.dtype)).unbind(dim=-1)
         return 1 + u + (1 - u) * r * self.scale.to(q.dtype)[:, None]
-
-
-def position_table(
-    embedding: nn.Embedding, n_frames: int, *, n_buckets: int, max_distance: int
-) -> Tensor:
-    """(H, 2 T - 1): the embedding (n_buckets, H) of rel = key - query at column rel + T - 1."""
-    relative = torch.arange(1 - n_frames, n_frames, device=embedding.weight.device)
-    return embedding(relative_bucket(relative, n_buckets=n_buckets, max_distance=max_distance)).T
 
 
 def relative_bucket(relative: Tensor, *, n_buckets: int, max_distance: int) -> Tensor:

@@ -200,16 +200,6 @@ class ConformerEncoder(Encoder[ConformerConfig]):
             LayerAggregation(config.code_dim) if config.aggregation == "attention" else None
         )
 
-    def blocks_of(self, x: Tensor, mask: FrameMask | None) -> list[Tensor]:
-        """Frames (B, T, D) with zero padding -> the output of every block, the same."""
-        bias = self.relative_bias
-        table = None if bias is None else bias.table(x.shape[1])
-        layers = []
-        for block in self.blocks:
-            x = self.run(block, x, mask, bias, table)
-            layers.append(x)
-        return layers
-
     def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
         """Layers, each (B, T, D) -> output (B, T, D) and the layers' weights (B, L)."""
         return last_layer(layers) if self.aggregation is None else self.aggregation(layers, mask)

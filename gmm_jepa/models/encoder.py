@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.models.attention import RelativeBias
 from gmm_jepa.models.padding import Count, FrameMask, zero_padding
 
 Config = TypeVar("Config")
@@ -32,11 +33,12 @@ class EncoderOutput(NamedTuple):
 class Encoder(nn.Module, Generic[Config]):
     """Waveform to frames of width ``config.code_dim``, one every ``hop_samples``.
 
-    A subclass has a `front_end`, and says what its blocks make of the frames and how the layers
-    become one output.
+    A subclass has a `front_end` and blocks, which share a `relative_bias` if there is one, and says
+    how the layers become one output.
     """
 
     front_end: nn.Module
+    relative_bias: RelativeBias | None
     blocks: nn.ModuleList
     recomputes_blocks = False
     """For the gradient, keep only what enters a block and compute its inside again."""
@@ -45,9 +47,15 @@ class Encoder(nn.Module, Generic[Config]):
         super().__init__()
         self.config = config
 
-    @abstractmethod
     def blocks_of(self, x: Tensor, mask: FrameMask | None) -> list[Tensor]:
         """Frames (B, T, D) with zero padding -> the output of every block, the same."""
+        bias = self.relative_bias
+        table = None if bias is None else bias.table(x.shape[1])
+        layers = []
+        for block in self.blocks:
+            x = self.run(block, x, mask, bias, table)
+            layers.append(x)
+        return layers
 
     @abstractmethod
     def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.models.attention import attention, gated_bias_attention, position_table
+from gmm_jepa.models.attention import RelativeBias, attention, gated_bias_attention
 from gmm_jepa.models.convolution import FrameConv
 from gmm_jepa.models.dropout import Dropout
 from gmm_jepa.models.encoder import Encoder, last_layer
@@ -161,7 +161,7 @@ class ConvolutionStack(nn.Module):
         return zero_padding(self.dropout(frames), mask), mask
 
 
-class GlobalGatedBias(nn.Module):
+class GlobalGatedBias(RelativeBias):
     """bias[b, h, i, j] = table[h, j - i] * gate[b, h]: one gate for all of an utterance.
 
     With g the unscaled queries' mean over frames and heads, r = sigmoid(gate_r[h] . g) and
@@ -169,18 +169,10 @@ class GlobalGatedBias(nn.Module):
     """
 
     def __init__(self, heads: int, head_dim: int, *, n_buckets: int, max_distance: int) -> None:
-        super().__init__()
-        self.n_buckets, self.max_distance = n_buckets, max_distance
-        self.embedding = nn.Embedding(n_buckets, heads)
+        super().__init__(heads, n_buckets=n_buckets, max_distance=max_distance)
         self.gate_r = nn.Linear(head_dim, heads, bias=False)
         self.gate_u = nn.Linear(head_dim, heads, bias=False)
         self.scale = nn.Parameter(torch.ones(heads))
-
-    def table(self, n_frames: int) -> Tensor:
-        """(H, 2 T - 1): the bias of relative position rel = key - query at column rel + T - 1."""
-        return position_table(
-            self.embedding, n_frames, n_buckets=self.n_buckets, max_distance=self.max_distance
-        )
 
     def gate(self, q: Tensor, mask: FrameMask | None) -> Tensor:
         """(B, H, T, d) unscaled queries -> (B, H, T) gates, equal over T."""
@@ -259,16 +251,6 @@ class TransformerEncoder(Encoder[TransformerConfig]):
             else None
         )
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
-
-    def blocks_of(self, x: Tensor, mask: FrameMask | None) -> list[Tensor]:
-        """Frames (B, T, D) with zero padding -> the output of every block, the same."""
-        bias = self.relative_bias
-        table = None if bias is None else bias.table(x.shape[1])
-        layers = []
-        for block in self.blocks:
-            x = self.run(block, x, mask, bias, table)
-            layers.append(x)
-        return layers
 
     def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
         """The last layer (B, T, D), and one-hot weights (B, L)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def embedding_meters(z: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+def embedding_meters(z: Tensor) -> dict[str, Tensor]:
     """Spread of a set of embeddings, in O(N D^2 + D^3) time and O(D^2) extra memory in N.
 
     - ``std``: standard deviation (divisor n), averaged over the dimensions; 0 is a collapse.
@@ -27,35 +27,28 @@ def embedding_meters(z: Tensor, valid: Tensor | None = None) -> dict[str, Tensor
 
     Args:
         z: (N, D) embeddings, any float type and device; N may be 0 or 1.
-        valid: (N,) bool or 0/1, rows to count; the others may hold anything, NaN included. It saves
-            the boolean indexing (and the wait for the device) that picking them out would cost.
 
     Returns:
-        Three 0-d float32 tensors on z's device. NaN where a counted row is not finite; 0 where
+        Three 0-d float32 tensors on z's device. NaN where a row is not finite; 0 where
         there are too few rows (one for std and rank, two for the cosine).
     """
     if z.ndim != 2:
         raise ValueError(f"z: expected shape (N, D), got {tuple(z.shape)}")
     rows = z.detach().double()
-    if valid is None:
-        weights = rows.new_ones(len(rows), 1)
-    else:
-        weights = valid.reshape(-1, 1).double()
-        rows = torch.where(weights > 0, rows, 0.0)
-    n = weights.sum()
+    n = len(rows)
 
-    centred = (rows - rows.sum(0) / n.clamp(min=1)) * weights
-    covariance = centred.T @ centred / n.clamp(min=1)
+    centred = rows - rows.sum(0) / max(n, 1)
+    covariance = centred.T @ centred / max(n, 1)
     std = covariance.diagonal().clamp(min=0).sqrt().mean()
 
     norms = rows.norm(dim=1, keepdim=True)
     units = torch.where(norms == 0, 0.0, rows / norms)  # NaN stays NaN
     itself = units.square().sum()
-    cosine = (units.sum(0).square().sum() - itself) / (n * (n - 1)).clamp(min=1)
-    cosine = torch.where(n > 1, cosine, torch.zeros_like(cosine))
+    cosine = (units.sum(0).square().sum() - itself) / max(n * (n - 1), 1)
+    cosine = cosine if n > 1 else torch.zeros_like(cosine)
 
     # Rounding leaves variances near 1e-32 of the mean square where rows are equal: not a rank.
-    rank = _effective_rank(covariance, 1e-24 * rows.square().mean(1).sum() / n.clamp(min=1))
+    rank = _effective_rank(covariance, 1e-24 * rows.square().mean(1).sum() / max(n, 1))
     meters = {"std": std, "effective_rank": rank, "mean_cosine": cosine}
     return {name: value.float() for name, value in meters.items()}
 
