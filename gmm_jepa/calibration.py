@@ -114,7 +114,13 @@ def cost_settings(recipe: Recipe) -> str:
         "predicts": objective.needs_predictor,
         "teaches": objective.needs_teacher,
         "cluster_head": objective.cluster_head if objective.anchored else "none",
+        "head_input": objective.head_input,
+        "mask_place": objective.mask_place,
+        "unmasked": objective.unmasked_weight > 0,
         "precision": train.precision,
+        "accumulate": train.accumulate,
+        "compile": train.compile,
+        "cuda_graphs": train.cuda_graphs,
         "checkpoint_blocks": train.checkpoint_blocks,
     }
     return json.dumps(settings, sort_keys=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -61,17 +62,18 @@ class DataConfig:
     heldout_fraction: float = 0.05
     """Share of the audio that is held out where no held-out source is given."""
     heldout_by: Literal["auto", "speaker", "utterance"] = "auto"
-    """Hold out whole speakers, or utterances; auto: speakers where four or more are named."""
+    """Hold out whole speakers, or utterances; auto: speakers where every utterance names one, four
+    or more are named and the corpus has a million utterances at most."""
     max_bad_fraction: float = 0.01
     """Past this share of unusable inputs the run stops."""
 
     def __post_init__(self) -> None:
         check(
-            0 < 2 * self.min_segment_s <= self.max_segment_s,
+            0 < 2 * self.min_segment_s <= self.max_segment_s < math.inf,
             f"min_segment_s, max_segment_s: expected 0 < 2 * min <= max, "
             f"got {self.min_segment_s} and {self.max_segment_s}",
         )
-        check(self.batch_s > 0, f"batch_s: expected seconds above 0, got {self.batch_s}")
+        check(0 < self.batch_s < math.inf, f"batch_s: expected seconds above 0, got {self.batch_s}")
         check(self.n_buckets >= 1, f"n_buckets: expected at least 1, got {self.n_buckets}")
         check(self.workers >= 0, f"workers: expected 0 or more, got {self.workers}")
         check(
@@ -102,9 +104,10 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         check(self.n_components >= 1, f"n_components: expected 1 or more, got {self.n_components}")
         check(
-            self.variance_floor > 0,
+            0 < self.variance_floor < math.inf,
             f"variance_floor: expected above 0, got {self.variance_floor}",
         )
+        check(0 <= self.tol < math.inf, f"tol: expected 0 or more, got {self.tol}")
         check(self.max_iter >= 1, f"max_iter: expected 1 or more, got {self.max_iter}")
         check(self.max_fit_s > 0, f"max_fit_s: expected seconds above 0, got {self.max_fit_s}")
 
@@ -169,17 +172,23 @@ class TrainConfig:
         check(not (self.shard and self.cuda_graphs), "cuda_graphs: not possible with shard")
         # The gradient of the first micro-batch would lie where the next one's graph writes.
         check(self.accumulate == 1 or not self.cuda_graphs, "cuda_graphs: needs accumulate 1")
-        check(self.learning_rate > 0, f"learning_rate: expected above 0, got {self.learning_rate}")
+        check(
+            0 < self.learning_rate < math.inf,
+            f"learning_rate: expected above 0, got {self.learning_rate}",
+        )
         check(
             0 <= self.warmup_share < 1,
             f"warmup_share: expected from 0 to below 1, got {self.warmup_share}",
         )
         check(
-            all(0 <= beta < 1 for beta in self.betas),
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"betas: expected two numbers from 0 to below 1, got {self.betas}",
         )
-        check(self.weight_decay >= 0, f"weight_decay: expected 0 or more, got {self.weight_decay}")
-        check(self.clip_norm > 0, f"clip_norm: expected above 0, got {self.clip_norm}")
+        check(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay: expected 0 or more, got {self.weight_decay}",
+        )
+        check(0 < self.clip_norm < math.inf, f"clip_norm: expected above 0, got {self.clip_norm}")
         for name in ("teacher_decay", "teacher_decay_start"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name}: expected between 0 and 1, got {value}")

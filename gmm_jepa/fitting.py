@@ -20,6 +20,7 @@ from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
+from gmm_jepa.data.windows import WindowStream
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.gmm.em import EMResult, expectation_maximisation
@@ -131,12 +132,39 @@ def fit_mixture(
     with Bar("fitting the mixture", "iteration", shown=peers.is_main) as bar:
         watch = _Watch(fit, bar, state if peers.is_main else None, on_report)
         result = fit.em(resumed, watch) if settings.method == "em" else fit.steps(resumed, watch)
-    mixture = fit.blank()
+    mixture = blank_mixture(recipe)
     mixture.set_result(result)
     if peers.is_main:
         print(describe(mixture))
     refuse_degenerate(mixture, fit.frames, peers)
     return mixture
+
+
+def blank_mixture(recipe: Recipe) -> GaussianMixture:
+    """The mixture of a recipe before it is fitted."""
+    config = recipe.mixture
+    return GaussianMixture(
+        n_components=config.n_components,
+        variance_floor=config.variance_floor,
+        max_iter=config.max_iter,
+        tol=config.tol,
+        random_state=recipe.seed,
+    )
+
+
+def total_frames(stream: WindowStream, recipe: Recipe, peers: Processes) -> int:
+    """Frames of the streams of all processes.
+
+    Raises:
+        InputError: fewer than components.
+    """
+    n_frames, wanted = peers.total(stream.n_frames), recipe.mixture.n_components
+    if n_frames < wanted:
+        raise InputError(
+            f"mixture.n_components: {wanted} components need as many frames at least, but the "
+            f"audio has {n_frames}"
+        )
+    return n_frames
 
 
 class _Fit:
@@ -163,12 +191,7 @@ class _Fit:
         self.heldout = None
         if len(heldout):
             self.heldout = LogMelStream(corpus.select(heldout), spec, max_s=HELDOUT_S, **stream)
-        self.n_frames = int(peers.add(torch.tensor(float(self.frames.n_frames)).double()))
-        if self.n_frames < recipe.mixture.n_components:
-            raise InputError(
-                f"mixture.n_components: {recipe.mixture.n_components} components need as many "
-                f"frames at least, but the audio has {self.n_frames}"
-            )
+        self.n_frames = total_frames(self.frames, recipe, peers)
 
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """What makes an unfinished fit this one."""
@@ -177,17 +200,6 @@ class _Fit:
             "front end": self.recipe.front_end.to_dict(),
             "settings": [asdict(self.recipe.mixture), self.recipe.seed, asdict(self.settings)],
         }
-
-    def blank(self) -> GaussianMixture:
-        """The mixture of the recipe before it is fitted."""
-        config = self.recipe.mixture
-        return GaussianMixture(
-            n_components=config.n_components,
-            variance_floor=config.variance_floor,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            random_state=self.recipe.seed,
-        )
 
     def start(self) -> Mixture:
         """The same in every process, however many there are."""

@@ -17,17 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmm_jepa.config import Iteration, Recipe
 from gmm_jepa.data.corpus import Corpus
-from gmm_jepa.data.frames import CACHE_BYTES, LogMelStream
+from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import Reject, RejectLog
+from gmm_jepa.data.windows import WindowStream
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json, written_aside
-from gmm_jepa.fitting import PREFLIGHT_S, SEED_S, fit_mixture, refuse_degenerate
+from gmm_jepa.fitting import (
+    PREFLIGHT_S,
+    SEED_S,
+    blank_mixture,
+    fit_mixture,
+    refuse_degenerate,
+    total_frames,
+)
 from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture, KMeans
-from gmm_jepa.models import JepaModel
+from gmm_jepa.models import Encoder, JepaModel
 from gmm_jepa.objectives.build import Labels, build_objective, initial_model
 from gmm_jepa.objectives.targets import Targets, layer_frames
 from gmm_jepa.progress import Bar
@@ -55,6 +63,7 @@ class Labeller:
         self.recipe = recipe
         self.rejects = rejects
         self.peers = peers
+        self._met = RejectLog(None)  # by this process alone, in the stage that is under way
 
     def labels(self, corpus: Corpus, iteration: Iteration) -> Labels:
         """The labels of an iteration: read if they are there, else fitted.
@@ -69,7 +78,8 @@ class Labeller:
         if iteration.number > 1:
             return self._of_layer(corpus, iteration)
         if objective.labels == "kmeans":
-            return Labels((self._made(self.folder.kmeans, lambda: self._centroids(corpus)),))
+            made = self._made(self.folder.kmeans, lambda: self._centroids(corpus), kind=KMeans)
+            return Labels((made,))
         n_mixtures = max(len(objective.ensemble), 1)
         return Labels(
             tuple(
@@ -82,10 +92,14 @@ class Labeller:
         """Use a mixture that was fitted before, instead of fitting one on `corpus`.
 
         Raises:
-            InputError: it does not fit the recipe, or the run has another one.
+            InputError: it does not fit the recipe, which may have no use for one, or the run has
+                another one.
         """
+        objective = self.recipe.objective
+        if not objective.anchored or objective.labels == "kmeans":
+            raise InputError("gmm: this system learns no mixture")
         given = self._load(path)
-        if self.peers.of_main(self.folder.mixture.exists()):
+        if self.peers.of_main(self.folder.mixture.exists):
             own = self._load(self.folder.mixture)
             if not np.array_equal(own.means_, given.means_):
                 raise InputError(f"gmm: this run has a mixture already, other than {path}")
@@ -93,7 +107,7 @@ class Labeller:
             sample = LogMelStream(
                 corpus,
                 self.recipe.front_end,
-                rejects=self.rejects,
+                rejects=self._met,
                 max_s=PREFLIGHT_S,
                 rank=self.peers.rank,
                 world_size=self.peers.world_size,
@@ -104,20 +118,24 @@ class Labeller:
                 given.save(self.folder.mixture, front_end=self.recipe.front_end)
         self.peers.wait()
 
-    def _made(self, path: Path, fit: Callable[[], Fitted]) -> Fitted:
+    def _made(
+        self, path: Path, fit: Callable[[], Fitted], *, kind: type[Fitted] = GaussianMixture
+    ) -> Fitted:
         """What is in a file of labels on log-mel frames; fitted first if there is none."""
-        if self.peers.of_main(not path.exists()):
+        if self.peers.of_main(lambda: not path.exists()):
             with self._timed(path.name):
                 fitted = fit()
             self._share_rejects()
             if self.peers.is_main:
                 fitted.save(path, front_end=self.recipe.front_end)
+                _partial(path).unlink(missing_ok=True)
             self.peers.wait()
-        return self._load(path)
+        return self._load(path, kind)
 
-    def _load(self, path: Path, *, on_log_mel: bool = True) -> Fitted:
+    def _load(
+        self, path: Path, kind: type[Fitted] = GaussianMixture, *, on_log_mel: bool = True
+    ) -> Fitted:
         """Read clusters that fit the recipe."""
-        kind = KMeans if path.name == self.folder.kmeans.name else GaussianMixture
         fitted = kind.load(path, front_end=self.recipe.front_end if on_log_mel else None)
         n_wanted = self.recipe.mixture.n_components
         n_found = len(fitted.cluster_centers_ if kind is not GaussianMixture else fitted.means_)
@@ -135,15 +153,17 @@ class Labeller:
         """
         recipe, peers = self.recipe, self.peers
         if number == 0:
-            return fit_mixture(corpus, recipe, self.rejects, peers)
+            return fit_mixture(
+                corpus, recipe, self._met, peers, partial=_partial(self.folder.mixture)
+            )
         first = self._load(self.folder.mixture)
-        other = self._blank_mixture()
+        other = blank_mixture(self.recipe)
         other.weights_init, other.means_init = first.weights_, first.means_
         other.precisions_init = first.precisions_
         frames = LogMelStream(
             corpus,
             recipe.front_end,
-            rejects=self.rejects,
+            rejects=self._met,
             max_s=min(recipe.mixture.max_fit_s, corpus.total_s / 2),
             seed=recipe.seed + number,
             rank=peers.rank,
@@ -154,7 +174,7 @@ class Labeller:
 
     def _centroids(self, corpus: Corpus) -> KMeans:
         """k-means on log-mel frames."""
-        options = {"seed": self.recipe.seed, "rejects": self.rejects}
+        options = {"seed": self.recipe.seed, "rejects": self._met}
         share = {"rank": self.peers.rank, "world_size": self.peers.world_size}
         spec, device = self.recipe.front_end, self.peers.device
         max_s = self.recipe.mixture.max_fit_s
@@ -167,8 +187,9 @@ class Labeller:
         layer = self.recipe.objective.relabel_layer
         folder = self.folder.labels(iteration.number)
         kmeans = self.recipe.objective.labels == "kmeans"
-        name = self.folder.kmeans.name if kmeans else self.folder.mixture.name
-        if self.peers.of_main(not folder.exists()):
+        kind = KMeans if kmeans else GaussianMixture
+        name = (self.folder.kmeans if kmeans else self.folder.mixture).name
+        if self.peers.of_main(lambda: not folder.exists()):
             encoder = model_at(self.folder, self.recipe, iteration.first_step).online.to(
                 self.peers.device
             )
@@ -176,7 +197,7 @@ class Labeller:
                 frames, start = (
                     self._layer_stream(corpus, encoder, whole=w) for w in (True, False)
                 )
-                estimator = self._kmeans() if kmeans else self._blank_mixture()
+                estimator = self._kmeans() if kmeans else blank_mixture(self.recipe)
                 fitted = self._fit(estimator, frames, start)
             self._share_rejects()
             if self.peers.is_main:
@@ -187,17 +208,16 @@ class Labeller:
             self.peers.wait()
         encoder = initial_model(self.recipe).online
         checkpoint.load_weights(folder, encoder)
-        fitted = self._load(folder / name, on_log_mel=False)
+        fitted = self._load(folder / name, kind, on_log_mel=False)
         return Labels((fitted,), encoder=encoder, layer=layer)
 
-    def _layer_stream(self, corpus: Corpus, encoder: nn.Module, *, whole: bool) -> LayerStream:
+    def _layer_stream(self, corpus: Corpus, encoder: Encoder, *, whole: bool) -> LayerStream:
         peers, config = self.peers, self.recipe.mixture
         return LayerStream(
             encoder,
             self.recipe.objective.relabel_layer,
             corpus,
-            self.recipe.front_end,
-            rejects=self.rejects,
+            rejects=self._met,
             max_s=config.max_fit_s if whole else SEED_S,
             seed=self.recipe.seed,
             rank=peers.rank if whole else 0,
@@ -211,27 +231,12 @@ class Labeller:
             n_clusters=config.n_components, max_iter=config.max_iter, random_state=self.recipe.seed
         )
 
-    def _blank_mixture(self) -> GaussianMixture:
-        config = self.recipe.mixture
-        return GaussianMixture(
-            n_components=config.n_components,
-            variance_floor=config.variance_floor,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            random_state=self.recipe.seed,
-        )
-
     def _fit(
-        self, estimator: Fitted, frames: LogMelStream, start: LogMelStream | None = None
+        self, estimator: Fitted, frames: WindowStream, start: WindowStream | None = None
     ) -> Fitted:
         """Fit on the frames of all processes, every one from the same start frames."""
         config, peers = self.recipe.mixture, self.peers
-        n_frames = int(peers.add(torch.tensor(float(frames.n_frames))))
-        if n_frames < config.n_components:
-            raise InputError(
-                f"mixture.n_components: {config.n_components} clusters need as many frames at "
-                f"least, but the audio has {n_frames}"
-            )
+        total_frames(frames, self.recipe, peers)
         start_frames = None if start is None else _all_frames(start)
         with (
             Bar("clustering the frames", "iteration", shown=peers.is_main) as bar,
@@ -246,8 +251,9 @@ class Labeller:
             )
 
     def _share_rejects(self) -> None:
-        """Tell the main process, which writes them down, what each could not read."""
-        self.rejects.extend(Reject(*fields) for fields in self.peers.gather(list(self.rejects)))
+        """Tell all processes, of which the main one writes it down, what each could not read."""
+        self.rejects.extend(Reject(*fields) for fields in self.peers.gather(list(self._met)))
+        self._met = RejectLog(None)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -259,33 +265,36 @@ class Labeller:
             write_json(self.folder.label_times, seconds)
 
 
-class LayerStream(LogMelStream):
-    """As `LogMelStream`, but standardised frames of a layer of an encoder, utterance by utterance.
+class LayerStream(WindowStream):
+    """Standardised frames of a layer of an encoder.
 
     Args:
         encoder: in eval mode, on the device of the stream.
         layer: 0 the front end, i the output of block i.
+        corpus, options: see `WindowStream`.
     """
 
-    def __init__(self, encoder: nn.Module, layer: int, corpus: Corpus, *args: Any, **options: Any):
-        super().__init__(corpus, *args, **options)
+    def __init__(self, encoder: Encoder, layer: int, corpus: Corpus, **options: Any) -> None:
         self.encoder, self.layer = encoder.eval(), layer
-        self.n_frames = self._count(
-            int(encoder.n_frames(self._window_samples)),
-            lambda n: encoder.n_frames(torch.as_tensor(n)).numpy(),
-        )
-        n_bytes = self.n_frames * encoder.config.code_dim * 4
-        self._cache = [] if n_bytes <= CACHE_BYTES else None
+        size = {"hop_samples": encoder.hop_samples, "width": encoder.config.code_dim}
+        super().__init__(corpus, **size, **options)
 
     @torch.no_grad()
-    def _batches(self) -> Iterator[Tensor]:
-        for waveform in self._windows():
-            samples = torch.from_numpy(waveform).to(self.device)
-            if int(self.encoder.n_frames(len(samples))):
-                yield layer_frames(self.encoder(samples[None]), self.layer)[0]
+    def frames(self, waveform: Tensor) -> Tensor:
+        """(S,) -> (n, width)."""
+        return layer_frames(self.encoder(waveform[None]), self.layer)[0]
+
+    def frame_counts(self, n_samples: np.ndarray, is_cut: np.ndarray) -> np.ndarray:
+        """All that the encoder makes."""
+        return self.encoder.n_frames(torch.as_tensor(n_samples)).numpy()
 
 
-def _all_frames(stream: LogMelStream) -> Tensor:
+def _partial(path: Path) -> Path:
+    """Where a fit is kept that is to end in `path`, so that it goes on after it was killed."""
+    return path.with_name(path.name + ".partial")
+
+
+def _all_frames(stream: WindowStream) -> Tensor:
     batches = [batch.cpu() for batch in stream]
     if not batches:
         raise InputError("audio: none of it can be read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,10 +101,13 @@ class ObjectiveConfig:
         self._check_masks()
 
     def _check_terms(self) -> None:
-        check(self.jepa_weight >= 0, f"jepa_weight: expected 0 or more, got {self.jepa_weight}")
+        check(
+            0 <= self.jepa_weight < math.inf,
+            f"jepa_weight: expected 0 or more, got {self.jepa_weight}",
+        )
         start, end = self.anchor_start, self.anchor_end
         check(
-            (start > 0 and end > 0) or start == end == 0,
+            all(0 < weight < math.inf for weight in (start, end)) or start == end == 0,
             f"anchor_start, anchor_end: expected above 0 (without an anchor the representation "
             f"drifts), or both 0 for a run without clusters, got {start} and {end}",
         )
@@ -111,9 +115,12 @@ class ObjectiveConfig:
             self.jepa_weight > 0 or self.anchored,
             "jepa_weight, anchor_start: both are 0, so that nothing is left to learn",
         )
-        check(self.temperature > 0, f"temperature: expected above 0, got {self.temperature}")
         check(
-            self.unmasked_weight >= 0,
+            0 < self.temperature < math.inf,
+            f"temperature: expected above 0, got {self.temperature}",
+        )
+        check(
+            0 <= self.unmasked_weight < math.inf,
             f"unmasked_weight: expected 0 or more, got {self.unmasked_weight}",
         )
 
@@ -131,7 +138,7 @@ class ObjectiveConfig:
             "ensemble: expected with soft targets of mixtures only",
         )
         check(
-            all(weight > 0 for weight in self.ensemble),
+            all(0 < weight < math.inf for weight in self.ensemble),
             f"ensemble: expected weights above 0, got {self.ensemble}",
         )
         check(self.iterations >= 1, f"iterations: expected 1 or more, got {self.iterations}")

@@ -90,7 +90,7 @@ class Run:
         listed = RejectLog(None)
         corpus = open_corpus(paths, rejects=listed, weights=weights or None)
         remembered = self.folder.root / f"{name}.json"
-        if self.peers.of_main(not remembered.exists()):
+        if self.peers.of_main(lambda: not remembered.exists()):
             unreadable, rejects = self._read_all(name, corpus)
             if self.peers.is_main:
                 rejects = [*listed, *rejects]
@@ -108,7 +108,7 @@ class Run:
                     "rejects": rejects,
                 }
                 write_json(remembered, summary)
-        seen = self.peers.of_main(read_json(remembered) if self.peers.is_main else None)
+        seen = self.peers.of_main(lambda: read_json(remembered))
         if seen["fingerprint"] != corpus.fingerprint:
             raise InputError(
                 f"{name}: its content changed since this run began; "
@@ -138,7 +138,7 @@ class Run:
 
         All processes work on it together; the seconds it took are in ``labels.json``.
         """
-        steps_done = self.peers.of_main(self._steps_done())
+        steps_done = self.peers.of_main(self._steps_done)
         return self._labeller.labels(corpus, self.recipe.iteration_at(steps_done))
 
     def take_mixture(self, path: Path, corpus: Corpus) -> None:
@@ -155,7 +155,7 @@ class Run:
         Every iteration first makes the labels that it needs. With `profile` a few steps are
         profiled into that folder.
         """
-        outcome = TrainOutcome(steps_done=self.peers.of_main(self._steps_done()), finished=True)
+        outcome = TrainOutcome(steps_done=self.peers.of_main(self._steps_done), finished=True)
         for iteration in self.recipe.iterations:
             if outcome.steps_done >= iteration.stop_step:
                 continue

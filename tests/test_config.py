@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from math import inf, nan
 from typing import get_args
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from gmm_jepa.cli.parse import ModelName, PresetName
 from gmm_jepa.config import (
     DataConfig,
+    MixtureConfig,
     ObjectiveConfig,
     Recipe,
     Sources,
@@ -93,6 +95,17 @@ def test_presets_and_models_are_found_by_name():
         (ObjectiveConfig, {"mask_span_frames": (10, 12)}, "mask_span_frames"),
         (ObjectiveConfig, {"mix_probability": 0.9, "noise_probability": 0.2}, "mix_probability"),
         (ObjectiveConfig, {"temperature": 0.0}, "temperature"),
+        (ObjectiveConfig, {"anchor_start": inf}, "anchor_start"),
+        (ObjectiveConfig, {"anchor_end": nan}, "anchor_end"),
+        (ObjectiveConfig, {"temperature": inf}, "temperature"),
+        (MixtureConfig, {"tol": nan}, "tol"),
+        (MixtureConfig, {"tol": -1.0}, "tol"),
+        (MixtureConfig, {"variance_floor": inf}, "variance_floor"),
+        (DataConfig, {"batch_s": inf}, "batch_s"),
+        (DataConfig, {"max_segment_s": inf}, "max_segment_s"),
+        (TrainConfig, {"learning_rate": inf}, "learning_rate"),
+        (TrainConfig, {"clip_norm": inf}, "clip_norm"),
+        (TrainConfig, {"betas": (0.8,)}, "betas"),
         (DataConfig, {"min_segment_s": 20.0}, "min_segment_s"),
         (DataConfig, {"max_bad_fraction": 2.0}, "max_bad_fraction"),
         (DataConfig, {"workers": -1}, "workers"),

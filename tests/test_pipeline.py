@@ -7,9 +7,10 @@ import soundfile
 from gmm_jepa.cli import main
 from gmm_jepa.config import Sources
 from gmm_jepa.data.corpus import open_corpus
-from gmm_jepa.data.frames import LogMelStream, draw_utterances
+from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
+from gmm_jepa.data.windows import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel_frames
 from gmm_jepa.pipeline import open_run

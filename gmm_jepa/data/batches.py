@@ -60,16 +60,13 @@ class BatchPlan:
         durations_samples: (N,) lengths of the utterances.
         weights: (N,) occurrences per epoch; None: 1.
         seed: of the order.
-        batch_samples: padded samples per global batch, at most (but never fewer than
-            `row_multiple` rows).
+        batch_samples: padded samples per global batch, at most (but never less than a row).
         max_samples: the longest segment.
         min_samples: shorter utterances are left out; at most half of `max_samples`.
         n_buckets: the most lengths to pad to; as many are used as bring padding, empty rows
             included, under `target_padding`.
         target_padding: see `n_buckets`. Fewer lengths make fewer, fuller batches of a corpus that
             has only a few batches in all: see `fill`.
-        row_multiple: all batches have a multiple of so many rows. A world size that does not
-            divide the rows of a batch adds empty ones; it divides them if it divides this.
 
     Raises:
         InputError: an argument is out of its range, or no utterance is left.
@@ -86,12 +83,11 @@ class BatchPlan:
         min_samples: int = 1,
         n_buckets: int = 32,
         target_padding: float = 0.04,
-        row_multiple: int = 1,
     ):
         durations = np.asarray(durations_samples, np.int64)
         weights = np.ones(len(durations)) if weights is None else np.asarray(weights, np.float64)
         _check_weights(durations, weights)
-        _check_sizes(batch_samples, max_samples, min_samples, n_buckets, row_multiple)
+        _check_sizes(batch_samples, max_samples, min_samples, n_buckets)
         self.seed = int(seed)
         utterance, start, n_samples, self.n_too_short = segment_bounds(
             durations, max_samples, min_samples
@@ -107,7 +103,7 @@ class BatchPlan:
         padded = -(-n_samples // QUANTUM_SAMPLES) * QUANTUM_SAMPLES
         lengths, inverse = np.unique(padded[used], return_inverse=True)
         counts = np.bincount(inverse, weights=weight[used])
-        options = optimal_edges(lengths, counts, n_buckets, batch_samples, row_multiple)
+        options = optimal_edges(lengths, counts, n_buckets, batch_samples)
         self._edges = _fewest(options, self._real_samples / (1 - target_padding))
         bucket = np.searchsorted(self._edges, padded).astype(np.int16)
         order = np.flatnonzero(used)[np.argsort(bucket[used], kind="stable")]
@@ -115,14 +111,12 @@ class BatchPlan:
         self._start = _compact(start[order])
         self._n_samples = _compact(n_samples[order])
         self._fill_slots(weight[order], np.bincount(bucket[used], minlength=len(self._edges)))
-        self._n_bucket_batches, self._rows = split_rows(
-            self._n_slots, self._edges, batch_samples, row_multiple
-        )
+        self._n_bucket_batches, self._rows = split_rows(self._n_slots, self._edges, batch_samples)
         self._batch_ends = np.cumsum(self._n_bucket_batches)
         self._held_samples = float((self._n_bucket_batches * self._rows * self._edges).sum())
         self._batch_samples = batch_samples
 
-    def n_batches(self, epoch: int = 0) -> int:
+    def n_batches(self) -> int:
         """Batches per epoch, the same in every one."""
         return int(self._batch_ends[-1])
 
@@ -135,10 +129,11 @@ class BatchPlan:
             if n > 0
         ]
 
-    @property
-    def padding(self) -> float:
-        """The share of all samples in batches that is padding, empty rows included."""
-        return 1.0 - self._real_samples / self._held_samples
+    def padding(self, world_size: int = 1) -> float:
+        """The share of what so many ranks compute that is padding, empty rows included."""
+        rows = -(-self._rows // world_size) * world_size
+        held_samples = float((self._n_bucket_batches * rows * self._edges).sum())
+        return 1.0 - self._real_samples / held_samples
 
     @property
     def fill(self) -> float:
@@ -244,14 +239,8 @@ def _check_weights(durations: np.ndarray, weights: np.ndarray) -> None:
         raise InputError("weights: 0 or more is needed, got a negative one, NaN or infinity")
 
 
-def _check_sizes(
-    batch_samples: int, max_samples: int, min_samples: int, n_buckets: int, row_multiple: int
-) -> None:
-    for name, value in (
-        ("batch_samples", batch_samples),
-        ("n_buckets", n_buckets),
-        ("row_multiple", row_multiple),
-    ):
+def _check_sizes(batch_samples: int, max_samples: int, min_samples: int, n_buckets: int) -> None:
+    for name, value in (("batch_samples", batch_samples), ("n_buckets", n_buckets)):
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}")
     if not 1 <= min_samples <= max_samples / 2:

@@ -36,22 +36,20 @@ def segment_bounds(
 
 
 def split_rows(
-    n_rows: np.ndarray, edges: np.ndarray, batch_samples: int, row_multiple: int = 1
+    n_rows: np.ndarray, edges: np.ndarray, batch_samples: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Batches per bucket and rows per batch: as many rows as fit, spread so that few are empty.
 
     Args:
         n_rows: (B,) rows to place, whole numbers.
         edges: (B,) or () samples each is padded to.
-        batch_samples: samples that a batch may have (`row_multiple` rows it always may).
-        row_multiple: rows come in multiples of it.
+        batch_samples: samples that a batch may have (one row it always may).
 
     Returns:
         n_batches and rows, each (B,) int64; 0 where there is nothing to place.
     """
-    most = np.maximum(1, batch_samples // (edges * row_multiple)) * row_multiple
-    n_batches = -(-n_rows // most)
-    rows = -(-n_rows // (np.maximum(1, n_batches) * row_multiple)) * row_multiple
+    n_batches = -(-n_rows // np.maximum(1, batch_samples // edges))
+    rows = -(-n_rows // np.maximum(1, n_batches))
     return n_batches.astype(np.int64), rows.astype(np.int64)
 
 
@@ -60,7 +58,6 @@ def optimal_edges(
     counts: np.ndarray,
     max_buckets: int,
     batch_samples: int,
-    row_multiple: int = 1,
 ) -> list[tuple[np.ndarray, int]]:
     """Bucket edges that pad least, for every number of buckets up to `max_buckets`.
 
@@ -73,7 +70,6 @@ def optimal_edges(
         counts: (L,) how many (fractions allowed) have each.
         max_buckets: the most buckets.
         batch_samples: samples that a batch may have, see `split_rows`.
-        row_multiple: see `split_rows`.
 
     Returns:
         For b = 1, 2, ...: edges (b,) ascending, the last the longest length; and the samples in
@@ -86,7 +82,7 @@ def optimal_edges(
     for i in range(1, size + 1):
         edge = lengths[i - 1]
         n_rows = np.ceil(below[i] - below[:i])
-        n_batches, rows = split_rows(n_rows, edge, batch_samples, row_multiple)
+        n_batches, rows = split_rows(n_rows, edge, batch_samples)
         cost[:i, i] = n_batches * rows * edge
     best = cost[0]  # [i]: the first i lengths in b buckets, none of them empty
     cuts: list[np.ndarray] = []

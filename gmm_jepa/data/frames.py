@@ -3,102 +3,42 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gmm_jepa.data.audio import AudioError
 from gmm_jepa.data.corpus import Corpus
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.windows import Window, WindowStream, read_ahead
 from gmm_jepa.features import LogMelSpec, log_mel, log_mel_frames
 
-WINDOW_S = 60.0
-"""Longer utterances are read in windows of this length, so that memory is bounded."""
-BATCH_FRAMES = 16_384
-"""Frames in a batch, about: large enough for matrix products, 5 MB at 80 bands."""
-CACHE_BYTES = 2**30
-"""A stream that is smaller than this stays in memory after its first pass."""
-READERS = 2
-"""Threads that decode and transform ahead of the caller."""
-WINDOWS_AHEAD = 8
-"""Windows that are read ahead: 31 MB of audio and 8 MB of frames at 80 bands, at most."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Window(NamedTuple):
-    """A piece of an utterance that is read at once."""
-
-    utterance: int
-    start_samples: int
-    n_samples: int
-    n_frames: int
-
-
-class LogMelStream:
+class LogMelStream(WindowStream):
     """Re-iterable batches of log-mel frames, as `GaussianMixture.fit` takes them.
-
-    Padding never occurs: utterances are transformed one by one. Audio that cannot be read is
-    recorded and left out.
 
     Args:
         corpus: the audio.
         spec: the front end.
-        rejects: where unreadable audio is recorded.
-        max_s: audio seconds at most; if the corpus has more, utterances are drawn evenly from it.
-        seed: of that draw.
-        rank: of this process; it reads windows rank, rank + world_size, ... of those drawn.
-        world_size: processes that share the work.
-        device: where the frames are computed and stay.
+        options: see `WindowStream`.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        spec: LogMelSpec,
-        *,
-        rejects: RejectLog,
-        max_s: float = float("inf"),
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, spec: LogMelSpec, **options: Any) -> None:
         self.spec = spec
-        self.rejects = rejects
-        durations = corpus.durations_samples
-        drawn = draw_utterances(durations, max_s * spec.sample_rate_hz, seed=seed)
-        self.drawn = drawn
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.device = torch.device(device)
-        self._rejecting = threading.Lock()
-        self._window_frames = int(WINDOW_S * spec.sample_rate_hz) // spec.hop_samples
-        self.n_frames = self._count(self._window_frames, lambda n: log_mel_frames(n, spec))
-        n_bytes = self.n_frames * spec.n_mels * 4
-        self._cache: list[Tensor] | None = [] if n_bytes <= CACHE_BYTES else None
-        self._complete = False
+        super().__init__(corpus, hop_samples=spec.hop_samples, width=spec.n_mels, **options)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """(n, n_mels) float32 tensors, about `BATCH_FRAMES` rows each, in the same order always."""
-        if self._complete:
-            assert self._cache is not None
-            yield from self._cache
-            return
-        kept: list[Tensor] = []
-        for batch in self._batches():
-            if self._cache is not None:
-                kept.append(batch)
-            yield batch
-        if self._cache is not None:
-            self._cache, self._complete = kept, True
+    def frames(self, waveform: Tensor) -> Tensor:
+        """(S,) -> (n, n_mels)."""
+        return log_mel(waveform, spec=self.spec)
+
+    def frame_counts(self, n_samples: np.ndarray, is_cut: np.ndarray) -> np.ndarray:
+        """As many in all windows of an utterance as of it whole: a frame at a cut is the next's."""
+        return np.where(is_cut, self._window_frames, log_mel_frames(n_samples, self.spec))
+
+    @property
+    def _window_frames(self) -> int:
+        return self.window_samples // self.spec.hop_samples
 
     def mini_batches(self, n_frames: int, *, first: int = 0) -> Iterator[Iterator[Tensor]]:
         """One pass in random order, cut into mini-batches; each is an iterator of (n, n_mels).
@@ -171,125 +111,6 @@ class LogMelStream:
                 inside = within[at] - w * self._window_frames
                 yield torch.from_numpy(at), torch.from_numpy(inside), window
 
-    def _batches(self) -> Iterator[Tensor]:
-        waiting: list[Tensor] = []
-        n_frames = 0
-        for frames in read_ahead(self._frames_of, self._own()):
-            if frames is None:
-                continue
-            waiting.append(frames)
-            n_frames += len(frames)
-            if n_frames >= BATCH_FRAMES:
-                yield torch.cat(waiting)
-                waiting, n_frames = [], 0
-        if waiting:
-            yield torch.cat(waiting)
-
-    def _frames_of(self, window: Window) -> Tensor | None:
-        """Log-mel of a window; None if it cannot be read."""
-        waveform = self._read(window)
-        if waveform is None:
-            return None
-        frames = log_mel(torch.from_numpy(waveform).to(self.device), spec=self.spec)
-        return frames[: window.n_frames]
-
-    def _windows(self) -> Iterator[np.ndarray]:
-        """The waveforms of all windows that can be read, decoded ahead."""
-        for waveform in read_ahead(self._read, self._own()):
-            if waveform is not None:
-                yield waveform
-
-    def _own(self) -> Iterator[Window]:
-        """This process's windows of the utterances drawn."""
-        return (window for *_, window in self._own_windows(self.drawn))
-
-    def _own_windows(self, utterances: np.ndarray) -> Iterator[tuple[int, int, Window]]:
-        """Place of the utterance, number in it, window: of every so many-th one over all of them.
-
-        The windows of an utterance have together as many frames as the utterance whole: the frame
-        at a cut belongs to the window that it begins.
-        """
-        length = self._window_samples
-        for places, numbers, rests in self._dealt(utterances):
-            for place, w, rest in zip(places.tolist(), numbers.tolist(), rests.tolist()):
-                is_cut = rest > length
-                n_frames = self._window_frames if is_cut else int(log_mel_frames(rest, self.spec))
-                window = Window(int(utterances[place]), w * length, min(length, rest), n_frames)
-                yield place, w, window
-
-    def _count(self, n_whole: int, n_last: Callable[[np.ndarray], np.ndarray]) -> int:
-        """Frames of this process's windows.
-
-        Args:
-            n_whole: of a window that others of its utterance follow.
-            n_last: takes the samples of utterances' last windows (n,) and gives their frames.
-        """
-        total = 0
-        for *_, rests in self._dealt(self.drawn):
-            last = rests[rests <= self._window_samples]
-            total += (len(rests) - len(last)) * n_whole + int(n_last(last).sum())
-        return total
-
-    def _dealt(self, utterances: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """This process's windows, a part of them at a time.
-
-        Yields:
-            places of their utterances, their numbers in these, and samples from where they begin
-            to the utterance's end; each (n,).
-        """
-        n_windows = self._n_windows(utterances)
-        ends = np.cumsum(n_windows)
-        for own in _in_parts(self.rank, int(ends[-1]) if len(ends) else 0, self.world_size):
-            places = np.searchsorted(ends, own, side="right")
-            numbers = own - ends[places] + n_windows[places]
-            durations = self.corpus.durations_samples[utterances[places]]
-            yield places, numbers, durations - numbers * self._window_samples
-
-    @property
-    def _window_samples(self) -> int:
-        return self._window_frames * self.spec.hop_samples
-
-    def _n_windows(self, utterances: np.ndarray) -> np.ndarray:
-        return -(-self.corpus.durations_samples[utterances] // self._window_samples)
-
-    def _read(self, window: Window) -> np.ndarray | None:
-        try:
-            return self.corpus.read(*window[:3])
-        except AudioError as error:
-            with self._rejecting:  # several threads read
-                self.rejects.extend([self.corpus.reject(window.utterance, error)])
-            return None
-
-
-def _in_parts(start: int, stop: int, step: int, *, n: int = 1 << 16) -> Iterator[np.ndarray]:
-    """The numbers of a range, so many at a time."""
-    for first in range(start, stop, n * step):
-        yield np.arange(first, min(first + n * step, stop), step)
-
-
-def read_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int = READERS
-) -> Iterator[Result]:
-    """``function(item)`` of all items, in order, computed by threads ahead of the caller.
-
-    Not more than `WINDOWS_AHEAD` results wait. Decoding and transforms leave Python's lock, so
-    they run while the caller computes.
-    """
-    source = iter(items)
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="read-ahead") as pool:
-        try:
-            for item in itertools.islice(source, WINDOWS_AHEAD):
-                waiting.append(pool.submit(function, item))
-            while waiting:
-                result = waiting.popleft().result()
-                for item in itertools.islice(source, 1):
-                    waiting.append(pool.submit(function, item))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
-
 
 def draw_frames(n_frames: int, n_wanted: int, *, seed: int) -> np.ndarray:
     """Numbers, ascending, of `n_wanted` of `n_frames` frames drawn uniformly; all if fewer."""
@@ -297,15 +118,3 @@ def draw_frames(n_frames: int, n_wanted: int, *, seed: int) -> np.ndarray:
         return np.arange(n_frames)
     random = np.random.default_rng(seed)
     return np.sort(random.choice(n_frames, n_wanted, replace=False, shuffle=False))
-
-
-def draw_utterances(durations_samples: np.ndarray, max_samples: float, *, seed: int) -> np.ndarray:
-    """Indices, in order, of a random choice of utterances that together last `max_samples` or less.
-
-    All of them if they fit; at least one if there is any.
-    """
-    if durations_samples.sum() <= max_samples:
-        return np.arange(len(durations_samples))
-    order = np.random.default_rng(seed).permutation(len(durations_samples))
-    n_fitting = int(np.searchsorted(np.cumsum(durations_samples[order]), max_samples, "right"))
-    return np.sort(order[: max(n_fitting, 1)])

@@ -39,6 +39,7 @@ from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.workers import map_in_order
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
+from gmm_jepa.locks import held
 
 __all__ = ["PackedCorpus", "pack_corpus"]
 
@@ -67,7 +68,8 @@ def pack_corpus(
         progress: called with utterances done and in all, after each.
 
     Raises:
-        InputError: `out_dir` holds something else, or nothing could be read.
+        InputError: `out_dir` holds something else, another process packs there, or nothing could
+            be read.
     """
     if not shard_s > 0:
         raise InputError(f"shard_s must be positive, got {shard_s}")
@@ -78,13 +80,14 @@ def pack_corpus(
         "source_fingerprint": corpus.fingerprint,
         "shard_s": shard_s,
     }
-    if not _finished(folder, plan):
-        _begin(folder, plan)
-        starts = _shard_starts(corpus.durations_samples, shard_s)
-        records = _write_shards(corpus, folder, starts, workers, progress)
-        rejects.extend(Reject(**reject) for record in records for reject in record["rejects"])
-        _finish(corpus, folder, plan, records)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    with held(folder):
+        if not _finished(folder, plan):
+            _begin(folder, plan)
+            starts = _shard_starts(corpus.durations_samples, shard_s)
+            records = _write_shards(corpus, folder, starts, workers, progress)
+            rejects.extend(Reject(**reject) for record in records for reject in record["rejects"])
+            _finish(corpus, folder, plan, records)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     for line in (folder / REJECTS).read_text().splitlines():
         rejects.extend([Reject(**json.loads(line))])
     packed = PackedCorpus(folder)

@@ -6,7 +6,7 @@ probe takes rows. Memory is the table and one batch of audio.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
-from gmm_jepa.data.frames import draw_utterances
+from gmm_jepa.data.windows import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.models import Encoder, JepaModel
@@ -138,7 +138,7 @@ def encode(
     was_training, done = encoder.training, 0
     encoder.eval()
     try:
-        for batch in _batches(lengths, int(batch_s * SAMPLE_RATE_HZ)):
+        for batch in length_groups(lengths, batch_s * SAMPLE_RATE_HZ):
             encoded = _encode_batch(encoder, [utterances[u].waveform for u in batch], device)
             if output is None:
                 width = encoded.output.shape[-1]
@@ -177,16 +177,18 @@ def _encode_batch(
     return encoder(waveform.to(device), lengths.to(device))
 
 
-def _batches(lengths: NDArray[np.int64], batch_samples: int) -> Iterator[list[int]]:
-    """Utterances grouped by length, longest first: the largest batch fails first, if any."""
-    batch: list[int] = []
-    for u in np.argsort(-lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_samples:
-            yield batch
-            batch = []
-        batch.append(u)
-    if batch:
-        yield batch
+def length_groups(lengths: NDArray[np.int64], limit: float) -> list[list[int]]:
+    """Places grouped by length, longest first: the largest group fails first, if any.
+
+    A group's padded length stays under `limit`; one that is longer stands alone.
+    """
+    groups: list[list[int]] = []
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def log_mel_table(
@@ -233,16 +235,27 @@ def target_frames(
     return _laid_end_to_end(utterances, n_frames, frames_of)[0]
 
 
+def head_frames(model: JepaModel, z: Tensor, head_input: str) -> Tensor:
+    """What the cluster head reads of unmasked z (B, T, D), the same shape.
+
+    Args:
+        model: in eval mode.
+        z: the encoder's output, all frames real.
+        head_input: "encoder" or "predictor", see `ObjectiveConfig.head_input`.
+    """
+    return model.predict(z, None) if head_input == "predictor" else z
+
+
 @torch.inference_mode()
-def predictions(model: JepaModel, z: FrameTable) -> Tensor:
-    """(N, D) float32 on the CPU: what the predictor makes of unmasked z, in eval mode."""
+def heard_frames(model: JepaModel, z: FrameTable, head_input: str) -> Tensor:
+    """(N, D) float32 on the CPU: `head_frames` of every utterance, in eval mode."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     rows = [z.rows(u) for u in range(len(z.offsets) - 1)]
-    made = [model.predict(row[None].to(device), None)[0].float().cpu() for row in rows]
+    heard = [head_frames(model, row[None].to(device), head_input)[0].float().cpu() for row in rows]
     model.train(was_training)
-    return torch.cat(made)
+    return torch.cat(heard)
 
 
 def _laid_end_to_end(

@@ -8,11 +8,14 @@ import os
 import torch
 
 from gmm_jepa.config import DataConfig, TrainConfig
+from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.precision import bf16_slowdown
 
 WAITS_TOO_LONG = 0.05
 """Share of the time spent waiting for audio from which more workers pay."""
+MUCH_PADDING = 0.05
+"""Share of the work that is lost to empty rows from which it is worth a line."""
 
 
 def before_training(config: TrainConfig, peers: Processes) -> list[str]:
@@ -28,6 +31,20 @@ def before_training(config: TrainConfig, peers: Processes) -> list[str]:
             "--train.precision fp32 is faster"
         )
     return lines + _threads(torch.get_num_threads(), peers)
+
+
+def on_batches(plan: BatchPlan, world_size: int) -> list[str]:
+    """What is left out of the batches, and what so many processes compute in vain."""
+    lines = []
+    if plan.n_too_short:
+        lines.append(f"{plan.n_too_short} utterances left out: shorter than data.min_segment_s")
+    padding, alone = plan.padding(world_size), plan.padding()
+    if padding > alone + MUCH_PADDING:
+        lines.append(
+            f"data.batch_s: {padding:.0%} of what {world_size} processes compute is padding, "
+            f"{alone:.0%} of what one does; larger batches share out better"
+        )
+    return lines
 
 
 def on_waiting(wait_share: float, config: DataConfig, cores: int) -> str | None:

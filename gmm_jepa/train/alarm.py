@@ -61,7 +61,7 @@ class Event:
 
 
 class Watch:
-    """Judges lines one after the other; a meter warns once.
+    """Judges lines one after the other; a meter warns once for each model.
 
     Args:
         steps: length of the run.
@@ -85,6 +85,7 @@ class Watch:
             self._began = began
             self._highest.clear()
             self._in_a_row.clear()
+            self._warned.clear()
         for meter, kind in _meters(line):
             value = float(line[meter])
             reason = self._reason(meter, kind, value, step - began)

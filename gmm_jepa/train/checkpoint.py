@@ -32,6 +32,8 @@ def save(
         keep: number of checkpoints that stay, this one included.
     """
     folder = root / f"step_{step:08d}"
+    for unfinished in root.glob("step_*.part"):  # of a save that was killed
+        shutil.rmtree(unfinished)
     with written_aside(folder) as aside:
         aside.mkdir()
         save_weights(aside, weights)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+
+Item = TypeVar("Item")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """For how long processes wait for each other. They read their shares of the audio before they meet,
@@ -64,9 +66,17 @@ class Processes:
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
-    def of_main(self, item: Any) -> Any:
-        """What the main process has, small and picklable."""
-        return self.gather([item])[0]
+    def total(self, count: int) -> int:
+        """Sum of a number that each process has."""
+        return int(self.add(torch.tensor(count)))
+
+    def of_main(self, make: Callable[[], Item]) -> Item:
+        """What the main process, and no other, makes: small and picklable."""
+        if self.world_size == 1:
+            return make()
+        box = [make() if self.is_main else None]
+        dist.broadcast_object_list(box, device=self.device)
+        return cast(Item, box[0])
 
     def wait(self) -> None:
         """Return once every process has come here."""

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gmm_jepa import locks
 from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
 from gmm_jepa.train.distributed import Processes
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _FREE = (
     "recipe.data.workers",
@@ -63,17 +58,17 @@ class RunFolder:
         Raises:
             InputError: the folder holds a run with other settings or audio, or something else.
         """
-        wanted = {"sources": to_dict(sources), "recipe": to_dict(recipe)}
+        wanted = _values(sources, recipe)
         if self.config.exists():
-            changed = _differences(read_json(self.config), wanted)
+            changed = _differences(_values(*self.read()), wanted)
             binding = [line for name, line in changed.items() if not name.startswith(_FREE)]
             if binding and self._has_results():
                 raise InputError(
                     f"{self.root} holds a run with other settings ({'; '.join(binding)}): "
                     "give another folder, or the same settings to go on with it"
                 )
-            if binding:  # nothing was made yet but lists of the audio
-                for path in self.root.glob("*audio.json"):
+            if binding:  # nothing was made yet but lists of the audio and part of a fit
+                for path in (*self.root.glob("*audio.json"), *self.root.glob("*.partial")):
                     path.unlink()
             if changed:
                 write_json(self.config, wanted)
@@ -105,61 +100,26 @@ class RunFolder:
 
 @contextlib.contextmanager
 def held(root: Path, peers: Processes) -> Iterator[None]:
-    """Hold a run folder, which is made if it is absent, for the processes of one run.
-
-    The main process locks the folder itself, so that nothing is left to clean up however it ends.
-    File systems that cannot lock a folder let everybody in.
+    """Hold a run folder for the processes of one run: the main one does, see `locks.held`.
 
     Raises:
         InputError: another run holds it, or it is no folder and cannot be made.
     """
-    folder, refusal = _locked(root) if peers.is_main else (None, None)
-    refusal = peers.of_main(refusal)
-    if refusal is not None:
-        raise InputError(refusal)
-    try:
+    refusal = None
+    with contextlib.ExitStack() as stack:
+        if peers.is_main:
+            try:
+                stack.enter_context(locks.held(root))
+            except InputError as error:
+                refusal = str(error)
+        refusal = peers.of_main(lambda: refusal)
+        if refusal is not None:
+            raise InputError(refusal)
         yield
-    finally:
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                root.rmdir()  # if it is empty
-            _folders.remove(folder)
-            os.close(folder)
 
 
-_folders: set[int] = set()
-"""Descriptors of the folders that this process holds."""
-
-
-def _let_go() -> None:
-    """A decoding process must not hold the folder of a run that was killed."""
-    while _folders:
-        os.close(_folders.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
-def _locked(root: Path) -> tuple[int | None, str | None]:
-    """The descriptor of a folder that is locked now, or why it is not."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = os.open(root, os.O_RDONLY)
-    except FileExistsError:
-        return None, f"{root} is a file: give a folder"
-    except OSError as error:
-        return None, f"{root}: no folder can be made here ({error.strerror})"
-    try:
-        if fcntl is not None:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        return None, f"{root}: another process works on this run; wait until it ends"
-    except OSError:  # no locks here
-        pass
-    _folders.add(folder)
-    return folder, None
+def _values(sources: Sources, recipe: Recipe) -> dict[str, Any]:
+    return {"sources": to_dict(sources), "recipe": to_dict(recipe)}
 
 
 def _differences(found: Any, wanted: Any, where: str = "") -> dict[str, str]:

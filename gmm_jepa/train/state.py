@@ -75,7 +75,7 @@ class TrainState:
 
     def resume(self, root: Path) -> None:
         """Go to the newest checkpoint under `root`, if there is one of this iteration."""
-        latest = self._peers.of_main(checkpoint.newest(root, after=self._first_step))
+        latest = self._peers.of_main(lambda: checkpoint.newest(root, after=self._first_step))
         if latest is None:
             return
         shards = self._shards

@@ -23,7 +23,7 @@ from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.progress import tqdm_bar
-from gmm_jepa.train.advice import before_training, on_waiting, share_of_cores
+from gmm_jepa.train.advice import before_training, on_batches, on_waiting, share_of_cores
 from gmm_jepa.train.alarm import Alarm
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
@@ -43,7 +43,7 @@ class TrainOutcome:
     steps_done: int
     """Optimiser steps in the last checkpoint."""
     finished: bool
-    """False if it was asked to stop before the last step."""
+    """False if it was asked to stop, be it in the last step."""
 
 
 def train(
@@ -94,6 +94,7 @@ def train(
 
     # Steps
     unread: list[Reject] = []
+    n_rejects_before = rejects.count
     with (
         _log_of(folder, start, recipe, peers) as log,
         _stop_signal() as stop_asked,
@@ -111,15 +112,15 @@ def train(
                 log.write(state.step, {**state.meters.read(), **schedule.metrics()})
                 rejects.extend(peers.gather(unread))
                 unread.clear()
-                if peers.is_main:
-                    rejects.check(len(corpus) + rejects.count, recipe.data.max_bad_fraction)
+                n_bad = rejects.count - n_rejects_before
+                rejects.check(len(corpus), recipe.data.max_bad_fraction, n_bad=n_bad)
             # Processes get a signal at different steps; they agree where they meet anyway.
             stop = (due or peers.world_size == 1) and peers.any(stop_asked.is_set())
             if last or stop or state.step % config.checkpoint_every == 0:
                 state.save(folder.checkpoints, keep=config.keep_checkpoints)
             if stop:
                 break
-    return TrainOutcome(steps_done=state.step, finished=last)
+    return TrainOutcome(steps_done=state.step, finished=last and not stop)
 
 
 def training_step(state: TrainState, batch: Batch, recipe: Recipe, peers: Processes) -> Schedule:
@@ -141,8 +142,9 @@ def _batches(
 ) -> Iterator[Batch]:
     """This process's batches of the steps, masked and disturbed."""
     plan = batch_plan(corpus, recipe)
-    if peers.is_main and plan.n_too_short:
-        print(f"{plan.n_too_short} utterances left out: shorter than data.min_segment_s")
+    if peers.is_main:
+        for line in on_batches(plan, peers.world_size):
+            print(line)
     return make_loader(
         corpus,
         plan,

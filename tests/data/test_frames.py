@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from gmm_jepa.data import frames as frames_module
+from gmm_jepa.data import windows as windows_module
 from gmm_jepa.data.corpus import open_corpus
-from gmm_jepa.data.frames import WINDOWS_AHEAD, LogMelStream, draw_frames, read_ahead
+from gmm_jepa.data.frames import LogMelStream, draw_frames
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.windows import WINDOWS_AHEAD, read_ahead
 from gmm_jepa.features import LogMelSpec
 from tests.audio import write_corpus
 
@@ -28,7 +29,7 @@ def whole_corpus(tmp_path_factory):
 @pytest.fixture(params=[60.0, 0.31], ids=["whole", "in windows"])
 def corpus(request, whole_corpus, monkeypatch):
     """Utterances that are read at once, or in several windows."""
-    monkeypatch.setattr(frames_module, "WINDOW_S", request.param)
+    monkeypatch.setattr(windows_module, "WINDOW_S", request.param)
     return whole_corpus
 
 
@@ -57,7 +58,7 @@ def test_processes_share_the_windows(corpus, world_size):
         assert [sum(map(len, batches)) for batches in held] == [share.n_frames for share in shares]
         assert rows_of(f for batches in held for f in batches) == rows_of(stream(part))
     windows = -(-int(corpus.durations_samples[3]) // int(0.31 * 16_000))
-    is_cut = frames_module.WINDOW_S < 1.0
+    is_cut = windows_module.WINDOW_S < 1.0
     assert sum(bool(batches) for batches in held) == (min(windows, world_size) if is_cut else 1)
 
 

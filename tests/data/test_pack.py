@@ -23,6 +23,7 @@ from gmm_jepa.data.pack import PackedCorpus, pack_corpus
 from gmm_jepa.data.packed import to_int16
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
+from gmm_jepa.locks import held
 
 
 def opened(sources):
@@ -236,6 +237,14 @@ def test_other_contents_are_not_overwritten(labelled, tmp_path):
     with pytest.raises(InputError, match="none of 1 utterances"):
         pack_corpus(labelled.select([5]), tmp_path / "new", rejects=log)
     assert log.count == 1
+
+
+def test_one_process_packs_at_a_time(labelled, tmp_path):
+    packed = pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog())
+    with held(tmp_path / "pack"), pytest.raises(InputError, match="another process works here"):
+        pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog())
+    again = pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog())
+    assert again.fingerprint == packed.fingerprint
 
 
 def test_clipping_is_counted_and_warned_of(write_audio, tmp_path):

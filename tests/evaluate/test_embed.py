@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmm_jepa.data.frames import draw_utterances
+from gmm_jepa.data.windows import draw_utterances
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate import embed
 from gmm_jepa.features import LogMelSpec, log_mel

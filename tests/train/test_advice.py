@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from gmm_jepa.config import DataConfig, TrainConfig
+from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.train import advice
 from gmm_jepa.train.distributed import Processes
 
@@ -26,6 +28,14 @@ from gmm_jepa.train.distributed import Processes
 def test_waiting_for_audio(share, workers, cores, said):
     line = advice.on_waiting(share, DataConfig(workers=workers), cores)
     assert line is None if said is None else said in line
+
+
+def test_batches_that_do_not_share_out():
+    lengths = np.random.default_rng(0).integers(2 * 16_000, 15 * 16_000, 3_000)
+    plan = BatchPlan(lengths, batch_samples=480 * 16_000, max_samples=15 * 16_000)
+    assert advice.on_batches(plan, 1) == []
+    (line,) = advice.on_batches(plan, 64)
+    assert "45% of what 64 processes compute is padding, 4% of what one does" in line
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,11 @@ def test_a_new_model_is_not_compared_with_the_one_before():
     assert events(curves, 400, starts=(0, 30)) == []
 
 
+def test_a_meter_rings_once_for_each_model():
+    curves = {"online_mean_cosine": [0.9] * 12}
+    assert [e.step for e in events(curves, 400, starts=(0, 60))] == [55, 115]
+
+
 def test_events_are_written_and_follow_from_the_metrics(tmp_path, capsys):
     metrics, path = tmp_path / "metrics.jsonl", tmp_path / "alarms.jsonl"
     alarm = Alarm(path, metrics, 400)

@@ -6,7 +6,7 @@ import pytest
 
 from gmm_jepa.config import Sources
 from gmm_jepa.errors import InputError
-from gmm_jepa.files import written_aside
+from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.presets import PRESETS
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder, held
@@ -27,9 +27,10 @@ def test_settings_may_be_mended_until_there_is_a_result(tmp_path):
     folder.open(SOURCES, recipe)
     mended = dataclasses.replace(recipe, seed=7)
     (folder.root / "audio.json").write_text("{}")
+    (folder.root / "gmm.safetensors.partial").write_text("")
     folder.open(SOURCES, mended)
     assert folder.read() == (SOURCES, mended)
-    assert not (folder.root / "audio.json").exists()
+    assert [path.name for path in folder.root.iterdir()] == ["config.json"]
 
 
 def test_settings_that_do_not_bind_may_change_at_any_time(tmp_path):
@@ -40,6 +41,17 @@ def test_settings_that_do_not_bind_may_change_at_any_time(tmp_path):
     other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=0))
     folder.open(SOURCES, other)
     assert folder.read() == (SOURCES, other)
+
+
+def test_a_setting_that_is_new_has_the_value_that_stands_for_how_things_were(tmp_path):
+    folder, recipe = RunFolder(tmp_path / "run"), PRESETS["cpu"]()
+    folder.open(SOURCES, recipe)
+    folder.checkpoints.mkdir()
+    values = read_json(folder.config)
+    del values["recipe"]["train"]["cuda_graphs"]
+    write_json(folder.config, values)
+    folder.open(SOURCES, recipe)
+    assert folder.read() == (SOURCES, recipe)
 
 
 def test_other_settings_are_refused_naming_what_differs(tmp_path):
@@ -65,7 +77,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     with held(root, peers):
         (root / "config.json").write_text("{}")
         with (
-            pytest.raises(InputError, match="another process works on this run"),
+            pytest.raises(InputError, match="another process works here"),
             held(root, peers),
         ):
             pass

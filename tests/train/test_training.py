@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmm_jepa.cli import EXIT_STOPPED, main
-from gmm_jepa.train.checkpoint import newest, steps
+from gmm_jepa.cli import EXIT_INTERRUPTED, EXIT_STOPPED, main
+from gmm_jepa.gmm.partial import PartialFit
+from gmm_jepa.train import trainer
+from gmm_jepa.train.checkpoint import newest, save, steps
 from gmm_jepa.train.metrics import read_metrics
 from tests.audio import write_corpus
 
@@ -247,6 +249,67 @@ def test_sigterm_saves_and_ends_cleanly(manifest, tmp_path):
     assert running.returncode == EXIT_STOPPED, output
     assert "stopped at step" in output
     assert newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_stop_in_the_last_step_is_obeyed(manifest, tmp_path, monkeypatch, capsys):
+    step = trainer.training_step
+
+    def stopped_in_the_last(state, *others):
+        schedule = step(state, *others)
+        if state.step == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return schedule
+
+    monkeypatch.setattr(trainer, "training_step", stopped_in_the_last)
+    words = ["run", *arguments(manifest, tmp_path / "run", "--train.steps", "10")[1:]]
+    assert main(words) == EXIT_STOPPED
+    assert "stopped at step 10" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert main(words) == 0
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_only_what_goes_bad_in_the_training_counts_there(manifest, tmp_path):
+    """What was bad before was judged before, as a share of all audio."""
+    folder = tmp_path / "audio"
+    shutil.copytree(manifest.parent, folder)
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    share = f"{1 / len(list(folder.glob('*.[fw]*'))) + 1e-6:.8f}"
+    more = ("--data.max-bad-fraction", share, "--data.heldout-fraction", "0.3")
+    assert main(arguments(folder, tmp_path / "run", *more, "--train.steps", "10")) == 0
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
+    left = tmp_path / "step_00000003.part"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, 5, {"w": torch.zeros(2)}, {"step": 5}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_a_mixture_is_refused_where_none_is_learnt(manifest, tmp_path, capsys):
+    for system in ("pure-jepa", "wavlm-style"):
+        more = ("--system", system, "--gmm", str(tmp_path / "gmm.safetensors"))
+        assert main(arguments(manifest, tmp_path / system, *more)) == 2
+        assert "gmm: this system learns no mixture" in capsys.readouterr().err
+
+
+def test_a_fit_that_was_killed_in_a_run_goes_on(manifest, tmp_path, monkeypatch):
+    done: list[int] = []
+    save_state = PartialFit.save
+
+    def killed_in_the_third(self, result, averages=None):
+        save_state(self, result, averages)
+        done.append(len(result.lower_bounds))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialFit, "save", killed_in_the_third)
+    more = ("--mixture.tol", "0", "--mixture.max-iter", "6", "--train.steps", "2")
+    assert main(arguments(manifest, tmp_path / "run", *more)) == EXIT_INTERRUPTED
+    assert main(arguments(manifest, tmp_path / "run", *more)) == 0
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_a_non_finite_step_is_skipped_and_ten_in_a_row_stop_the_run(
