@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -178,14 +178,14 @@ class MetricsLog:
         if self._events is not None:
             self._events.close()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the line of `step` (steps done); a value that is not finite becomes null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+    def write(self, line: Mapping[str, float]) -> None:
+        """Append a line with its ``step`` (steps done); a value that is not finite becomes null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            for name in line.keys() - {"step"}:
+                self._events.add_scalar(name, line[name], line["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

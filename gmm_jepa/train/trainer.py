@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 
-from gmm_jepa.config import DataConfig, Iteration, Recipe, TrainConfig
+from gmm_jepa.config import Iteration, Recipe, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
@@ -22,18 +21,13 @@ from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
-from gmm_jepa.progress import tqdm_bar
-from gmm_jepa.train.advice import before_training, on_batches, on_waiting, share_of_cores
-from gmm_jepa.train.alarm import Alarm
+from gmm_jepa.train.advice import before_training, on_batches
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.metrics import MetricsLog
+from gmm_jepa.train.log import training_log
 from gmm_jepa.train.profile import StepProfile
 from gmm_jepa.train.sharding import gradient_sync
 from gmm_jepa.train.state import TrainState
-
-JUDGED_LINE = 3
-"""The line of metrics that tells whether there are enough workers: earlier ones see them start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +90,7 @@ def train(
     unread: list[Reject] = []
     n_rejects_before = rejects.count
     with (
-        _log_of(folder, start, recipe, peers) as log,
+        training_log(folder, start, recipe, peers) as log,
         _stop_signal() as stop_asked,
         _profile_of(profile, recipe, peers) as profiler,
     ):
@@ -109,7 +103,7 @@ def train(
             last = state.step == iteration.stop_step
             due = last or state.step % config.log_every == 0
             if due:
-                log.write(state.step, {**state.meters.read(), **schedule.metrics()})
+                log(state.step, {**state.meters.read(), **schedule.metrics()})
                 rejects.extend(peers.gather(unread))
                 unread.clear()
                 n_bad = rejects.count - n_rejects_before
@@ -206,61 +200,6 @@ def _profile_of(
     if folder is None or not peers.is_main:
         return contextlib.nullcontext()
     return StepProfile(folder, peers.device, recipe.train.precision)
-
-
-class _Log:
-    """Metrics and progress bar of the main process; silent in the others."""
-
-    def __init__(
-        self,
-        metrics: MetricsLog | None,
-        alarm: Alarm | None,
-        bar: Any,
-        start: int,
-        data: DataConfig,
-        cores: int,
-    ) -> None:
-        self._metrics, self._alarm, self._bar, self._shown = metrics, alarm, bar, start
-        self._data, self._cores, self._n_lines = data, cores, 0
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Take in the values of `step` (steps done)."""
-        if self._metrics is not None:
-            self._metrics.write(step, values)
-        if self._alarm is not None:
-            self._alarm.see({"step": step, **values})
-        self._n_lines += 1
-        if self._metrics is not None and self._n_lines == JUDGED_LINE:
-            advice = on_waiting(values["wait_share"], self._data, self._cores)
-            if advice is not None:
-                self._bar.write(advice)
-        shown = {k: f"{values[k]:.3f}" for k in ("loss", "kl", "cross_entropy") if k in values}
-        self._bar.set_postfix(**shown, refresh=False)
-        self._bar.update(step - self._shown)
-        self._shown = step
-
-
-@contextlib.contextmanager
-def _log_of(folder: RunFolder, start: int, recipe: Recipe, peers: Processes) -> Iterator[_Log]:
-    config = recipe.train
-    with contextlib.ExitStack() as stack:
-        metrics = alarm = None
-        if peers.is_main:
-            metrics = stack.enter_context(
-                MetricsLog(folder.metrics, start, tensorboard=config.tensorboard)
-            )
-            if config.alarm:
-                starts = [iteration.first_step for iteration in recipe.iterations]
-                alarm = Alarm(folder.alarms, folder.metrics, config.steps, starts)
-        bar = tqdm_bar(
-            initial=start,
-            total=config.steps,
-            desc="training",
-            unit="step",
-            disable=not peers.is_main,
-        )
-        shown = stack.enter_context(bar)
-        yield _Log(metrics, alarm, shown, start, recipe.data, share_of_cores(peers))
 
 
 @contextlib.contextmanager
