@@ -8,7 +8,7 @@ DEMO   := runs/demo
 .PHONY: help setup demo demo-long demo-probes bench-train bench-data bench-pytest test native native-sanitize ptxas lint format bench clean
 
 help:
-	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (5 minutes)"
+	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (3 to 5 minutes)"
 	@echo "make demo-long  the same with a training four times as long"
 	@echo "make demo-probes  recognition, moods and slots on spoken commands, after make demo (10 minutes)"
 	@echo "make test       all tests"

@@ -2,7 +2,8 @@
 
 ``gmm_jepa._native`` is built wherever a C++17 compiler is found. Without one, or if the build
 fails, the package installs all the same and its operators run on torch alone; ``gmm-jepa doctor``
-tells. ``GMM_JEPA_NATIVE=0`` leaves the native module out.
+tells. ``GMM_JEPA_NATIVE=0`` leaves the native module out, ``GMM_JEPA_NATIVE=1`` makes a failing
+build an error.
 
 Its CUDA part is built too where nvcc is found; no GPU is looked for. ``GMM_JEPA_CUDA=0`` leaves it
 out, ``GMM_JEPA_CUDA=1`` makes its absence an error, and ``GMM_JEPA_CUDA_ARCHITECTURES`` (default
@@ -160,7 +161,7 @@ def native_extensions() -> list[Extension]:
     sources = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")])
     if not IS_X86:
         sources = [path for path in sources if path.stem not in FLAGS_OF]
-    return [Extension("gmm_jepa._native", [str(path) for path in sources], optional=True)]
+    return [Extension("gmm_jepa._native", [str(path) for path in sources])]
 
 
 setup(

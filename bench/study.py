@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import RESULTS, append, surroundings
-from gmm_jepa.compare.jobs import run_all
+from gmm_jepa.compare.jobs import StoppedError, run_all
 from gmm_jepa.compare.plan import Planned, plan, prepare
 from gmm_jepa.compare.results import flat, run_numbers
 from gmm_jepa.config import Recipe, Sources
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     try:
         study(parser.parse_args(arguments))
-    except InputError as error:
+    except (InputError, StoppedError, ChildProcessError) as error:
         sys.exit(f"study: {error}")
 
 

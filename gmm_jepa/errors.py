@@ -13,6 +13,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package, or say how to install it.
 

@@ -162,7 +162,7 @@ def log_mel(
         TypeError: the waveform is of an unknown type.
     """
     from_numpy = isinstance(waveform, np.ndarray)
-    signal = torch.from_numpy(np.array(waveform)) if from_numpy else waveform
+    signal = tensor_of(waveform) if from_numpy else waveform
     if not isinstance(signal, Tensor):
         raise TypeError(f"waveform: expected a tensor or an array, got {type(waveform).__name__}")
     if signal.ndim not in (1, 2):
@@ -189,6 +189,11 @@ def log_mel(
     return frames.numpy() if from_numpy else frames
 
 
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A copy of an array in either byte order."""
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+
 def _lengths(rows: Tensor, lengths_samples: Tensor | np.ndarray | None, *, batched: bool) -> Tensor:
     """Checked lengths (B,) int64 on the device of `rows`; values are checked on the CPU only."""
     B, S = rows.shape
@@ -196,7 +201,8 @@ def _lengths(rows: Tensor, lengths_samples: Tensor | np.ndarray | None, *, batch
         return torch.full((B,), S, dtype=torch.int64, device=rows.device)
     if not batched:
         raise InputError("lengths_samples: only with a batch (B, S), got one waveform (S,)")
-    lengths = torch.as_tensor(lengths_samples)
+    of_numpy = isinstance(lengths_samples, np.ndarray)
+    lengths = tensor_of(lengths_samples) if of_numpy else torch.as_tensor(lengths_samples)
     if lengths.shape != (B,) or lengths.is_floating_point():
         raise InputError(
             f"lengths_samples: expected ({B},) whole numbers, "

@@ -59,7 +59,7 @@ def _paper() -> Recipe:
 
 
 def _cpu() -> Recipe:
-    """A small conformer that learns in four minutes on two CPU cores."""
+    """A small conformer that learns in minutes on two CPU cores."""
     return Recipe(
         data=DataConfig(
             max_segment_s=2.0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
+import sys
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -91,6 +93,26 @@ def test_data_files_are_packaged() -> None:
 def test_kernels_are_a_package_of_gmm_jepa() -> None:
     kernels = importlib.import_module("gmm_jepa.kernels")
     assert (Path(kernels.__file__).parent.resolve()) == REPOSITORY / "kernels"
+
+
+@pytest.mark.parametrize("wanted", ["", "GMM_JEPA_NATIVE", "GMM_JEPA_CUDA"])
+def test_a_failing_build_is_an_error_where_the_module_is_asked_for(wanted: str, tmp_path) -> None:
+    (tmp_path / "pybind11.py").write_text("def get_include():\n    return '.'\n")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(tmp_path / "built"), "--build-temp", str(tmp_path / "temp")]
+    environment = os.environ | {"CC": "false", "CXX": "false", "PYTHONPATH": str(tmp_path)}
+    for name in ("GMM_JEPA_NATIVE", "GMM_JEPA_CUDA"):
+        environment[name] = "1" if name == wanted else ""
+    environment["CUDA_HOME"] = str(tmp_path)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(wanted), done.stderr
+    assert "gmm_jepa._native is not built" in done.stderr
 
 
 def test_torch_is_recent_enough() -> None:

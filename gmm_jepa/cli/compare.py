@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from gmm_jepa.cli import EXIT_STOPPED
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.cli.table import format_table
-from gmm_jepa.cli.training import RunOptions
+from gmm_jepa.cli.training import RecipeOptions
 from gmm_jepa.compare import page
-from gmm_jepa.compare.jobs import run_all
+from gmm_jepa.compare.jobs import StoppedError, run_all
 from gmm_jepa.compare.plan import Planned, plan, prepare
 from gmm_jepa.config import Recipe, System
 from gmm_jepa.errors import InputError
@@ -19,7 +24,15 @@ from gmm_jepa.train.distributed import processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(RunOptions):
+class CommonRecipe(Recipe):
+    """A recipe whose system and seed are not asked for: a comparison has several of each."""
+
+    system: tyro.conf.Suppress[System] = "gmm-anchored"
+    seed: tyro.conf.Suppress[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(RecipeOptions):
     """Several systems trained alike on the same audio, and one page on them.
 
     Every system and seed is an ordinary run in a folder of its own (OUT/SYSTEM/seed0). Settings
@@ -27,12 +40,16 @@ class CompareOptions(RunOptions):
     stopped.
     """
 
+    out: Path
+    """Folder of the comparison."""
     systems: tuple[System, ...] = ("gmm-anchored", "pure-jepa", "wavlm-style")
     """What is compared."""
     seeds: tuple[int, ...] = (0,)
     """Every system is trained once with each."""
     jobs: int = 1
     """Trainings at a time, each in a process with its share of the cores."""
+    recipe: Annotated[CommonRecipe, tyro.conf.arg(name="")]
+    """Settings of all systems."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -49,7 +66,11 @@ def main(command: str, arguments: Sequence[str]) -> int:
         prepare(planned, options.sources(), peers)
     waiting = sum(not p.is_done for p in planned)
     print(f"{len(planned)} runs, {waiting} to train, {options.jobs} at a time: {options.out}")
-    run_all(planned, jobs=options.jobs, on_done=_tell)
+    try:
+        run_all(planned, jobs=options.jobs, on_done=_tell)
+    except StoppedError as stopped:
+        print(f"{stopped}; start again to go on")
+        return EXIT_STOPPED
     written = page.write(options.out, planned, jobs=options.jobs)
     print(format_table(page.summary_rows(read_json(options.out / "compare.json"))))
     print(f"report: {written}")
@@ -68,7 +89,7 @@ def _refuse(arguments: Sequence[str]) -> None:
 
 def _recipe(command: str, arguments: Sequence[str], system: str) -> Recipe:
     """The settings of one system: its own, and over them what was given."""
-    return parse(CompareOptions, command, [*arguments, "--system", system]).recipe
+    return Recipe(**vars(parse(CompareOptions, command, arguments, system=system).recipe))
 
 
 def _tell(planned: Planned) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.cli.table import format_table
-from gmm_jepa.ops import native, triton_gmm
+from gmm_jepa.ops import fused, native, triton_gmm
 
 _OPTIONAL = {
     "triton": "kernels on CUDA",
@@ -25,9 +25,18 @@ _OPTIONAL = {
     "tensorboard": "TensorBoard events",
     "matplotlib": "the report",
     "espeakng-loader": "the synthetic corpus",
+    "transformers": "Hugging Face's encoders",
+    "jiwer": "error rates of recognition",
+    "onnx": "export to ONNX",
+    "onnxscript": "export to ONNX",
+    "onnxruntime": "running what was exported to ONNX",
+    "scikit-learn": "gmm_jepa.sklearn",
     "torchaudio": "an oracle of the tests",
-    "scikit-learn": "an oracle of the tests",
 }
+
+_PROVEN = "posterior, log-likelihood, log-mel, masked losses, attention, depthwise convolution"
+_UNPROVEN = "residual unit, snake, density-adaptive attention"
+_NOT_ASKED = f"off: GMM_JEPA_UNPROVEN_KERNELS=1 asks for them ({_UNPROVEN})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +84,23 @@ def devices() -> list[tuple[str, str]]:
 def backends() -> list[tuple[str, str]]:
     """Each backend of the ops: live, or why not."""
     cuda = "live" if torch.cuda.is_available() else f"off: {_why_no_cuda()}"
+    unproven = _triton_status(_UNPROVEN) if fused.uses_unproven else _NOT_ASKED
     return [
         ("torch on cpu", "live (all ops)"),
         ("torch on cuda", cuda),
-        ("triton kernels", _triton_status()),
+        ("triton kernels", _triton_status(_PROVEN)),
+        ("unproven triton kernels", unproven),
         ("native module", native.status()),
         ("native EM on cuda", native.cuda_status()),
     ]
 
 
-def _triton_status() -> str:
+def _triton_status(kernels: str) -> str:
     if not triton_gmm.available():
         return "off: triton is not installed"
     if not torch.cuda.is_available():
         return f"off: {_why_no_cuda()}"
-    return "live (posterior, log-likelihood, log-mel, masked losses)"
+    return f"live ({kernels})"
 
 
 def _why_no_cuda() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -23,11 +23,13 @@ ModelName = Literal[
 ]
 
 
-def parse(options: type[Options], command: str, arguments: Sequence[str]) -> Options:
+def parse(
+    options: type[Options], command: str, arguments: Sequence[str], *, system: str | None = None
+) -> Options:
     """Parse a command's options; `--help` prints them and exits.
 
-    Where the options have a field `recipe`, its default is the preset named by `--preset`, as
-    `--system` and `--model` change it.
+    Where the options have a field `recipe`, a `Recipe` or a kind of it, its default is the preset
+    named by `--preset`, as `--system` (or `system`, if given) and `--model` change it.
 
     Raises:
         InputError: an unknown preset, system or model.
@@ -36,13 +38,14 @@ def parse(options: type[Options], command: str, arguments: Sequence[str]) -> Opt
     defaults: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(options)}
     if "recipe" in fields:
-        name = _last_value(arguments, "--preset") or fields["preset"].default
+        name = last_value(arguments, "--preset") or fields["preset"].default
         try:
             recipe = preset(
                 name,
-                system=_last_value(arguments, "--system"),
-                model=_last_value(arguments, "--model") if "model" in fields else None,
+                system=system or last_value(arguments, "--system"),
+                model=last_value(arguments, "--model") if "model" in fields else None,
             )
+            recipe = get_type_hints(options)["recipe"](**vars(recipe))
         except InputError as error:
             raise InputError(f"--{error}") from None
         defaults = {name: tyro.MISSING for name, field in fields.items() if _required(field)}
@@ -60,7 +63,7 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
-def _last_value(arguments: Sequence[str], option: str) -> str | None:
+def last_value(arguments: Sequence[str], option: str) -> str | None:
     """The value of the last ``--option``, given apart or with ``=``."""
     value = None
     for word, following in zip(arguments, [*arguments[1:], None]):

@@ -21,8 +21,8 @@ from gmm_jepa.train.folder import RunFolder, held
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Audio in, pretrained encoder and report out. Started again, it goes on where it stopped."""
+class RecipeOptions:
+    """Audio, and the settings to train with."""
 
     audio: tuple[str, ...]
     """Folders of audio, JSONL manifests, audio files or packed corpora."""
@@ -36,8 +36,6 @@ class RunOptions:
     """How often an utterance of each source comes per epoch; default: once."""
     heldout_audio: tuple[str, ...] = ()
     """Sources to evaluate on; default: a part of the audio is held out."""
-    profile: Path | None = None
-    """Folder for a profile of a few early steps: a trace and a table of its operations."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """All settings; `system` sets what that system needs, which can be overridden as well."""
 
@@ -48,6 +46,14 @@ class RunOptions:
             weights=self.weights,
             heldout_audio=_absolute(self.heldout_audio),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RecipeOptions):
+    """Audio in, pretrained encoder and report out. Started again, it goes on where it stopped."""
+
+    profile: Path | None = None
+    """Folder for a profile of a few early steps: a trace and a table of its operations."""
 
 
 @dataclass(frozen=True, kw_only=True)

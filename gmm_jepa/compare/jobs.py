@@ -7,6 +7,7 @@ audio a second with the cpu preset).
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
-from gmm_jepa.compare.job import BAD_INPUT
+from gmm_jepa.compare.job import BAD_INPUT, STOPPED
 from gmm_jepa.compare.plan import Planned
 from gmm_jepa.errors import InputError
 from gmm_jepa.progress import Bar
@@ -24,6 +26,12 @@ from gmm_jepa.train.metrics import read_metrics
 
 LOG = "log.txt"
 _LOOK_EVERY_S = 1.0
+_BAR = re.compile(r"\[\d+:\d\d[:\d]*[<,]")
+"""The clock of a progress bar."""
+
+
+class StoppedError(Exception):
+    """A run was asked to stop before its last step; the next start goes on with it."""
 
 
 @dataclass
@@ -45,7 +53,8 @@ def run_all(
 ) -> None:
     """Train and evaluate the runs that are not done; their output goes to ``log.txt``.
 
-    Ctrl-C and SIGTERM stop them at a checkpoint, from which the next start goes on.
+    Ctrl-C and SIGTERM stop them at a checkpoint, from which the next start goes on. Where one ends
+    before its last step, the others are stopped too.
 
     Args:
         planned: prepared runs.
@@ -53,10 +62,12 @@ def run_all(
         on_done: called after every run.
 
     Raises:
-        InputError: one of them met a user's mistake, or was stopped; the others are stopped too.
-        RuntimeError: one of them failed.
+        InputError: one of them met a user's mistake.
+        StoppedError: one of them was asked to stop.
+        ChildProcessError: one of them failed.
     """
     waiting = [p for p in planned if not p.is_done]
+    jobs = min(jobs, len(waiting))
     total = sum(p.recipe.train.steps for p in waiting)
     running: list[_Job] = []
     done = 0
@@ -89,15 +100,24 @@ def _start(planned: Planned, *, threads: int) -> _Job:
 
 def _check(job: _Job) -> None:
     """Raise what ended a run before its end."""
-    code = job.process.returncode
+    code, root = job.process.returncode, job.planned.folder.root
     if code == 0:
         return
-    root = job.planned.folder.root
-    words = (root / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code == BAD_INPUT and words:
-        raise InputError(f"{root}: {words[-1]}")
-    said = f": {words[-1]}" if words else ""
-    raise RuntimeError(f"{root} ended with code {code}, see {LOG} there{said}")
+    if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+        raise StoppedError(f"{root} was stopped")
+    if code < 0:
+        raise ChildProcessError(f"{root} was ended by {signal.Signals(-code).name}")
+    said = _last_words(root / LOG)
+    if code == BAD_INPUT:
+        raise InputError(f"{root}: {said}")
+    raise ChildProcessError(f"{root} failed, see {LOG} there: {said}")
+
+
+def _last_words(log: Path) -> str:
+    """The last line that is no progress bar."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = (line.strip() for line in reversed(lines) if not _BAR.search(line))
+    return next(filter(None, said), "nothing was said")
 
 
 def _cores() -> int:

@@ -125,14 +125,16 @@ def _parts(numbers: Mapping[str, Any], pictures: sections.Pictures) -> list[tupl
         ("Probes", _probes(systems, pictures)),
         (
             "Clusters and embedding",
-            _figure(pictures, "compare_held_out", "Measures on held-out speech", _HELD_OUT)
+            sections.picture(pictures, "compare_held_out", "Measures on held-out speech", _HELD_OUT)
             + _measures(systems, _MEASURES, "held out"),
         ),
         (
             "Training",
             _alarms(systems)
-            + _figure(pictures, "compare_meters", "Collapse meters over the steps", _METERS)
-            + _figure(pictures, "compare_losses", "Losses over the steps", _LOSSES),
+            + sections.picture(
+                pictures, "compare_meters", "Collapse meters over the steps", _METERS
+            )
+            + sections.picture(pictures, "compare_losses", "Losses over the steps", _LOSSES),
         ),
         ("Cost", _lead(_COST) + _costs(numbers)),
         ("Differences", _differences(numbers)),
@@ -142,10 +144,6 @@ def _parts(numbers: Mapping[str, Any], pictures: sections.Pictures) -> list[tupl
 
 def _lead(text: str) -> str:
     return f'<p class="lead">{text}</p>'
-
-
-def _figure(pictures: sections.Pictures, key: str, title: str, caption: str) -> str:
-    return sections.picture(pictures, key, title, caption)
 
 
 def with_spread(row: Mapping[str, Any] | None, form: str, *, scale: float = 1) -> str:
@@ -212,7 +210,7 @@ def _probes(systems: Mapping[str, Any], pictures: sections.Pictures) -> str:
             f"Test: {found['split']} (first seed)."
         )
         tables.append(table([f"{task}, accuracy %", *columns], rows, note))
-    picture = _figure(pictures, "compare_probes", "Probe accuracy", "")
+    picture = sections.picture(pictures, "compare_probes", "Probe accuracy")
     return _lead(_PROBES) + picture + "".join(tables)
 
 

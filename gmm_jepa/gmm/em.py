@@ -101,9 +101,7 @@ def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
     Sums stay on the device of the batches until the last one.
     """
     K, D = mixture.means.shape
-    total = EMStatistics(
-        *(torch.zeros(shape, dtype=torch.float64) for shape in ((K,), (K, D), (K, D), ()))
-    )
+    total = zero_statistics(K, D)
     for frames in batches:
         if frames.shape[1] != D:
             raise InputError(f"X: expected {D} features, got {frames.shape[1]}")
@@ -112,6 +110,12 @@ def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
         part = em_statistics(frames, mixture)
         total = EMStatistics(*(t.to(device) + p for t, p in zip(total, part)))
     return EMStatistics(*(t.cpu() for t in total))
+
+
+def zero_statistics(K: int, D: int) -> EMStatistics:
+    """Statistics of no frames, float64 on the CPU."""
+    shapes = ((K,), (K, D), (K, D), ())
+    return EMStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def maximisation(statistics: EMStatistics, previous: Mixture, variance_floor: float) -> Mixture:

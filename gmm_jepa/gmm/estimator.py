@@ -13,9 +13,9 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import AllReduce, EMResult, OnIteration, expectation_maximisation
-from gmm_jepa.gmm.seeding import GatherRows, start_from, start_sample
+from gmm_jepa.gmm.seeding import GatherRows, generators, start_from, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
-from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
+from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
 from gmm_jepa.ops import Mixture, gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.packed import mixture_on
 
@@ -135,10 +135,6 @@ class GaussianMixture(SklearnProtocol):
             )
         return self
 
-    def fit_predict(self, X: Frames, y: None = None) -> Frames:
-        """`fit`, then `predict` of the same (N, D) frames."""
-        return self.fit(X).predict(X)
-
     def predict(self, X: Frames) -> Frames:
         """Most probable component of every frame: (N, D) -> (N,) int64."""
         frames, mixture = self._frames(X)
@@ -244,15 +240,7 @@ class GaussianMixture(SklearnProtocol):
         self.n_frames_ = result.n_frames
 
     def _check_parameters(self) -> None:
-        for name in ("n_components", "max_iter", "n_init_frames"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}: expected a whole number above 0, got {value!r}")
-        if self.n_init_frames < self.n_components:
-            raise InputError(
-                f"n_init_frames: expected at least n_components = {self.n_components}, "
-                f"got {self.n_init_frames}"
-            )
+        self._check_sizes("n_components")
         if self.covariance_type != "diag":
             raise InputError(f'covariance_type: expected "diag", got {self.covariance_type!r}')
         if not self.tol >= 0.0:
@@ -279,9 +267,7 @@ class GaussianMixture(SklearnProtocol):
             )
         if all_reduce is not None and self.random_state is None:
             raise InputError("random_state: expected a number with all_reduce, got None")
-        seeds = np.random.SeedSequence(self.random_state).spawn(2)
-        # two generators: processes of unlike length draw unlike often for the sample
-        sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
+        sampling, choosing = generators(self.random_state)
         sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
         n_samples, n_features = sample.shape
         if n_samples < self.n_components:
@@ -335,13 +321,7 @@ class GaussianMixture(SklearnProtocol):
 
     def _frames(self, X: Frames) -> tuple[Tensor, Mixture]:
         """Checked (N, D) frames and the mixture beside them on their device."""
-        self.check_fitted()
-        frames = as_frames(X)
-        if frames.shape[1] != self.n_features_in_:
-            raise InputError(
-                f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
+        frames = self._checked(X)
         return frames, self.mixture_on(frames.device)
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

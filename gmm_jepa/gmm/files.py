@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from gmm_jepa.errors import InputError, require
+from gmm_jepa.errors import InputError, first_line, require
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
@@ -51,7 +52,7 @@ def save_mixture(
     version, K, D, parameters of the fit, likelihood curve, front end, sha256 of the tensors.
 
     Args:
-        path: of the file; its folder exists.
+        path: of the file; its folder is made.
         gm: a fitted mixture.
         front_end: the features it was fitted on; `load_mixture` refuses any other.
 
@@ -220,7 +221,7 @@ def _published(path: str | os.PathLike[str], names: tuple[str, ...], what: str) 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a published {what} ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a published {what} ({first_line(error)})") from error
     missing = [name for name in names if not isinstance(content, dict) or name not in content]
     if missing:
         raise InputError(f"{path}: not a published {what}, no {missing[0]!r}")
@@ -243,7 +244,7 @@ def _save(
         )
     described = {**description, "front_end": None if front_end is None else front_end.to_dict()}
     arrays = {name: np.ascontiguousarray(arrays[name]) for name in kind.tensors}
-    text = json.dumps(described, sort_keys=True)
+    text = json.dumps(described, sort_keys=True, default=np.generic.item)
     metadata = {
         "format": kind.format,
         "format_version": str(FORMAT_VERSION),
@@ -259,13 +260,14 @@ def _load(
     path: str | os.PathLike[str], kind: _Kind, front_end: LogMelSpec | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], LogMelSpec | None]:
     """Tensors, description and front end of a file of one kind."""
-    metadata, arrays = _read(Path(path), kind)
+    metadata, tensors = read_tensors(path, f"not a {kind.name} file")
     if metadata.get("format") != kind.format:
         raise InputError(f"{path}: not a {kind.name} file (format {metadata.get('format')!r})")
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise InputError(
             f"{path}: format version {metadata.get('format_version')}, expected {FORMAT_VERSION}"
         )
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     if set(arrays) != set(kind.tensors) or metadata.get("sha256") != _hash(
         arrays, kind.tensors, metadata.get(kind.name, "")
     ):
@@ -279,13 +281,22 @@ def _load(
     return arrays, description, stored_spec
 
 
-def _read(path: Path, kind: _Kind) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def read_tensors(
+    path: str | os.PathLike[str], refusal: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, in memory of their own.
+
+    Raises:
+        InputError: the file cannot be read; the message has `refusal` and the reason.
+        ImportError: safetensors is absent.
+    """
     safetensors = require("safetensors", extra="train")
     try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
-            return dict(file.metadata() or {}), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return dict(file.metadata() or {}), tensors
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a {kind.name} file ({_first_line(error)})") from error
+        raise InputError(f"{path}: {refusal} ({first_line(error)})") from error
 
 
 def _hash(arrays: dict[str, np.ndarray], tensors: tuple[str, ...], text: str) -> str:
@@ -295,7 +306,3 @@ def _hash(arrays: dict[str, np.ndarray], tensors: tuple[str, ...], text: str) ->
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

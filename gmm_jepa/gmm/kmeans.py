@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
-from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed
-from gmm_jepa.gmm.seeding import GatherRows, first_centroids, start_sample
+from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed, zero_statistics
+from gmm_jepa.gmm.seeding import GatherRows, first_centroids, generators, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
-from gmm_jepa.gmm.stream import Batches, Frames, FrameStream, as_frames
+from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
 from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign, kmeans_statistics
 
 
@@ -40,6 +40,8 @@ class KMeans(SklearnProtocol):
         n_features_in_: D.
         front_end_: the `LogMelSpec` of the features if the file it was loaded from names one.
     """
+
+    _estimator_type = "clusterer"
 
     def __init__(
         self,
@@ -99,10 +101,6 @@ class KMeans(SklearnProtocol):
         labels = self._assigned(X)[0]
         return labels if isinstance(X, Tensor) else labels.numpy()
 
-    def fit_predict(self, X: Frames, y: None = None) -> Frames:
-        """`fit`, then `predict` of the same (N, D) frames."""
-        return self.fit(X).predict(X)
-
     def score(self, X: Frames, y: None = None) -> float:
         """Minus the sum of squared distances to the nearest centroids."""
         return -float(self._assigned(X)[1].sum(dtype=torch.float64))
@@ -130,8 +128,7 @@ class KMeans(SklearnProtocol):
     def _start(
         self, stream: FrameStream, gather_rows: GatherRows | None, start_frames: Frames | None
     ) -> Mixture:
-        seeds = np.random.SeedSequence(self.random_state).spawn(2)
-        sampling, choosing = (np.random.default_rng(seed) for seed in seeds)
+        sampling, choosing = generators(self.random_state)
         sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
         if len(sample) < self.n_clusters:
             raise InputError(f"n_samples={len(sample)} should be >= n_clusters={self.n_clusters}.")
@@ -140,13 +137,7 @@ class KMeans(SklearnProtocol):
         return Mixture(torch.zeros(self.n_clusters, dtype=torch.float64), centroids, spread)
 
     def _assigned(self, X: Frames) -> tuple[Tensor, Tensor]:
-        self.check_fitted()
-        frames = as_frames(X)
-        if frames.shape[1] != self.n_features_in_:
-            raise InputError(
-                f"X has {frames.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
+        frames = self._checked(X)
         centers = torch.as_tensor(self.cluster_centers_, device=frames.device)
         return kmeans_assign(frames, centers)
 
@@ -156,15 +147,7 @@ class KMeans(SklearnProtocol):
         gather_rows: GatherRows | None,
         start_frames: Frames | None,
     ) -> None:
-        for name in ("n_clusters", "max_iter", "n_init_frames"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}: expected a whole number above 0, got {value!r}")
-        if self.n_init_frames < self.n_clusters:
-            raise InputError(
-                f"n_init_frames: expected at least n_clusters = {self.n_clusters}, "
-                f"got {self.n_init_frames}"
-            )
+        self._check_sizes("n_clusters")
         if not self.tol >= 0.0:
             raise InputError(f"tol: expected 0 or more, got {self.tol!r}")
         shared = gather_rows is not None or start_frames is not None
@@ -177,16 +160,12 @@ class KMeans(SklearnProtocol):
 
 def _sums(batches: Iterable[Tensor], centroids: Tensor) -> EMStatistics:
     """Hard statistics of all batches, float64 on the CPU."""
-    total: EMStatistics | None = None
+    total = zero_statistics(*centroids.shape)
     for frames in batches:
-        part = kmeans_statistics(frames, centroids.to(frames.device))
-        total = part if total is None else EMStatistics(*(t + p for t, p in zip(total, part)))
-    if total is None:  # a process may have no frames of its own
-        K, D = centroids.shape
-        total = EMStatistics(
-            *(torch.zeros(shape, dtype=torch.float64) for shape in ((K,), (K, D), (K, D), ()))
-        )
-    return EMStatistics(*(part.cpu() for part in total))
+        device = frames.device
+        part = kmeans_statistics(frames, centroids.to(device))
+        total = EMStatistics(*(t.to(device) + p for t, p in zip(total, part)))
+    return EMStatistics(*(t.cpu() for t in total))
 
 
 def _mean_variance(sums: EMStatistics) -> float:

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
+from gmm_jepa.gmm.files import read_tensors
 from gmm_jepa.ops import EMStatistics, Mixture
 
 FORMAT = "gmm-jepa-partial-fit"
@@ -59,7 +57,8 @@ class PartialFit:
         """
         if not self.path.exists():
             return None
-        metadata, tensors = self._read()
+        refusal = "damaged; remove it to begin the fit anew"
+        metadata, tensors = read_tensors(self.path, refusal)
         if metadata.get("format") != FORMAT:
             raise InputError(f"{self.path}: not an unfinished fit; move it away")
         found = json.loads(metadata["identity"])
@@ -76,14 +75,3 @@ class PartialFit:
             **json.loads(metadata["course"]),
         )
         return result, None if averages[0] is None else EMStatistics(*averages)
-
-    def _read(self) -> tuple[dict[str, str], dict[str, Tensor]]:
-        safetensors = require("safetensors", extra="train")
-        try:
-            with safetensors.safe_open(str(self.path), framework="pt") as file:
-                tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-                return dict(file.metadata() or {}), tensors
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(
-                f"{self.path}: damaged ({error}); remove it to begin the fit anew"
-            ) from error

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
+from gmm_jepa.features import tensor_of
 from gmm_jepa.gmm.estimator import GaussianMixture
 from gmm_jepa.ops import Mixture
 
@@ -45,9 +46,7 @@ def gmm_posterior(
     of_numpy = isinstance(frames, np.ndarray)
     if of_numpy and out_dtype == torch.bfloat16:
         raise InputError("out_dtype: NumPy has no bfloat16, give a tensor of frames")
-    x = frames
-    if of_numpy:
-        x = torch.from_numpy(np.array(frames, dtype=frames.dtype.newbyteorder("=")))
+    x = tensor_of(frames) if of_numpy else frames
     if isinstance(mixture, GaussianMixture):
         mixture = mixture.mixture_on(x.device if isinstance(x, Tensor) else torch.device("cpu"))
     out = ops.gmm_posterior(

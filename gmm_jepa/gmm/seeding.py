@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +25,12 @@ LLOYD_STEPS = 5
 # Frames a component among which the first centroids are chosen: choosing costs a pass over all
 # of them for every component, and Lloyd steps and EM move the centroids anyway.
 CHOICE_FRAMES = 16
+
+
+def generators(random_state: int | None) -> Iterator[np.random.Generator]:
+    """One for the sample, one for the choice among it: so processes with unlike many frames, which
+    draw unlike often for the sample, choose alike."""
+    return map(np.random.default_rng, np.random.SeedSequence(random_state).spawn(2))
 
 
 def sample_stream(batches: Iterable[Tensor], n_frames: int, random: np.random.Generator) -> Tensor:

@@ -228,6 +228,78 @@ def test_what_a_job_said_is_passed_on(finished, manifest, tmp_path, capsys):
     assert "damaged" in said
 
 
+BAR = "training:   0%|          | 5/3000 [00:00<09:16,  5.38step/s, loss=0.114]"
+
+
+@pytest.fixture
+def run_programs(tmp_path, monkeypatch):
+    """`run_all` of one run whose process is a small program instead of a job."""
+    (planned,) = plan.plan(tmp_path, {"pure": preset("smoke", system="pure-jepa")}, [0])
+    planned.folder.root.mkdir(parents=True)
+    monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.01)
+
+    def run(program: str) -> None:
+        def start(planned, **_threads):
+            with (planned.folder.root / jobs.LOG).open("ab") as log:
+                words = [sys.executable, "-c", program]
+                return jobs._Job(planned, subprocess.Popen(words, stdout=log, stderr=log))
+
+        monkeypatch.setattr(jobs, "_start", start)
+        jobs.run_all([planned], jobs=1)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "said"),
+    [
+        (f"print({BAR!r}); raise SystemExit({job.STOPPED})", jobs.StoppedError, "was stopped"),
+        ("import os; os.kill(os.getpid(), 15)", jobs.StoppedError, "was stopped"),
+        (f"print({BAR!r}); import os; os.kill(os.getpid(), 9)", ChildProcessError, "by SIGKILL"),
+        (f"import sys; sys.exit('boom\\r{BAR}')", ChildProcessError, "see log.txt there: boom"),
+        ("raise SystemExit(1)", ChildProcessError, "see log.txt there: nothing was said"),
+        (f"print('bad.wav: bad'); print({BAR!r}); raise SystemExit(2)", InputError, "wav: bad"),
+    ],
+)
+def test_how_a_job_ended_is_one_line(program, error, said, run_programs):
+    with pytest.raises(error, match=f"{said}$") as raised:
+        run_programs(program)
+    assert "pure/seed0" in str(raised.value)
+
+
+def test_a_stopped_comparison_says_how_to_go_on(finished, manifest, capsys, monkeypatch):
+    def stop(*_planned, **_options):
+        raise jobs.StoppedError("pure-jepa/seed0 was stopped")
+
+    monkeypatch.setattr("gmm_jepa.cli.compare.run_all", stop)
+    more = ["--systems", *SYSTEMS, "--seeds", "0", "1"]
+    assert main(words(manifest, finished, *more)) == 75
+    assert "pure-jepa/seed0 was stopped; start again to go on" in capsys.readouterr().out
+
+
+def test_fewer_runs_than_jobs_share_all_cores(tmp_path, monkeypatch):
+    planned = plan.plan(tmp_path, {"pure": preset("smoke", system="pure-jepa")}, [0, 1])
+    given = []
+
+    def start(planned, *, threads):
+        given.append(threads)
+        return jobs._Job(planned, subprocess.Popen([sys.executable, "-c", ""]))
+
+    monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(jobs, "_start", start)
+    monkeypatch.setattr(jobs, "_cores", lambda: 8)
+    jobs.run_all(planned, jobs=4)
+    assert given == [4, 4]
+
+
+def test_help_lists_what_a_comparison_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    listed = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+    assert {"--systems", "--seeds", "--jobs", "--train.steps"} <= listed
+    assert not {"--system", "--seed", "--profile"} & listed
+
+
 @pytest.mark.slow
 def test_jobs_train_and_evaluate_in_processes_of_their_own(manifest, tmp_path):
     unlabelled = manifest.with_name("unlabelled.jsonl")

@@ -105,6 +105,14 @@ def test_numpy_in_numpy_out():
     np.testing.assert_allclose(log_mel(waveform)[1], log_mel(waveform[1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "i2"])
+def test_either_byte_order(dtype):
+    waveforms = np.random.default_rng(0).integers(-30, 30, (2, 5000)).astype(f"<{dtype}")
+    lengths = np.array([5000, 4000])
+    swapped = log_mel(waveforms.astype(f">{dtype}"), lengths.astype(">i8"))
+    np.testing.assert_array_equal(swapped, log_mel(waveforms, lengths))
+
+
 @pytest.mark.parametrize("shift", [0, 1, 191, 320, 999, 1000, 5000])
 def test_shift_drops_leading_samples(shift):
     waveform, lengths = 0.1 * torch.randn(2, 1000), torch.tensor([1000, 500])

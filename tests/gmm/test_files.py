@@ -45,6 +45,31 @@ def test_there_and_back(fitted, path):
         assert copy.metadata() == file.metadata()
 
 
+def test_numpy_numbers_are_stored_as_plain_ones(path):
+    frames = np.random.default_rng(0).standard_normal((50, 3))
+    mixture = GaussianMixture(
+        np.int64(2),
+        random_state=np.int64(3),
+        max_iter=np.int64(5),
+        tol=np.float32(0.5),
+        variance_floor=np.float32(0.25),
+        n_init_frames=np.int32(50),
+    )
+    mixture.fit(frames).save(path)
+    assert GaussianMixture.load(path).get_params() == mixture.get_params()
+
+
+def test_a_missing_folder_is_made(fitted, path):
+    fitted.save(path.parent / "new" / path.name)
+    assert load_mixture(path.parent / "new" / path.name).means_.shape == (4, 80)
+
+
+def test_an_encoder_in_bfloat16_is_no_mixture(path):
+    save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(InputError, match="not a mixture file"):
+        load_mixture(path)
+
+
 def test_another_front_end_is_refused_and_both_are_shown(fitted, path):
     fitted.save(path, front_end=SPEC)
     other = LogMelSpec(hop_samples=160)

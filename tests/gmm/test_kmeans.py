@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from sklearn.base import is_clusterer
 
-from gmm_jepa import LogMelSpec
+from gmm_jepa import GaussianMixture, LogMelSpec
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm import KMeans, load_published_kmeans
 from gmm_jepa.gmm.seeding import first_centroids
@@ -95,9 +96,19 @@ def test_files(tmp_path, blobs):
         KMeans.load(path)
 
 
-def test_a_mixture_file_is_no_kmeans_file(tmp_path, blobs):
-    from gmm_jepa import GaussianMixture
+def test_numpy_numbers_are_stored_as_plain_ones(tmp_path, blobs):
+    path = tmp_path / "kmeans.safetensors"
+    kmeans = KMeans(np.int64(7), random_state=np.int64(3), max_iter=np.int64(2), tol=np.float32(0))
+    kmeans.fit(blobs).save(path)
+    assert KMeans.load(path).get_params() == kmeans.get_params()
 
+
+def test_scikit_learn_takes_it_for_a_clusterer():
+    assert is_clusterer(KMeans())
+    assert not is_clusterer(GaussianMixture())
+
+
+def test_a_mixture_file_is_no_kmeans_file(tmp_path, blobs):
     path = tmp_path / "gmm.safetensors"
     GaussianMixture(3, max_iter=2, tol=0.0).fit(blobs).save(path)
     with pytest.raises(InputError, match="not a kmeans file"):
