@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gmm_jepa.errors import InputError
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `InputError` if there is something at the path."""
+    if path.exists():
+        raise InputError(f"{path} exists already; it is left as it is")
 
 
 @contextmanager
@@ -60,6 +67,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, likewise."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def finite(values: Any) -> Any:
+    """JSON values with None for NaN and infinities, which JSON does not know."""
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_json(path: Path) -> Any:

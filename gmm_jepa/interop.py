@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.files import write_json, written_aside
+from gmm_jepa.features import LogMelSpec
+from gmm_jepa.files import refuse_existing, write_json, written_aside
 from gmm_jepa.gmm import files as clusters
 from gmm_jepa.labelling import newest_model
-from gmm_jepa.model_file import FORMAT, StoredModel, load_model, read_tensors, save_model
+from gmm_jepa.model_file import FORMAT, StoredModel, load_model, save_model
 from gmm_jepa.models.published import (
     export_published,
     load_published,
@@ -38,7 +40,7 @@ def convert(source: Path, out: Path, *, config: Path | None = None) -> str:
         source: a published ``.pt``, a ``.safetensors`` file of this project, or a run folder.
         out: ``.safetensors`` for a published source, ``.pt`` else; must not exist. A model's
             ``config.json`` is written beside its ``.pt``.
-        config: of a published model; default: ``config.json`` beside it.
+        config: of a published model, and of nothing else; default: ``config.json`` beside it.
 
     Returns:
         What was converted, in a few words.
@@ -51,18 +53,24 @@ def convert(source: Path, out: Path, *, config: Path | None = None) -> str:
     wanted = ".safetensors" if published else ".pt"
     if out.suffix != wanted:
         raise InputError(f"out: expected a name that ends in {wanted}, got {out}")
-    if out.exists():
-        raise InputError(f"{out} exists already; it is left as it is")
-    return _to_project(source, out, config) if published else _to_published(source, out)
+    refuse_existing(out)
+    if published:
+        return _to_project(source, out, config)
+    _refuse_config(config, source)
+    return _to_published(source, out)
 
 
 def _to_project(source: Path, out: Path, config: Path | None) -> str:
     states = read_states(source)
     if "means" in states:
-        clusters.save_mixture(out, clusters.load_published(source))
+        _refuse_config(config, source)
+        mixture = clusters.load_published(source)
+        clusters.save_mixture(out, mixture, _front_end(mixture.means_))
         return "mixture"
     if "centroids" in states:
-        clusters.save_kmeans(out, clusters.load_published_kmeans(source))
+        _refuse_config(config, source)
+        kmeans = clusters.load_published_kmeans(source)
+        clusters.save_kmeans(out, kmeans, _front_end(kmeans.cluster_centers_))
         return "k-means centroids"
     if not {"online", "model"} & set(states):
         raise InputError(
@@ -74,11 +82,21 @@ def _to_project(source: Path, out: Path, config: Path | None) -> str:
     return "model"
 
 
+def _front_end(centres: np.ndarray) -> LogMelSpec | None:
+    """What the published code clusters, where centres (K, D) have as many features."""
+    return LogMelSpec() if centres.shape[1] == LogMelSpec().n_mels else None
+
+
+def _refuse_config(config: Path | None, source: Path) -> None:
+    if config is not None:
+        raise InputError(f"config: expected with a published model only, got {source}")
+
+
 def _to_published(source: Path, out: Path) -> str:
     if source.is_dir():
         _write_model(_newest(source), out)
         return "newest checkpoint"
-    kind = read_tensors(source)[0].get("format")
+    kind = clusters.read_tensors(source, "not a safetensors file")[0].get("format")
     if kind == FORMAT:
         _write_model(load_model(source), out)
         return "model"
@@ -109,12 +127,12 @@ def _newest(root: Path) -> StoredModel:
 
 def _write_model(stored: StoredModel, out: Path) -> None:
     settings = out.with_name("config.json")
-    if settings.exists():
-        raise InputError(f"{settings} exists already; it is left as it is")
+    refuse_existing(settings)
     config = published_config(stored.model)
     states = export_published(stored.model, step=stored.step, total_seconds=stored.total_seconds)
-    write_json(settings, config)
-    _write(states, out)
+    with written_aside(settings) as aside:
+        write_json(aside, config)
+        _write(states, out)
 
 
 def _write(states: dict[str, Any], out: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from gmm_jepa.config import EncoderConfig, from_dict, to_dict
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import written_aside
+from gmm_jepa.gmm.files import read_tensors
 from gmm_jepa.models import JepaModel
 
 FORMAT = "gmm-jepa-model"
@@ -58,7 +57,7 @@ def load_model(path: str | PathLike[str]) -> StoredModel:
         InputError: the file is missing, damaged or of another kind.
         ImportError: safetensors is absent.
     """
-    metadata, tensors = read_tensors(path)
+    metadata, tensors = read_tensors(path, "not a safetensors file")
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path}: not a model file (format {metadata.get('format')!r})")
     told = json.loads(metadata["model"])
@@ -73,19 +72,3 @@ def load_model(path: str | PathLike[str]) -> StoredModel:
     except RuntimeError as error:
         raise InputError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
     return StoredModel(model.eval(), told["step"], told["total_seconds"])
-
-
-def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata and tensors of any safetensors file.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    safetensors = require("safetensors", extra="train")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), tensors
-    except (OSError, safetensors.SafetensorError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a safetensors file ({first_line})") from None

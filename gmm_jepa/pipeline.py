@@ -202,6 +202,7 @@ class Run:
                 seed=recipe.seed,
                 progress=progress,
             )
+        evaluation.numbers["steps"] = self._steps_done()
         write_report(self.folder.root, evaluation, read_metrics(self.folder.metrics))
         return evaluation
 

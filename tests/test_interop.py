@@ -12,6 +12,7 @@ import torch
 import gmm_jepa
 from gmm_jepa.cli import main
 from gmm_jepa.errors import InputError
+from gmm_jepa.gmm import GaussianMixture, KMeans
 from gmm_jepa.interop import convert
 from gmm_jepa.model_file import load_model, save_model
 from gmm_jepa.models import JepaModel, export_published
@@ -73,6 +74,41 @@ def test_published_models_come_back_to_the_byte(shared: Path, tmp_path: Path, va
 @pytest.mark.parametrize("name", ["gmm.pt", "kmeans.pt"])
 def test_published_clusters_come_back_to_the_byte(shared: Path, tmp_path: Path, name: str):
     there_and_back(shared / "golden" / name, tmp_path)
+
+
+def test_published_clusters_of_80_features_are_of_the_default_front_end(tmp_path: Path):
+    spec, means, counts = gmm_jepa.LogMelSpec(), torch.randn(3, 80), torch.ones(3)
+    torch.save(
+        {"means": means, "covariances": means.exp(), "weights": counts / 3}, tmp_path / "g.pt"
+    )
+    torch.save({"centroids": means, "counts": counts}, tmp_path / "k.pt")
+    for name, kind in (("g", GaussianMixture), ("k", KMeans)):
+        convert(tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors")
+        kind.load(tmp_path / f"{name}.safetensors", front_end=spec)
+    torch.save({"centroids": means[:, :20], "counts": counts}, tmp_path / "o.pt")
+    convert(tmp_path / "o.pt", tmp_path / "o.safetensors")
+    assert KMeans.load(tmp_path / "o.safetensors").front_end_ is None
+
+
+def test_a_config_is_for_published_models_only(tmp_path: Path):
+    torch.save({"centroids": torch.randn(3, 80), "counts": torch.ones(3)}, tmp_path / "k.pt")
+    for source, out in (("k.pt", "k.safetensors"), ("m.safetensors", "m.pt")):
+        with pytest.raises(InputError, match="config: expected with a published model only"):
+            convert(tmp_path / source, tmp_path / out, config=tmp_path / "config.json")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch):
+    save_model(tmp_path / "m.safetensors", JepaModel(FULL, 5))
+
+    def full(*_arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            convert(tmp_path / "m.safetensors", tmp_path / "out" / "m.pt")
+    assert not list((tmp_path / "out").iterdir())
+    convert(tmp_path / "m.safetensors", tmp_path / "out" / "m.pt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,5 +191,10 @@ def test_encoders_from_a_model_file(tmp_path: Path):
     save_model(tmp_path / "n.safetensors", JepaModel(FULL, 5, predicts=False))
     with pytest.raises(InputError, match="without a teacher"):
         gmm_jepa.load_encoder(tmp_path / "n.safetensors", teacher=True)
+    with pytest.raises(InputError, match=r"absent\.pt: no such file"):
+        gmm_jepa.load_encoder(tmp_path / "absent.pt")
+    torch.save({"means": waveform}, tmp_path / "gmm.pt")
+    with pytest.raises(InputError, match=r"gmm\.pt: not a published model \(has means\)"):
+        gmm_jepa.load_encoder(tmp_path / "gmm.pt")
     with pytest.raises(InputError, match="no run here"):
         gmm_jepa.load_encoder(tmp_path / "absent")

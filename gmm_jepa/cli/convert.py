@@ -15,7 +15,8 @@ class ConvertOptions:
     """Files of the published code to this project's safetensors, or back.
 
     Models (portable_step*.pt with its config.json), mixtures (gmm.pt), centroids (kmeans.pt). A
-    run folder stands for its newest checkpoint. Nothing is unpickled.
+    run folder stands for its newest checkpoint. Clusters of 80 features are taken for those of the
+    default log-mel front end, which is the published one. Nothing is unpickled.
     """
 
     source: Path
@@ -23,7 +24,7 @@ class ConvertOptions:
     out: Path
     """The new file: .safetensors from a published one, .pt else (with config.json beside it)."""
     config: Path | None = None
-    """Settings of a published model; default: config.json beside it."""
+    """Settings of a published model, and of nothing else; default: config.json beside it."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:

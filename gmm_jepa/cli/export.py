@@ -9,8 +9,9 @@ from pathlib import Path
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.encoder import load_encoder
 from gmm_jepa.errors import InputError
-from gmm_jepa.export.graph import refuse_existing, save_onnx, save_program, to_program
+from gmm_jepa.export.graph import save_onnx, save_program, to_program
 from gmm_jepa.export.huggingface import save_huggingface
+from gmm_jepa.files import refuse_existing
 from gmm_jepa.train.folder import RunFolder
 
 
@@ -40,7 +41,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     encoder = load_encoder(options.source, teacher=options.teacher)
     if options.hf is not None:
         is_run = RunFolder(options.source).config.exists()
-        save_huggingface(encoder, options.hf, run=options.source if is_run else None)
+        run = options.source if is_run else None
+        save_huggingface(encoder, options.hf, run=run, teacher=options.teacher)
         print(options.hf)
     if options.onnx or options.torch_export:
         program = to_program(encoder)  # the slow part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError, require
-from gmm_jepa.evaluate.extract import extract
+from gmm_jepa.evaluate.extract import Extractor
 from gmm_jepa.files import write_json, written_aside
 from gmm_jepa.pipeline import Run
 from gmm_jepa.progress import track
@@ -28,7 +29,8 @@ class ExtractOptions:
     """Write the frame features of new audio, one file an utterance, and an index.json beside them.
 
     Each file holds `output` (frames, dimensions) float32, and `layer_<i>` and `clusters`
-    (frames, K; posteriors of the cluster head) where asked for. 50 frames a second.
+    (frames, K; posteriors of the cluster head) where asked for. 50 frames a second. What is longer
+    than 30 s is encoded in windows that overlap, each with its own level, norms and means.
     """
 
     run: Path
@@ -43,18 +45,31 @@ class ExtractOptions:
     """Add the cluster posteriors."""
     format: Literal["npz", "safetensors"] = "npz"
     """Kind of file."""
+    max_bad_fraction: float = 0.01
+    """Share of unusable inputs that is put up with."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
     """Entry point."""
     options = parse(ExtractOptions, command, arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("extract runs in one process: start it without torchrun")
     if (options.out / "index.json").exists():
         raise InputError(f"{options.out} holds features already; give another folder")
     folder = RunFolder(options.run)
+    sources, recipe = folder.read()
     with processes() as peers:
-        model = Run(folder, *folder.read(), peers).model().to(peers.device)
+        model = Run(folder, sources, recipe, peers).model().to(peers.device)
+    extract = Extractor(
+        model,
+        layers=options.layers,
+        clusters=options.clusters,
+        head_input=recipe.objective.head_input,
+    )
     rejects = RejectLog(options.out / "rejects.jsonl")
     corpus = open_corpus(options.audio, rejects=rejects)
+    n_found = len(corpus) + rejects.count
+    rejects.check(n_found, options.max_bad_fraction)
     index: list[dict[str, object]] = []
     for i in track(range(len(corpus)), "extracting", "utterance"):
         entry = corpus.entry(i)
@@ -62,11 +77,14 @@ def main(command: str, arguments: Sequence[str]) -> int:
             waveform = corpus.read(i)
         except AudioError as error:
             rejects.extend([corpus.reject(i, error)])
+            rejects.check(n_found, options.max_bad_fraction)
             continue
-        arrays = extract(model, waveform, layers=options.layers, clusters=options.clusters)
+        arrays = extract(waveform)
         name = f"{i:07d}_{_safe(str(entry['id']))}.{options.format}"
         _write(options.out / name, arrays)
         index.append({**entry, "features": name, "frames": len(arrays["output"])})
+    if not index:
+        raise InputError(f"audio: none of {len(corpus)} utterances could be read")
     write_json(
         options.out / "index.json",
         {
@@ -78,8 +96,6 @@ def main(command: str, arguments: Sequence[str]) -> int:
     )
     print(f"{options.out}: features of {len(index)} utterances")
     print(rejects.summary())
-    if not index:
-        raise InputError(f"audio: none of {len(corpus)} utterances could be read")
     return 0
 
 

@@ -60,20 +60,20 @@ class ProbeOptions:
     """Manifests that are scored."""
     data: Path | None = None
     """One manifest instead of the three."""
-    split_by: str = "speaker"
-    """Key of --data whose values stay in one part; or utterance."""
+    split_by: str | None = None
+    """Key of --data whose values stay in one part; or utterance; default: speaker."""
     folds: bool = False
     """Test every value of --split-by in turn, and report the mean."""
-    dev_share: float = 0.1
-    """Share of the duration of --data."""
-    test_share: float = 0.2
-    """Share of the duration of --data."""
-    split_seed: int = 0
-    """Of the choice."""
+    dev_share: float | None = None
+    """Share of the duration of --data; default: 0.1."""
+    test_share: float | None = None
+    """Share of the duration of --data; default: 0.2."""
+    split_seed: int | None = None
+    """Of the choice; default: 0."""
     label_key: str | None = None
     """Key of the answer; default: text, for er label."""
     teacher: bool = False
-    """Of our runs, the moving average instead of the encoder that was trained."""
+    """Of ours, the moving average instead of the encoder that was trained."""
     controls: bool = True
     """Add each encoder untrained (fresh weights, seed 0), and log-mel frames."""
     protocol: Protocol = "quick"
@@ -113,10 +113,10 @@ def _probe(name: TaskName, options: Any) -> int:
     task = task_for(name, labelled)
     upstreams = _upstreams(options)
     settings: ProbeSettings = options.settings
-    sweep.open_folder(options.out, name, settings, labelled)
     with processes() as peers:
         if peers.world_size > 1:
             raise InputError("probe runs in one process: start it without torchrun")
+        sweep.open_folder(options.out, name, settings, labelled)
         numbers = sweep.run(options.out, upstreams, labelled, task, settings, peers.device)
     print(format_table(summary_rows(numbers)))
     print(f"report: {write_report(options.out, numbers)}")
@@ -129,14 +129,24 @@ def _read(name: TaskName, options: Any) -> data.Labelled:
     if options.data is None:
         if options.folds:
             raise InputError("--folds: only with --data")
+        _refuse(options, ("split_by", "dev_share", "test_share", "split_seed"), "only with --data")
         return data.read_parts(*parts, name, key)
     if any(parts):
         raise InputError("--data: expected alone, or --train, --dev and --test instead of it")
-    by, seed = options.split_by, options.split_seed
+    by, seed = options.split_by or "speaker", options.split_seed or 0
     if options.folds:
+        _refuse(options, ("dev_share", "test_share"), "not with --folds")
         return data.read_folds(options.data, name, key, by=by, seed=seed)
-    shares = {"dev": options.dev_share, "test": options.test_share}
-    return data.read_split(options.data, name, key, by=by, seed=seed, **shares)
+    dev = 0.1 if options.dev_share is None else options.dev_share
+    test = 0.2 if options.test_share is None else options.test_share
+    return data.read_split(options.data, name, key, by=by, seed=seed, dev=dev, test=test)
+
+
+def _refuse(options: Any, names: Sequence[str], why: str) -> None:
+    """Raise `InputError` if one of these options was given."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: {why}")
 
 
 def _upstreams(options: Any) -> list[Upstream]:

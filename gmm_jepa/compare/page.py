@@ -285,7 +285,7 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
         for task in plots.task_names(systems)
     ]
     measures += [*_MEASURES[:3], _MEASURES[5], _MEASURES[8], *_COSTS[:2]]
-    rows = [["held out", *systems]]
+    rows = [["measure", *systems]]
     for name, key, form, scale in measures:
         cells = [with_spread(s["summary"].get(key), form, scale=scale) for s in systems.values()]
         rows.append([name, *cells])

@@ -25,7 +25,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Fold:
-    """Places of utterances in the corpus; no place is in two parts."""
+    """Places of utterances in the corpus; no audio is in two parts."""
 
     train: Indices
     dev: Indices
@@ -44,6 +44,8 @@ class Labelled:
     ids: tuple[str, ...]
     folds: tuple[Fold, ...]
     """One, or as many as there are groups to be tested in turn."""
+    key: str
+    """Of the answers in the manifests."""
 
     @property
     def fingerprint(self) -> str:
@@ -63,8 +65,8 @@ def read_parts(
         key: of the answer in a line.
 
     Raises:
-        InputError: a file, a line or an answer cannot be used, or a manifest is in two parts; the
-            message names file and line.
+        InputError: a file, a line or an answer cannot be used, or a manifest or the same audio is
+            in two parts; the message names file and line.
     """
     given = dict(zip(PARTS, (train, dev, test)))
     for name, paths in given.items():
@@ -221,4 +223,21 @@ def _labelled(corpus: Corpus, task: TaskName, key: str, folds: tuple[Fold, ...])
         if not answers[-1]:
             raise InputError(f"{place(corpus, i)}: {key}: {value!r} holds no letter")
         ids.append(str(entry["id"]))
-    return Labelled(corpus, tuple(answers), tuple(ids), folds)
+    _refuse_shared(corpus, folds)
+    return Labelled(corpus, tuple(answers), tuple(ids), folds, key)
+
+
+def _refuse_shared(corpus: Corpus, folds: tuple[Fold, ...]) -> None:
+    """Raise `InputError` where two parts of a fold have the same file from the same second on."""
+    entries = (corpus.entry(i) for i in range(len(corpus)))
+    audio = [(entry["audio_filepath"], entry.get("offset") or 0) for entry in entries]
+    for fold in folds:
+        first: dict[tuple[str, float], tuple[str, int]] = {}
+        for part in PARTS:
+            for i in getattr(fold, part).tolist():
+                known_part, known = first.setdefault(audio[i], (part, i))
+                if known_part != part:
+                    raise InputError(
+                        f"{place(corpus, i)}: the same audio in {part} as in {known_part}, "
+                        f"{place(corpus, known)}"
+                    )

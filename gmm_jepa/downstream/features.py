@@ -16,6 +16,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.downstream.upstreams import Upstream
 from gmm_jepa.errors import InputError
+from gmm_jepa.evaluate.embed import length_groups
 from gmm_jepa.progress import Bar
 
 _BATCH_S = 32.0
@@ -124,17 +125,3 @@ def open_features(
         return computed
     file = None if mib <= memory_mib else path
     return StoredFeatures(computed, shape, file, upstream.name, corpus.durations_samples)
-
-
-def length_groups(lengths: NDArray[np.int64], limit: float) -> list[list[int]]:
-    """Places grouped by length, longest first; a group's padded length stays under `limit`.
-
-    One that is longer than `limit` stands alone.
-    """
-    groups: list[list[int]] = []
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

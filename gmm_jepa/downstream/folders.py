@@ -10,7 +10,7 @@ from typing import Any
 
 from gmm_jepa.downstream.vocabulary import normalise
 from gmm_jepa.errors import InputError
-from gmm_jepa.files import written_aside
+from gmm_jepa.files import refuse_existing, written_aside
 
 Lines = Iterator[tuple[str, dict[str, Any]]]
 """Names of manifests, and lines of them."""
@@ -185,8 +185,7 @@ def write_manifests(
         raise InputError(f"{folder}: no utterance found; is this the corpus's own folder?")
     paths = {name: out / f"{name}.jsonl" for name in manifests}
     for path in paths.values():
-        if path.exists():
-            raise InputError(f"{path} exists already; it is left as it is")
+        refuse_existing(path)
     for name, path in paths.items():
         with written_aside(path) as aside:
             aside.write_text("".join(manifests[name]), encoding="utf-8")

@@ -24,6 +24,7 @@ WORDS = {
     "slot_value_cer": "slot-value CER",
 }
 N_EXAMPLES = 8
+_PICTURES = ("curves", "layer_weights", "confusion_[0-9]*", "slots_[0-9]*")
 
 _LEAD = (
     "A head on frozen features, a learned weight a layer; trained alike for every row, once with "
@@ -59,7 +60,7 @@ def write_report(out: Path, numbers: Mapping[str, Any]) -> Path:
         ImportError: matplotlib is absent.
     """
     pictures = draw(lambda theme: _figures(theme, numbers))
-    save_pictures(out / "plots", pictures)
+    save_pictures(out / "plots", pictures, of=_PICTURES)
     title = TITLES[numbers["task"]]
     body = page(
         f"{title}: {out.resolve().name}",

@@ -25,7 +25,7 @@ from gmm_jepa.downstream.settings import ProbeSettings
 from gmm_jepa.downstream.tasks import Classification, Task
 from gmm_jepa.downstream.upstreams import LogMel, Upstream
 from gmm_jepa.errors import InputError
-from gmm_jepa.files import read_json, write_json
+from gmm_jepa.files import finite, read_json, write_json
 from gmm_jepa.progress import Bar
 
 _FREE = ("learning_rates", "memory_mib", "disk_mib")
@@ -52,6 +52,8 @@ def with_controls(trained: Sequence[Upstream]) -> list[Upstream]:
 def open_folder(out: Path, task: str, settings: ProbeSettings, data: Labelled) -> None:
     """Start a folder of results, or go on with the one that is there.
 
+    Until there is a result, other settings or data replace those that are here.
+
     Raises:
         InputError: it holds results of other settings or data, or something else.
     """
@@ -60,15 +62,16 @@ def open_folder(out: Path, task: str, settings: ProbeSettings, data: Labelled) -
         del bound[name]
     wanted = {"task": task, "settings": bound, "data": data.fingerprint}
     path = out / "config.json"
-    if path.exists():
-        found = read_json(path)
-        different = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted))[key]]
-        if different:
+    found = read_json(path) if path.exists() else None
+    if isinstance(found, dict) and found.keys() == wanted.keys():
+        different = [key for key in wanted if found[key] != json.loads(json.dumps(wanted))[key]]
+        if not different:
+            return
+        if any((out / "results").rglob("*.json")):
             raise InputError(
                 f"{out} holds results with other {' and '.join(different)}: give another folder"
             )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty and holds no results: give another folder")
     write_json(path, wanted)
 
@@ -119,7 +122,7 @@ def run(
         },
         "rows": rows,
     }
-    numbers = _finite(numbers)
+    numbers = finite(numbers)
     write_json(out / "probe.json", numbers)
     return numbers
 
@@ -177,7 +180,7 @@ class _Job:
                 progress=bar,
             )
         told = {name: value for name, value in vars(fitted).items() if name != "hypotheses"}
-        result = _finite(
+        result = finite(
             {
                 "features": self.upstream.name,
                 "kind": self.upstream.kind,
@@ -261,12 +264,3 @@ def _safe(name: str) -> str:
     """A file name; names that differ in odd characters only stay different."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]
     return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _finite(values: Any) -> Any:
-    """The same with None for numbers that are not finite."""
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -174,11 +174,11 @@ def task_for(name: TaskName, data: Labelled) -> Task:
     if name == "sf":
         kinds = slot_types(data.answers)
         if not kinds:
-            raise InputError("text: no slot (B-type value E-type) in any line")
+            raise InputError(f"{data.key}: no slot (B-type value E-type) in any line")
         return SlotFilling(kinds)
     classes = sorted(set(data.answers))
     if len(classes) < 2:
-        raise InputError(f"label: expected two classes or more, got only {classes[0]!r}")
+        raise InputError(f"{data.key}: expected two classes or more, got only {classes[0]!r}")
     for fold in data.folds:
         learnt = {data.answers[i] for i in fold.train}
         for i in (*fold.dev, *fold.test):

@@ -248,23 +248,26 @@ def open_upstream(source: str, name: str | None = None, *, teacher: bool = False
         teacher: of ours, the moving average.
 
     Raises:
-        InputError: it is neither, or no speech encoder.
+        InputError: it is neither, or no speech encoder, or ours without the teacher asked for.
         ImportError: transformers is needed and absent.
     """
     path = Path(source)
     name = name or path.name or source
     config = path / "config.json"
-    if path.is_dir() and config.exists() and '"model_type"' in config.read_text(errors="replace"):
-        if read_json(config).get("model_type") == "gmm_jepa":
-            return _open_exported(path, name)
-        return _open_huggingface(source, name)
-    if path.exists() or path.suffix in (".pt", ".safetensors"):
+    is_hf = (
+        path.is_dir() and config.exists() and '"model_type"' in config.read_text(errors="replace")
+    )
+    if not is_hf and (path.exists() or path.suffix in (".pt", ".safetensors")):
         if not path.exists():
             raise InputError(f"upstream: no such file: {source}")
         return OurEncoder(name, "trained", load_encoder(path, teacher=teacher))
     local = path.parent != Path() and path.parent.is_dir()
-    if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not is_hf and (local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
         raise InputError(f"upstream: no such file or folder: {source}")
+    if is_hf and read_json(config).get("model_type") == "gmm_jepa":
+        if teacher:
+            raise InputError(f"teacher: {source} holds one encoder alone; give the run")
+        return _open_exported(path, name)
     return _open_huggingface(source, name)
 
 

@@ -62,12 +62,15 @@ def normalise_slots(text: str) -> str:
             opened[kind] = len(parts)
         else:
             if kind not in opened:
-                raise ValueError(f"slot {kind!r} is closed, but was not opened")
+                raise ValueError(
+                    f"slot {kind!r} is closed, but was not opened ({word!r} reads as a slot tag)"
+                )
             if all(_TAG.fullmatch(part) for part in parts[opened.pop(kind) :]):
                 raise ValueError(f"slot {kind!r} is empty")
         parts.append(f"{side}-{kind}")
     if opened:
-        raise ValueError(f"slot {next(iter(opened))!r} is never closed")
+        kind = next(iter(opened))
+        raise ValueError(f"slot {kind!r} is never closed ('B-{kind}' reads as a slot tag)")
     return " ".join(parts)
 
 
@@ -122,7 +125,6 @@ class SlotVocabulary(Vocabulary):
     def __init__(self, kinds: Sequence[str]) -> None:
         tags = [f"{side}-{kind}" for kind in kinds for side in "BE"]
         super().__init__(("<pad>", "<eos>", "<unk>", " ", *LETTERS, *tags))
-        self.kinds = tuple(kinds)
 
     def encode(self, text: str) -> list[int]:
         """A slot's opening stands right before its first character, its closing after the last."""

@@ -49,13 +49,6 @@ def adjacent_consistency(labels: NDArray[np.int64], offsets: NDArray[np.int64]) 
     return float((left == right).mean()) if len(left) else float("nan")
 
 
-def transitions(
-    labels: NDArray[np.int64], offsets: NDArray[np.int64], n_clusters: int
-) -> NDArray[np.int64]:
-    """(K, K) int64: how often the row's cluster is followed by the column's."""
-    return _count_pairs(*adjacent_pairs(labels, offsets), n_clusters)
-
-
 def _count_pairs(
     left: NDArray[np.int64], right: NDArray[np.int64], n_clusters: int
 ) -> NDArray[np.int64]:

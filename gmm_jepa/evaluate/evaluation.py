@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +24,9 @@ from gmm_jepa.evaluate.embed import (
     FrameTable,
     Utterance,
     encode,
+    heard_frames,
     load_sample,
     log_mel_table,
-    predictions,
     target_frames,
     with_context,
 )
@@ -35,7 +34,7 @@ from gmm_jepa.evaluate.labels import Task, find_tasks, probe_data
 from gmm_jepa.evaluate.probe import LinearProbe, majority, run_probe
 from gmm_jepa.evaluate.tracks import describe, follow
 from gmm_jepa.features import LogMelSpec
-from gmm_jepa.files import read_json, write_json, written_aside
+from gmm_jepa.files import finite, write_json, written_aside
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.objectives.meters import embedding_meters
 from gmm_jepa.objectives.targets import Targets
@@ -66,25 +65,6 @@ class Evaluation:
         with written_aside(run_dir / "plots" / "data.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, **self.arrays)
         write_json(run_dir / "evaluation.json", self.numbers)
-
-    @classmethod
-    def load(cls, run_dir: str | Path) -> Evaluation | None:
-        """Read what `save` wrote; None where the run was not evaluated.
-
-        Raises:
-            InputError: ``evaluation.json`` is damaged.
-        """
-        run_dir = Path(run_dir)
-        if not (run_dir / "evaluation.json").exists():
-            return None
-        numbers = read_json(run_dir / "evaluation.json")
-        if not isinstance(numbers, dict) or numbers.get("format") != FORMAT:
-            raise InputError(f"{run_dir / 'evaluation.json'}: not an evaluation of format {FORMAT}")
-        arrays: dict[str, NDArray[Any]] = {}
-        if (run_dir / "plots" / "data.npz").exists():
-            with np.load(run_dir / "plots" / "data.npz", allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        return cls(numbers, arrays)
 
 
 def evaluate(
@@ -170,7 +150,7 @@ def evaluate(
         "probes": [probe.result for probe in probes if probe.result["rows"]],
         "seconds": time.perf_counter() - began,
     }
-    return Evaluation(_finite(numbers), arrays)
+    return Evaluation(finite(numbers), arrays)
 
 
 class _Clusters:
@@ -195,7 +175,7 @@ class _Clusters:
         n_frames, targets = np.diff(z.offsets), targets.to(device)
         anchors = log_mel_table(heldout, spec, n_frames, shift_samples=targets.shift_samples)
         frames = target_frames(heldout, targets.frames, n_frames, device)
-        heard = predictions(model, z) if head_input == "predictor" else z.values
+        heard = heard_frames(model, z, head_input)
         tracks = follow(model, heard, frames, targets.clusters)
         self.labels = tracks.mixture
         self.arrays = plot_data.clusters(
@@ -292,15 +272,6 @@ def _first(table: FrameTable, n_utterances: int) -> FrameTable:
     return FrameTable(
         table.values[: offsets[-1]], offsets, table.hop_samples, table.first_centre_samples
     )
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities, which JSON does not know, as None."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> dict[str, str]:

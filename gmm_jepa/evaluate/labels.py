@@ -84,6 +84,8 @@ def find_tasks(utterances: Sequence[Utterance], *, seed: int) -> list[Task]:
       corpus if its speakers are others, else one speaker in three where three or more are named.
     - Otherwise by utterance: the held-out corpus, or for speakers who occur in one corpus only,
       one utterance in four of every speaker.
+
+    Either may test on audio that pretraining heard, without labels; `Task.split` says on how much.
     """
     tasks = []
     for name in ("phones", "text", "label", "speaker"):
@@ -95,6 +97,8 @@ def find_tasks(utterances: Sequence[Utterance], *, seed: int) -> list[Task]:
         chosen = [utterances[u] for u in labelled]
         test, split = _split_by(name, chosen, [labels[u] for u in labelled], seed)
         if test.any() and not test.all():
+            n_heard = sum(not utterances[u].heldout for u in labelled[test])
+            split += f"; {n_heard or 'none'} of {test.sum()} heard in pretraining, unlabelled"
             level = "frame" if name == "phones" else "utterance"
             tasks.append(Task(name, level, labelled[~test], labelled[test], split))
     return tasks
@@ -134,7 +138,8 @@ def _split_by(
     if len(named) >= 3 and "" not in here | there:
         order = np.random.default_rng(seed).permutation(np.array(sorted(named), dtype=object))
         unseen = order[: max(1, len(order) // 3)]
-        return np.isin(speakers, unseen), f"{len(unseen)} of {len(order)} speakers unseen"
+        split = f"{len(unseen)} of {len(order)} speakers, unseen by the probe"
+        return np.isin(speakers, unseen), split
     return heldout, "held-out utterances"
 
 

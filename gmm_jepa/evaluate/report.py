@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from gmm_jepa.evaluate import curves, plots, sections
+from gmm_jepa.evaluate import captions, curves, plots, sections
 from gmm_jepa.evaluate.evaluation import Evaluation
 from gmm_jepa.evaluate.sections import show
 from gmm_jepa.evaluate.theme import DARK, LIGHT, Theme, style, to_png
@@ -20,22 +20,19 @@ from gmm_jepa.train.alarm import Event, read_alarms
 
 def write_report(
     run_dir: str | Path,
-    evaluation: Evaluation | None,
+    evaluation: Evaluation,
     metrics: Sequence[Mapping[str, Any]] = (),
-    *,
-    name: str | None = None,
 ) -> Path:
-    """Write ``report.html``, ``plots/*.png`` and, if given, the evaluation itself.
+    """Write ``report.html``, ``plots/*.png`` and the evaluation itself.
 
-    A section whose data is missing is left out: a run that was never evaluated, audio without
-    labels, a run without metrics yet. ``config.json``, ``alarms.jsonl`` and ``rejects.jsonl`` are
-    read from the folder where they are there.
+    A section whose data is missing is left out: audio without labels, a run without metrics yet;
+    an earlier report's pictures of it are removed. ``config.json``, ``alarms.jsonl`` and
+    ``rejects.jsonl`` are read from the folder where they are there.
 
     Args:
         run_dir: the run's folder; it is made if it is absent.
-        evaluation: what `evaluate` returned, or `Evaluation.load`; None without one.
+        evaluation: what `evaluate` returned.
         metrics: lines of ``metrics.jsonl``, in order.
-        name: title; the folder's name if None.
 
     Returns:
         The path of the report.
@@ -44,15 +41,12 @@ def write_report(
         ImportError: matplotlib is not installed; the evaluation is saved all the same.
     """
     run_dir = Path(run_dir)
-    if evaluation is not None:
-        evaluation.save(run_dir)
-    evaluation = evaluation or Evaluation({})
+    evaluation.save(run_dir)
     alarms = read_alarms(run_dir / "alarms.jsonl")
     pictures = draw(lambda theme: _figures(theme, evaluation, metrics, alarms))
-    save_pictures(run_dir / "plots", pictures)
-    title = name or run_dir.resolve().name
+    save_pictures(run_dir / "plots", pictures, of=(*captions.TITLES, "probes", "example_[0-9]"))
     body = page(
-        title,
+        run_dir.resolve().name,
         sections.subtitle(evaluation.numbers, metrics),
         _parts(evaluation.numbers, pictures, alarms, run_dir),
         "The numbers are in <code>evaluation.json</code> and <code>metrics.jsonl</code>, "
@@ -76,8 +70,17 @@ def draw(figures: Callable[[Theme], Figures]) -> sections.Pictures:
     return {key: (both[0][key], both[1][key]) for key in both[0]}
 
 
-def save_pictures(folder: Path, pictures: sections.Pictures) -> None:
-    """Write the light ones as PNGs."""
+def save_pictures(folder: Path, pictures: sections.Pictures, *, of: Sequence[str] = ()) -> None:
+    """Write the light ones as PNGs.
+
+    Args:
+        folder: made if absent.
+        pictures: by name.
+        of: patterns of names; an earlier picture of such a name that was not drawn is removed.
+    """
+    for path in [path for name in of for path in folder.glob(f"{name}.png")]:
+        if path.stem not in pictures:
+            path.unlink()
     for key, (light, _) in pictures.items():
         with written_aside(folder / f"{key}.png") as aside:
             aside.write_bytes(light)
@@ -170,7 +173,7 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     Args:
         numbers: `Evaluation.numbers`, or the content of ``evaluation.json``.
     """
-    rows = [["held out", "trained", "untrained", "log-mel", "with context"]]
+    rows = [["measure", "trained", "untrained", "log-mel", "with context"]]
     for task in numbers.get("probes", []):
         found = {row["features"]: f"{100 * row['accuracy']:.1f}" for row in task["rows"]}
         context = next((v for k, v in found.items() if k.startswith("log-mel,")), "")

@@ -36,16 +36,13 @@ def subtitle(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         speeds = sorted(line["audio_s_per_s"] for line in metrics if line.get("audio_s_per_s"))
         speed = f" at {speeds[len(speeds) // 2]:,.0f} audio seconds a second" if speeds else ""
         parts.append(f"{metrics[-1].get('step', 0):,} steps{speed}")
-    sample = numbers.get("sample")
-    if sample:
-        speakers = sample["heldout_speakers"]
-        parts.append(
-            f"evaluated on {sample['heldout_s'] / 60:.1f} min of held-out speech, "
-            f"{sample['heldout_utterances']} utterances"
-            + (f", {speakers} speaker{'s' * (speakers != 1)}" if speakers else "")
-        )
-    else:
-        parts.append("not evaluated yet")
+    sample = numbers["sample"]
+    speakers = sample["heldout_speakers"]
+    parts.append(
+        f"evaluated on {sample['heldout_s'] / 60:.1f} min of held-out speech, "
+        f"{sample['heldout_utterances']} utterances"
+        + (f", {speakers} speaker{'s' * (speakers != 1)}" if speakers else "")
+    )
     return " · ".join(parts)
 
 

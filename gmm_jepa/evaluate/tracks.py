@@ -32,7 +32,7 @@ def follow(
     model: JepaModel,
     heard: Tensor,
     frames: Tensor,
-    clusters: Clusters,
+    targets: Clusters,
     *,
     chunk_frames: int = 8192,
 ) -> Tracks:
@@ -42,7 +42,7 @@ def follow(
         model: whose cluster head is asked, on any device.
         heard: (N, D) float32 on the CPU: what the head reads.
         frames: (N, D') float32 beside them: what the targets are made of.
-        clusters: the targets, on the model's device.
+        targets: on the model's device.
         chunk_frames: so many frames at a time, with (chunk, K) float32 in memory.
     """
     device = next(model.parameters()).device
@@ -52,7 +52,7 @@ def follow(
     for heard_part, frames_part in zip(heard.split(chunk_frames), frames.split(chunk_frames)):
         logits = model.cluster_head(heard_part.to(device)).float()
         head = torch.log_softmax(logits, dim=-1)
-        target = clusters.log_posterior(frames_part.to(device))
+        target = targets.log_posterior(frames_part.to(device))
         p = target.exp()
         log_ratio = torch.where(p > 0, target - head, 0.0)
         parts.append(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmm_jepa.encoder import SpeechEncoder
-from gmm_jepa.errors import InputError, require
-from gmm_jepa.files import written_aside
+from gmm_jepa.errors import require
+from gmm_jepa.files import refuse_existing, written_aside
 
 MIN_SAMPLES = 3200
 """Shortest padded batch of a graph, 0.2 s; a row of it may be shorter."""
@@ -94,12 +94,6 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         )
     with written_aside(path) as aside:
         exported.save(str(aside))
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise `InputError` if there is something at the path."""
-    if path.exists():
-        raise InputError(f"{path} exists already; it is left as it is")
 
 
 def _attention(

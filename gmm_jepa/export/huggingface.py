@@ -8,8 +8,9 @@ from typing import Any
 
 from gmm_jepa.config import to_dict
 from gmm_jepa.encoder import SpeechEncoder
-from gmm_jepa.errors import InputError, require
-from gmm_jepa.files import read_json, write_json, write_text, written_aside
+from gmm_jepa.errors import require
+from gmm_jepa.files import read_json, refuse_existing, write_json, write_text, written_aside
+from gmm_jepa.train import checkpoint
 from gmm_jepa.train.folder import RunFolder
 
 _CODE = ("configuration_gmm_jepa.py", "modeling_gmm_jepa.py")
@@ -19,20 +20,22 @@ _AUTO_MAP = {
 }
 
 
-def save_huggingface(encoder: SpeechEncoder, out: Path, *, run: Path | None = None) -> None:
+def save_huggingface(
+    encoder: SpeechEncoder, out: Path, *, run: Path | None = None, teacher: bool = False
+) -> None:
     """Write config, weights, feature extractor, code and model card.
 
     Args:
         encoder: to be written.
         out: a folder that does not exist yet.
-        run: the run it comes from; its data, settings and measurements go into the card.
+        run: whose newest checkpoint it is; its data, settings and measurements go into the card.
+        teacher: it is the moving average, which no evaluation measures.
 
     Raises:
         InputError: the folder exists.
         ImportError: safetensors is absent.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already; it is left as it is")
+    refuse_existing(out)
     safetensors = require("safetensors.torch", extra="export")
     with written_aside(out) as aside:
         aside.mkdir()
@@ -45,7 +48,7 @@ def save_huggingface(encoder: SpeechEncoder, out: Path, *, run: Path | None = No
         write_json(aside / "preprocessor_config.json", _preprocessor())
         for name in _CODE:
             shutil.copy(Path(__file__).with_name(name), aside / name)
-        write_text(aside / "README.md", _card(encoder, run))
+        write_text(aside / "README.md", _card(encoder, run, teacher=teacher))
 
 
 def _config(encoder: SpeechEncoder) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def _preprocessor() -> dict[str, Any]:
     }
 
 
-def _card(encoder: SpeechEncoder, run: Path | None) -> str:
+def _card(encoder: SpeechEncoder, run: Path | None, *, teacher: bool) -> str:
     """The model card, every figure read from the run."""
     config = encoder.encoder.config
     n_parameters = sum(p.numel() for p in encoder.parameters())
@@ -87,6 +90,7 @@ def _card(encoder: SpeechEncoder, run: Path | None) -> str:
         f"{type(encoder.encoder).__name__}, {n_parameters / 1e6:.1f} M parameters, width "
         f"{config.code_dim}, {config.layers} blocks, one frame every {config.hop_samples} samples "
         "of 16 kHz audio. Method: arXiv 2602.09040.",
+        *["These are the weights of the teacher, the encoder's moving average."] * teacher,
         "",
         "```python",
         "from transformers import AutoFeatureExtractor, AutoModel",
@@ -100,29 +104,31 @@ def _card(encoder: SpeechEncoder, run: Path | None) -> str:
         "It needs the package `gmm_jepa`.",
         "",
     ]
-    return "\n".join(lines if run is None else [*lines, *_provenance(RunFolder(run))])
+    if run is not None:
+        lines += _provenance(RunFolder(run), teacher=teacher)
+    return "\n".join(lines)
 
 
-def _provenance(folder: RunFolder) -> list[str]:
+def _provenance(folder: RunFolder, *, teacher: bool) -> list[str]:
     """What the run was trained on, how, and what was measured."""
     sources, recipe = folder.read()
-    command = ["gmm-jepa run --audio", *(Path(path).name for path in sources.audio)]
+    step, _ = checkpoint.steps(folder.checkpoints)[-1]
     lines = [
         "## Training",
         "",
-        f"System {recipe.system}, {recipe.train.steps} steps of {recipe.data.batch_s:g} s, "
-        f"learning rate {recipe.train.learning_rate:g}, seed {recipe.seed}, on "
-        f"{', '.join(Path(path).name for path in sources.audio)} (`{' '.join(command)}`).",
+        f"System {recipe.system}, {step} of {recipe.train.steps} steps of "
+        f"{recipe.data.batch_s:g} s, learning rate {recipe.train.learning_rate:g}, "
+        f"seed {recipe.seed}, on {', '.join(Path(path).name for path in sources.audio)}.",
         "",
     ]
-    if not folder.evaluation.exists():
-        return [*lines, "It was not evaluated."]
-    found = read_json(folder.evaluation)
-    lines += ["## Held-out accuracy of linear probes", "", "| task | features | accuracy, % |"]
-    lines += ["| --- | --- | --- |"]
+    found = read_json(folder.evaluation) if folder.evaluation.exists() else {}
+    if teacher or found.get("steps") != step:
+        return [*lines, "These weights were not evaluated."]
+    lines += ["## Accuracy of linear probes", "", "| task | test | features | accuracy, % |"]
+    lines += ["| --- | --- | --- | --- |"]
     for probe in found["probes"]:
+        about = f"| {probe['task']} | {probe['split']} |"
         lines += [
-            f"| {probe['task']} | {row['features']} | {100 * row['accuracy']:.1f} |"
-            for row in probe["rows"]
+            f"{about} {row['features']} | {100 * row['accuracy']:.1f} |" for row in probe["rows"]
         ]
     return [*lines, ""]

@@ -39,10 +39,10 @@ def audio(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def manifest_of(audio, tmp_path):
-    """Writes a manifest of the first `n` utterances for a task, `change` applied to its lines."""
+    """Writes a manifest of `n` utterances for a task, `change` applied to its lines."""
 
-    def write(task: str, n: int = 12, name: str = "lines", change=None) -> Path:
-        lines = [json.loads(line) for line in audio.read_text().splitlines()[:n]]
+    def write(task: str, n: int = 12, name: str = "lines", change=None, *, first=0) -> Path:
+        lines = [json.loads(line) for line in audio.read_text().splitlines()[first : first + n]]
         for i, line in enumerate(lines):
             line["audio_filepath"] = str(audio.parent / line["audio_filepath"])
             line["label" if task == "er" else "text"] = TEXTS[task][i % 3]

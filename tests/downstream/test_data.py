@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gmm_jepa.downstream import data
+from gmm_jepa.downstream.tasks import task_for
 from gmm_jepa.errors import InputError
 
 SHARES = {"dev": 0.2, "test": 0.2, "seed": 0}
@@ -48,13 +49,43 @@ def test_folds_test_every_group_once(manifest_of):
 
 
 def test_three_files_are_three_parts(manifest_of):
-    paths = [[manifest_of("asr", n, name)] for n, name in ((5, "a"), (3, "b"), (4, "c"))]
+    parts = ((0, 5, "a"), (5, 3, "b"), (8, 4, "c"))
+    paths = [[manifest_of("asr", n, name, first=first)] for first, n, name in parts]
     found = data.read_parts(*paths, "asr", "text")
     (fold,) = found.folds
     assert fold.train.tolist() == [0, 1, 2, 3, 4]
     assert fold.dev.tolist() == [5, 6, 7]
     assert fold.test.tolist() == [8, 9, 10, 11]
     assert found.answers[:3] == ("ONE TWO", "THREE", "IT'S")
+
+
+def test_the_same_audio_is_in_one_part_only(manifest_of):
+    parts = ((0, "a"), (4, "b"), (3, "c"))
+    paths = [[manifest_of("asr", 4, name, first=first)] for first, name in parts]
+    said = r"c\.jsonl, line 1: the same audio in test as in train, .*a\.jsonl, line 4"
+    with pytest.raises(InputError, match=said):
+        data.read_parts(*paths, "asr", "text")
+
+    def cut(_i, line):
+        line |= {"offset": 0.1, "duration": 0.2}
+
+    paths[2] = [manifest_of("asr", 4, "c", cut, first=3)]  # another part of a file is other audio
+    data.read_parts(*paths, "asr", "text")
+
+    twice = manifest_of("er", 8, "twice")
+    twice.write_text(2 * twice.read_text())
+    with pytest.raises(InputError, match=r"twice\.jsonl, line \d+: the same audio"):
+        data.read_split(twice, "er", "label", by="utterance", **SHARES)
+    with pytest.raises(InputError, match=r"twice\.jsonl, line \d+: the same audio in dev"):
+        data.read_folds(twice, "er", "label", by="speaker", seed=0)
+
+
+def test_the_key_of_the_answers_is_named(manifest_of):
+    path = manifest_of("asr", change=lambda _i, line: line.update(mood="one"))
+    for task, said in (("er", "mood: expected two classes"), ("sf", "mood: no slot")):
+        found = data.read_split(path, task, "mood", by="utterance", **SHARES)
+        with pytest.raises(InputError, match=said):
+            task_for(task, found)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,11 +117,33 @@ def test_more_learning_rates_can_be_added_and_the_best_on_dev_is_told(
 
 
 @pytest.mark.usefixtures("without_report")
+def test_a_folder_without_results_takes_other_settings(manifest_of, encoder_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = words("er", out, "--data", manifest_of("er"), "--split-by", "utterance")
+    assert main([*common, "--upstream", str(encoder_file), str(encoder_file)]) == 2
+    assert "expected different names" in error_of(capsys)
+    assert main([*common, "--steps", "6"]) == 0
+    assert json.loads((out / "config.json").read_text())["settings"]["steps"] == 6
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"sources": {}, "recipe": {}}')
+    assert main(words("er", run, "--data", manifest_of("er"), "--split-by", "utterance")) == 2
+    assert "holds no results" in error_of(capsys)
+    assert "recipe" in (run / "config.json").read_text()
+
+
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("task", TASKS)
-def test_eight_utterances_can_be_learnt_by_heart(task, manifest_of, tmp_path):
+def test_eight_utterances_can_be_learnt_by_heart(task, audio, manifest_of, tmp_path):
     parts = []
     for part in ("train", "dev", "test"):
-        parts += [f"--{part}", manifest_of(task, 8, part)]
+        copies = shutil.copytree(audio.parent, tmp_path / part)
+
+        def elsewhere(_i, line, copies=copies):
+            line["audio_filepath"] = str(copies / Path(line["audio_filepath"]).name)
+
+        parts += [f"--{part}", manifest_of(task, 8, part, elsewhere)]
     arguments = words(task, tmp_path / "out", *parts, "--learning-rates", "1e-2")
     if task == "er":
         arguments += ["--steps", "300", "--projection", "32"]
@@ -207,6 +231,13 @@ def test_superbs_settings_are_superbs(capsys):
         (["er", "--out", "{out}", "--data", "{asr}"], "line 1: label: expected text, got None"),
         (["sf", "--out", "{out}", "--data", "{asr}"], "no slot"),
         (["asr", "--out", "{out}", "--data", "{asr}", "--no-controls"], "nothing to probe"),
+        (["asr", "--out", "{out}", "--split-by", "speaker"], "--split-by: only with --data"),
+        (["asr", "--out", "{out}", "--dev-share", "0.1"], "--dev-share: only with --data"),
+        (["asr", "--out", "{out}", "--split-seed", "0"], "--split-seed: only with --data"),
+        (
+            ["asr", "--out", "{out}", "--data", "{asr}", "--folds", "--test-share", "0.2"],
+            "--test-share: not with --folds",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(arguments, said, manifest_of, tmp_path, capsys):

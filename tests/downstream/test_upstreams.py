@@ -132,6 +132,15 @@ def test_controls_have_the_same_settings_and_other_weights(encoder_file, hubert)
         assert fresh.fingerprint() == trained.untrained().fingerprint()
 
 
+def test_what_holds_one_encoder_has_no_teacher(encoder_file, tmp_path):
+    from gmm_jepa.export.huggingface import save_huggingface
+
+    save_huggingface(load_encoder(encoder_file), tmp_path / "hf")
+    with pytest.raises(InputError, match="holds one encoder alone"):
+        open_upstream(str(tmp_path / "hf"), teacher=True)
+    open_upstream(str(encoder_file), teacher=True)
+
+
 def test_mistakes_are_one_clear_line(tmp_path):
     for source in ("no/such/model/anywhere", str(tmp_path / "absent.pt")):
         with pytest.raises(InputError, match="no such file"):

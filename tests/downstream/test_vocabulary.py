@@ -80,7 +80,8 @@ def test_what_a_net_may_say_is_decoded_up_to_the_end_token():
         ("B-a E-a x", "is empty"),
         ("B-a B-b E-b E-a x", "is empty"),
         ("B-a 7 E-a", "not in the vocabulary"),
-        ("send an E-MAIL", "was not opened"),
+        ("send an E-MAIL", "was not opened .'E-MAIL' reads as a slot tag"),
+        ("play the B-SIDE", "'SIDE' is never closed .'B-SIDE' reads as a slot tag"),
     ],
 )
 def test_broken_slots_are_refused(text, said):

@@ -39,18 +39,14 @@ def test_pairs_with_empty_utterances_at_every_place() -> None:
 def test_no_frames(offsets: list[int]) -> None:
     none = np.zeros(0, np.int64)
     assert math.isnan(clusters.adjacent_consistency(none, np.array(offsets)))
-    assert clusters.transitions(none, np.array(offsets), 3).sum() == 0
+    shown, table = clusters.top_transitions(none, np.array(offsets), n_clusters=3, top=2)
+    assert shown.size == table.size == 0
 
 
 def test_adjacent_consistency() -> None:
     assert clusters.adjacent_consistency(LABELS, OFFSETS) == pytest.approx(2 / 5)
     alone = np.array([4, 4, 4])
     assert math.isnan(clusters.adjacent_consistency(alone, np.array([0, 1, 2, 3])))
-
-
-def test_transitions() -> None:
-    expected = [[1, 1, 0], [0, 1, 1], [1, 0, 0]]
-    assert clusters.transitions(LABELS, OFFSETS, 3).tolist() == expected
 
 
 def test_top_transitions_are_probabilities_of_the_commonest() -> None:

@@ -38,7 +38,9 @@ def test_unseen_speakers_of_the_heldout_corpus_test() -> None:
     assert (task.name, task.level) == ("phones", "frame")
     assert task.test.tolist() == [0]
     assert task.train.tolist() == [1, 2]
-    assert "1 unseen" in task.split
+    assert task.split == (
+        "1 unseen speakers (the held-out corpus); none of 1 heard in pretraining, unlabelled"
+    )
 
 
 def test_speakers_are_split_where_the_corpora_share_them() -> None:
@@ -54,7 +56,10 @@ def test_speakers_are_split_where_the_corpora_share_them() -> None:
     speakers = [{sample[u].speaker for u in part} for part in (text.train, text.test)]
     assert [len(s) for s in speakers] == [4, 2]
     assert not speakers[0] & speakers[1]
-    assert text.split == "2 of 6 speakers unseen"
+    assert text.split == (
+        "2 of 6 speakers, unseen by the probe; 8 of 16 heard in pretraining, unlabelled"
+    )
+    assert "none of 24 heard" in tasks["speaker"].split
     assert all(sample[u].heldout for u in tasks["speaker"].test)
     again = {task.name: task for task in labels.find_tasks(sample, seed=0)}
     assert again["text"].test.tolist() == text.test.tolist()
@@ -65,6 +70,7 @@ def test_speakers_of_one_corpus_only_are_split_by_utterance() -> None:
     (task,) = labels.find_tasks(sample, seed=1)
     assert task.name == "speaker"
     assert sorted(sample[u].speaker for u in task.test) == ["a", "a", "b", "b"]
+    assert "2 of 4 heard in pretraining" in task.split
 
 
 def test_few_speakers_fall_back_to_heldout_utterances() -> None:
@@ -75,7 +81,8 @@ def test_few_speakers_fall_back_to_heldout_utterances() -> None:
         for _ in range(4)
     ]
     (task,) = labels.find_tasks(sample, seed=0)
-    assert (task.name, task.split) == ("label", "held-out utterances")
+    assert task.name == "label"
+    assert task.split == "held-out utterances; none of 8 heard in pretraining, unlabelled"
     assert all(sample[u].heldout for u in task.test)
 
 
