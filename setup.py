@@ -38,9 +38,9 @@ FLAGS_OF = {
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
     "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-# What compilers before GCC 11 lack: without its flags such a file says that the set is absent.
+# What GCC knows from 11 and 10 on: without its flags such a file says that its set is absent.
 # (csrc/sanitize/build.py asks for a compiler that has all.)
-NEW_SETS = ("isa_amx",)
+NEW_SETS = ("isa_amx", "isa_avx512bf16")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 

@@ -3,10 +3,11 @@
     python -m bench.native --threads 2
 
 One EM iteration (sufficient statistics and new parameters, of a mixture that was not seen before),
-posteriors of everything and of one utterance, and log-mel frames, on log-mel of speech where it
-lies beside the repository. The mixture is the one after ten iterations from frames of the data.
+posteriors of everything, of a batch and of one utterance, and log-mel frames, on log-mel of speech
+where it lies beside the repository. The mixture is the one after ten iterations from frames of the
+data.
 Correctness first; sides in turn, each settled (`bench.records.settle`) before it is timed; median,
-p20 and p80 of `--repeats`, for an utterance of means of ten calls.
+p20 and p80 of `--repeats`, for few frames of means of several calls.
 Chunked torch is `bench.peers.chunked_torch`, float32; "reference" is the operator's own exact
 torch form, which screens as well. ``sgemm_share`` is the arithmetic of the dense problem over
 measured sgemm, so that above one means faster than any dense float32 method could be. Prints JSON
@@ -45,6 +46,7 @@ from gmm_jepa.ops.log_mel import log_mel_reference
 FLOOR = 0.1
 ITERATIONS = 10
 UTTERANCE = 500  # frames: ten seconds
+BATCH = 8_000  # frames, whose posteriors of 1,024 components the allocator keeps: 32 MB
 LEAST_FRAMES = 5_000  # timed together
 
 
@@ -186,6 +188,7 @@ def main() -> None:
         for name, flops, n, sides in (
             ("em_iteration", 2.0 * dense, len(frames), em_sides(frames, mixture)),
             ("posterior", dense, len(frames), posterior_sides(frames, mixture)),
+            ("posterior", dense, BATCH, posterior_sides(frames[:BATCH], mixture)),
             ("posterior", dense, UTTERANCE, posterior_sides(frames[:UTTERANCE], mixture)),
             ("log_mel", None, n_mel, log_mel_sides(n_mel)),
         ):

@@ -135,16 +135,18 @@ class Module {
             zero_padding(first, n, &of_gated[first * D_]);
             glu_backward(kernels_, up_made_ + first * 2 * D_ / kValues<Word>,
                          &of_gated[first * D_], n, D_, s.made.data());
+            zero_padding(first, n, s.made.data(), 2 * D_);
             up_bias.put(i, s.made.data(), n);
             put_values(kernels_, s.made.data(), ptrdiff_t(n) * 2 * D_, false, s.rows.data());
             of_up.put(first, s.rows.data(), n);
             up.multiply(s.rows.data(), n, nullptr, s.made.data());
-            each_run(first, n, [&](int64_t row, int64_t at, int count, int) {
+            each_run(first, n, [&](int64_t row, int64_t at, int, int real) {
                 const int64_t here = (at - first) * D_;
                 const NormGradients to{&s.value[here], out.x + at * D_, in_weight.part(i),
                                        in_bias.part(i)};
-                kernels_.norm_backward_rows(norm_in(row), x_ + at * D_, &s.made[here], count, to);
+                kernels_.norm_backward_rows(norm_in(row), x_ + at * D_, &s.made[here], real, to);
             });
+            zero_padding(first, n, s.value.data());
             put_values(kernels_, s.value.data(), ptrdiff_t(n) * D_, false, s.rows.data());
             inputs.put(first, s.rows.data(), n);
         });
@@ -186,9 +188,13 @@ class Module {
 
     // n frames from `first` on, of D values.
     void zero_padding(int64_t first, int n, float* frames) const {
+        zero_padding(first, n, frames, D_);
+    }
+    void zero_padding(int64_t first, int n, float* frames, int width) const {
         if (!shape_.lengths) return;
         each_run(first, n, [&](int64_t, int64_t at, int count, int real) {
-            std::fill(frames + (at - first + real) * D_, frames + (at - first + count) * D_, 0.0f);
+            std::fill(frames + (at - first + real) * width, frames + (at - first + count) * width,
+                      0.0f);
         });
     }
 

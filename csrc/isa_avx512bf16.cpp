@@ -1,4 +1,5 @@
-// See kernels_impl.h; built with flags of its own by setup.py.
+// See kernels_impl.h; built with flags of its own by setup.py, where the compiler knows them.
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 
 #define GMM_JEPA_NAME "avx512bf16"
@@ -13,3 +14,10 @@
 namespace gmm_jepa {
 const Kernels* kernels_avx512bf16() { return &kTable; }
 }  // namespace gmm_jepa
+#else
+#include "kernels.h"
+
+namespace gmm_jepa {
+const Kernels* kernels_avx512bf16() { return nullptr; }
+}  // namespace gmm_jepa
+#endif

@@ -174,6 +174,9 @@ struct Kernels {
                              const uint32_t* rows, const double* r, int n, double* first,
                              double* second);
 
+    // 64 bits that tell arrays apart by their bytes. Sets differ in them.
+    uint64_t (*fingerprint)(const void* data, size_t n_bytes);
+
     // Log-mel of `lanes` frames of n_fft samples each; out[lane] (n_mels,) may be null. `scratch`:
     // 2 n_fft lanes floats, aligned to 64 bytes.
     void (*log_mel)(const LogMelPlan& plan, const float* const* frames, float* scratch,

@@ -140,6 +140,7 @@ double moments(const T* frames, const double* centre, int n_dims_padded, const u
     return count;
 }
 
+#include "fingerprint_kernel.h"
 #include "screen_kernel.h"
 #include "log_mel_kernel.h"
 #include "products_kernel.h"
@@ -171,6 +172,7 @@ const gmm_jepa::Kernels kTable = {
     distances,
     moments<float>,
     moments<double>,
+    fingerprint,
     log_mel,
     GMM_JEPA_PRODUCT_ROWS,
     kProductLanes,

@@ -78,7 +78,8 @@ void fft_stage(const Complex* from, Complex* to, int length, int stride, const f
     }
 }
 
-// Natural logarithm within 2 ulp for positive normal numbers; infinity and NaN stay (Cephes logf).
+// Natural logarithm within 2 ulp for positive normal numbers; infinity and NaN stay, negative numbers
+// have none: NaN (Cephes logf).
 inline Floats logarithm(Floats value) {
     typedef int32_t Ints __attribute__((vector_size(GMM_JEPA_BYTES)));
     const Ints bits = (Ints)value;
@@ -97,7 +98,8 @@ inline Floats logarithm(Floats value) {
     const Floats square = x * x;
     y = y * x * square - 2.12194440e-4f * exponent - 0.5f * square;
     const Floats result = x + y + 0.693359375f * exponent;
-    return value < __builtin_inff() ? result : value;
+    const Floats known = value < __builtin_inff() ? result : value;
+    return value < 0.0f ? __builtin_nanf("") : known;
 }
 
 // Power of the bins 0 .. n from the transform Z of the packed samples (n complex points):

@@ -1,6 +1,6 @@
-// gmm_jepa._native: addresses, sizes and strides in, nothing returned but through them, save for
-// prepared mixtures. The caller (gmm_jepa/ops/native.py) owns the memory that the addresses are of, and
-// has checked shapes, types and devices.
+// gmm_jepa._native: addresses, sizes and strides in; results are written to addresses, but for
+// prepared mixtures and single numbers, which are returned. The callers (gmm_jepa/ops/) own the memory
+// that the addresses are of, and have checked shapes, types and devices.
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -176,6 +176,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("is_intel", &is_intel, "Whether the processor is Intel's.");
     module.def("use_openmp", &use_openmp_at, py::arg("addresses"),
                "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads.");
+    module.def("fingerprint",
+               [](uintptr_t address, size_t n_bytes) {
+                   return kernels("").fingerprint(pointer<const void>(address), n_bytes);
+               },
+               py::arg("address"), py::arg("n_bytes"), "64 bits that tell arrays apart.");
     py::class_<ScreenedMixture>(module, "ScreenedMixture", "A mixture prepared, see csrc/README.md.")
         .def(py::init(&screened_mixture), py::arg("mixture"), py::arg("n_dims"),
              py::arg("instruction_set") = "");

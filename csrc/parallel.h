@@ -74,7 +74,8 @@ struct OpenMP {
 // For all calls from now on.
 void use_openmp(const OpenMP& runtime);
 
-// Calls work(data, thread) for thread 0 .. n_threads - 1, all at once.
+// Calls work(data, thread) for thread 0 .. n_threads - 1, all at once; `work` must not throw. Throws
+// std::system_error, and calls nothing, where a thread cannot be made.
 void run_together(int n_threads, void (*work)(const void*, int), const void* data);
 
 // Runs work(thread) for thread 0 .. n_threads - 1, all at once, one of them on the caller's thread.

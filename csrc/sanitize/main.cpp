@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -224,6 +225,37 @@ void depthwise_round(const Kernels& kernels) {
     demand_finite(grad_weight, "gradient of its filters", kernels);
 }
 
+// One sign, two signs, two values in each other's place, and one value fewer.
+void fingerprint_round(const Kernels& kernels) {
+    std::vector<float> values = drawn(any(2, 600));
+    const auto of = [&] { return kernels.fingerprint(values.data(), 4 * values.size()); };
+    const auto demand = [&](bool holds) {
+        if (holds) return;
+        std::printf("fingerprints of %s do not tell arrays apart\n", kernels.name);
+        std::exit(1);
+    };
+    const int64_t last = int64_t(values.size()) - 1, i = any(0, last - 1), j = any(i + 1, last);
+    const uint64_t first = of();
+    demand(of() == first);
+    values[i] = -values[i];
+    const uint64_t one = of();
+    values[j] = -values[j];
+    const uint64_t two = of();
+    demand(one != first && two != first && two != one);
+    values[i] = -values[i];
+    values[j] = -values[j];
+    demand(of() == first);
+    std::swap(values[i], values[j]);
+    demand(of() != first);
+    values = std::vector<float>(values.size());
+    const uint64_t zeros = of();
+    values.pop_back();
+    values.shrink_to_fit();
+    demand(of() != zeros);
+    values.clear();
+    of();
+}
+
 void list_round(const Kernels& kernels) {
     std::vector<std::vector<float>> values, others;
     TensorList<float> to;
@@ -354,6 +386,7 @@ int main() {
             density_round(kernels(name.c_str()));
             depthwise_round(kernels(name.c_str()));
             list_round(kernels(name.c_str()));
+            fingerprint_round(kernels(name.c_str()));
             attention_round(kernels(name.c_str()));
             loss_round(kernels(name.c_str()));
             if (round % 3 == 0) block_round(kernels(name.c_str()));

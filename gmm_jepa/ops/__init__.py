@@ -7,8 +7,6 @@ ones by ``register_kernel``. All work in chunks of bounded memory, are determini
 empty inputs.
 """
 
-import torch
-
 from gmm_jepa.ops import (
     native,
     native_blocks,
@@ -41,6 +39,7 @@ from gmm_jepa.ops.losses import (
     masked_mse,
 )
 from gmm_jepa.ops.mixture import Ensemble, Mixture
+from gmm_jepa.ops.packed import forget_mixtures
 from gmm_jepa.ops.posterior import gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.residual import residual_unit
 from gmm_jepa.ops.residual_block import residual_block, takes_residual_block
@@ -48,30 +47,6 @@ from gmm_jepa.ops.self_attention import AttentionWeights, self_attention
 from gmm_jepa.ops.snake import snake
 from gmm_jepa.ops.strided import strided_conv
 from gmm_jepa.ops.waveform import waveform_conv
-
-# Autocast would reach into the torch kernels and take their matrix products to bf16: a posterior
-# is then off by 0.8. The ops choose their own precision, so under autocast they run without it.
-for _device in ("cpu", "cuda"):
-    for _name in (
-        "em_statistics",
-        "gmm_log_likelihood",
-        "gmm_log_likelihood_backward",
-        "gmm_posterior",
-        "gmm_posterior_backward",
-        "gmm_posterior_ensemble",
-        "gmm_posterior_ensemble_backward",
-        "gmm_topk",
-        "gmm_topk_ensemble",
-        "kmeans_assign",
-        "kmeans_statistics",
-        "log_mel",
-        "masked_cross_entropy",
-        "masked_kl",
-        "masked_kl_ensemble",
-        "masked_kl_targets",
-        "masked_mse",
-    ):
-        torch.library.register_autocast(f"gmm_jepa::{_name}", _device, torch.float32)
 
 __all__ = [
     "AttentionWeights",
@@ -87,6 +62,7 @@ __all__ = [
     "em_statistics",
     "ema_update",
     "feed_forward",
+    "forget_mixtures",
     "gated_bias_attention",
     "gmm_log_likelihood",
     "gmm_posterior",

@@ -77,17 +77,22 @@ def convolution_module(
     if x.ndim != 3 or x.shape[1] < 1:
         raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
     check_lengths(lengths_frames, x)
-    D, K = x.shape[2], weights.taps.shape[-1]
-    if K % 2 == 0:
-        raise InputError(f"taps: expected an odd number, got {K}")
-    d = (D,)
-    shapes = (d, d, (2 * D, D), (2 * D,), (D, 1, K), d, d, d, (D, D), d)
+    if weights.taps.shape[-1] % 2 == 0:
+        raise InputError(f"taps: expected an odd number, got {weights.taps.shape[-1]}")
+    shapes = convolution_module_shapes(x, weights.taps)
     for name, tensor, shape in zip(weights._fields, weights, shapes):
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)
     return _convolution_module(x, *weights, lengths_frames, seed, epsilon, dropout_p, narrow)[0]
+
+
+def convolution_module_shapes(x: Tensor, taps: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of the weights for x (B, T, D) and taps (D, 1, K)."""
+    _, _, D = x.shape
+    d = (D,)
+    return d, d, (2 * D, D), (2 * D,), (D, 1, taps.shape[-1]), d, d, d, (D, D), d
 
 
 def _normal(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -109,6 +114,11 @@ def _through_norm(grad: Tensor, normal: Tensor, scale: Tensor, real: Tensor) -> 
     mean = grad.sum((1, 2), keepdim=True) / count
     along = (grad * normal).sum((1, 2), keepdim=True) / count
     return scale[:, None, None] * (grad - mean - normal * along) * real
+
+
+def _seen(x: Tensor, real: Tensor) -> Tensor:
+    """x with zeros on padding, whatever is there."""
+    return torch.where(real > 0, x, 0.0)
 
 
 def _real(lengths_frames: Tensor | None, x: Tensor) -> Tensor:
@@ -146,8 +156,9 @@ def convolution_module_reference(
     """
     real = _real(lengths_frames, x)
     with torch.autocast(x.device.type, enabled=False):
-        mean_in, scale_in = _statistics(x, real, epsilon)
-        made = F.linear(_normal(x, mean_in, scale_in) * norm_in + norm_in_bias, up, up_bias)
+        seen = _seen(x, real)
+        mean_in, scale_in = _statistics(seen, real, epsilon)
+        made = F.linear(_normal(seen, mean_in, scale_in) * norm_in + norm_in_bias, up, up_bias)
         convolved = depthwise_reference(F.glu(made, dim=-1) * real, taps, taps_bias)
         mean_out, scale_out = _statistics(convolved, real, epsilon)
         value = F.silu(_normal(convolved, mean_out, scale_out) * norm_out + norm_out_bias)
@@ -182,7 +193,7 @@ def convolution_module_backward_reference(
     real, made = _real(lengths_frames, x), made.to(x.dtype)
     mean_in, scale_in, mean_out, scale_out = statistics.unbind(dim=1)
     with torch.autocast(x.device.type, enabled=False):
-        of_output = dropout_reference(grad * real, seed, dropout_p)
+        of_output = dropout_reference(_seen(grad, real), seed, dropout_p)
         normal = _normal(convolved, mean_out, scale_out)
         before = normal * norm_out + norm_out_bias
         of_before = torch.ops.aten.silu_backward(of_output @ down, before)
@@ -192,7 +203,7 @@ def convolution_module_backward_reference(
             of_convolved, gated, taps, True
         )
         of_made = torch.ops.aten.glu_backward(of_gated * real, made, -1)
-        normal_in = _normal(x, mean_in, scale_in)
+        normal_in = _normal(_seen(x, real), mean_in, scale_in)
         of_inputs = of_made @ up
         d_x = grad + _through_norm(of_inputs * norm_in, normal_in, scale_in, real)
         inputs = normal_in * norm_in + norm_in_bias

@@ -81,8 +81,8 @@ def density_attention_reference(
     if x.shape[1] < MIN_FRAMES or not x.numel():
         return x.clone(memory_format=torch.contiguous_format)
     if lengths_frames is None:
-        return _whole(x, offsets, squared_widths).contiguous()
-    return _ragged(x, offsets, squared_widths, lengths_frames).contiguous()
+        return _whole(x, offsets, squared_widths).to(x.dtype).contiguous()
+    return _ragged(x, offsets, squared_widths, lengths_frames).to(x.dtype).contiguous()
 
 
 def _whole(x: Tensor, offsets: Tensor, squared_widths: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from gmm_jepa.ops.mixture import (
     quadratic,
     row_chunks,
 )
-from gmm_jepa.ops.operator import Operator
+from gmm_jepa.ops.operator import Operator, without_autocast
 from gmm_jepa.ops.screen import Screen
 
 # The gathered pairs of a chunk should stay in cache: at K = 256, 1,024 rows gave 179 k frames/s on
@@ -208,3 +208,6 @@ def _(frames, centroids):
     return tuple(
         frames.new_empty(shape, dtype=torch.float64) for shape in ((K,), (K, D), (K, D), ())
     )
+
+
+without_autocast(_em_statistics, _kmeans_assign, _kmeans_statistics)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.ops.mixture import Ensemble, row_chunks
+from gmm_jepa.ops.operator import without_autocast
 
 # Posteriors of one mixture alive at one time: 16 MB in float32. Masked KL of half of 24,000 rows,
 # K = 1,024, on two cores: 112 ms in chunks of 2^18 values, 74 of 2^20, 60 to 67 of 2^21 to 2^23.
@@ -187,3 +188,6 @@ def gmm_topk_ensemble(
 def _(frames, log_weights, means, variances, shares, k, temperature):
     shape = (frames.shape[0], k)
     return frames.new_empty(shape, dtype=torch.float32), frames.new_empty(shape, dtype=torch.int64)
+
+
+without_autocast(gmm_posterior_ensemble, _backward, gmm_topk_ensemble)

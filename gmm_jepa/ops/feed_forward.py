@@ -55,10 +55,9 @@ def feed_forward(
         InputError: shapes do not fit, or dropout_p is out of its range.
     """
     check_probability("dropout_p", dropout_p)
-    D, H = x.shape[-1] if x.ndim else 0, len(up_bias)
     tensors = (x, up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     names = ("up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias")
-    shapes = ((H, D), (H,), (D, H), (D,), (D,), (D,))
+    shapes = feed_forward_shapes(x, up_bias)
     for name, tensor, shape in zip(names, tensors[1:], shapes):
         if tensor is None and norm_weight is None and norm_bias is None:
             continue
@@ -69,6 +68,12 @@ def feed_forward(
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)
     return _feed_forward(*tensors, seed, scale, epsilon, dropout_p, keep_hidden, narrow)[0]
+
+
+def feed_forward_shapes(x: Tensor, up_bias: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of the weights and biases for x (..., D) and up_bias (H,)."""
+    D, H = x.shape[-1] if x.ndim else 0, len(up_bias)
+    return (H, D), (H,), (D, H), (D,), (D,), (D,)
 
 
 def _masks(seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -26,7 +26,7 @@ has_triton = importlib.util.find_spec("triton") is not None
 uses_unproven = os.environ.get("GMM_JEPA_UNPROVEN_KERNELS") == "1"
 """Whether ops take, on CUDA, kernels that have run under Triton's interpreter alone: those of
 residual units, snake and density-adaptive attention. Otherwise models compose, and the ops
-themselves are plain torch. Asked for at every call."""
+themselves are plain torch. The environment is read once, when this is imported."""
 
 WIDE_DILATION = 16
 """Six calls of the kernel that cuDNN falls back on, `conv2d_grouped_direct`, took 112 of the 269 ms

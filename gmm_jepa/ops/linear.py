@@ -18,7 +18,7 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.fused import takes_one_op
 from gmm_jepa.ops.native import is_intel
-from gmm_jepa.ops.operator import Operator
+from gmm_jepa.ops.operator import Operator, without_autocast
 
 _has_onednn = (
     torch.backends.mkldnn.is_available()
@@ -108,7 +108,4 @@ def _vjp(ctx, grad):
 
 
 _linear.register_autograd(_vjp, setup_context=_setup)
-
-for _op in (_linear, _linear_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+without_autocast(_linear, _linear_backward)

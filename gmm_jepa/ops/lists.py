@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmm_jepa.errors import InputError
 from gmm_jepa.ops import fused
 from gmm_jepa.ops.native import call
 
@@ -24,9 +25,15 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def move_towards(to: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
-    """to += weight (other - to), tensor by tensor, in place; of tensors that `are_native`."""
-    addresses, sizes = _addressed(to)
-    call("move_towards", addresses, [t.data_ptr() for t in others], sizes, weight)
+    """to += weight (other - to), tensor by tensor, in place; of tensors that `are_native`.
+
+    Raises:
+        InputError: the lists do not match.
+    """
+    (addresses, sizes), (of_others, sizes_of_others) = _addressed(to), _addressed(others)
+    if sizes != sizes_of_others:
+        raise InputError(f"others: expected {sizes} values, got {sizes_of_others}")
+    call("move_towards", addresses, of_others, sizes, weight)
 
 
 def are_native(tensors: Sequence[Tensor]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops.mixture import kind_of
-from gmm_jepa.ops.operator import Operator
+from gmm_jepa.ops.operator import Operator, without_autocast
 
 # Frames in flight. Real FFT of 1,024 frames of 400 samples keeps every buffer in the L2 cache:
 # on two Zen 4 cores 1.0 M frames/s (256: 0.90 M; 4,096: 0.90 M; all 30,000 at once: 0.49 M),
@@ -168,6 +168,7 @@ def _vjp(ctx, grad):
 
 
 _log_mel.register_autograd(_vjp, setup_context=_setup)
+without_autocast(_log_mel, _log_mel_backward)
 
 
 def _cast(window: Tensor, filters: Tensor, waveform: Tensor) -> tuple[Tensor, Tensor]:

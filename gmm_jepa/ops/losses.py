@@ -29,6 +29,7 @@ from gmm_jepa.ops.mixture import (
     kind_of,
     row_chunks,
 )
+from gmm_jepa.ops.operator import without_autocast
 from gmm_jepa.ops.posterior import check_temperature
 
 TargetsOf = Callable[[Tensor], Tensor]
@@ -258,8 +259,7 @@ def masked_kl_reference(
 _masked_kl = torch.library.custom_op("gmm_jepa::masked_kl", masked_kl_reference, mutates_args=())
 
 
-@torch.library.custom_op("gmm_jepa::masked_kl_ensemble", mutates_args=())
-def _masked_kl_ensemble(
+def masked_kl_ensemble_reference(
     logits: Tensor,
     frames: Tensor,
     row_weights: Tensor,
@@ -270,9 +270,14 @@ def _masked_kl_ensemble(
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of `masked_kl` of an ensemble, and the gradient."""
+    """The outputs of `masked_kl` of an ensemble, and the gradient, in plain torch."""
     targets_of = mean_posteriors_of(log_weights, means, variances, shares, temperature)
     return kl_of_frames(logits, frames, row_weights, targets_of, with_gradient)
+
+
+_masked_kl_ensemble = torch.library.custom_op(
+    "gmm_jepa::masked_kl_ensemble", masked_kl_ensemble_reference, mutates_args=()
+)
 
 
 def masked_kl_targets_reference(
@@ -375,7 +380,9 @@ def _no_gradient(value: object) -> list[None] | None:
     return [None] * len(value) if is_list else None
 
 
-def _scale_gradient(ctx, grad_loss, *_):
+def _scale_gradient(ctx, grad_loss, *others):
+    if others[-1] is not None:
+        raise RuntimeError("masked losses: no autograd formula was registered for their gradients")
     if grad_loss is None:
         return None, *ctx.nothing
     (gradient,) = ctx.saved_tensors
@@ -390,11 +397,13 @@ def _is_one(scale: Tensor) -> bool:
     return readable and not torch.compiler.is_compiling() and float(scale) == 1.0
 
 
-for _op in (
+_LOSSES = (
     _masked_kl,
     _masked_kl_ensemble,
     _masked_kl_targets,
     _masked_cross_entropy,
     _masked_mse,
-):
+)
+for _op in _LOSSES:
     _op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+without_autocast(*_LOSSES)

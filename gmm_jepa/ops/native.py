@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ _POSTERIOR_TYPES = {
 # Both kernels and their emulation are made for mixtures up to this size.
 _MOST_COMPONENTS, _MOST_FEATURES = 8192, 512
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
+_PF_FORKNOEXEC = 0x40  # of Linux, include/linux/sched.h
 
 _packed = PackedMixtures(cuda_em.pack, n_kept=2)
 
@@ -120,9 +122,42 @@ def call(name: str, *arguments: object) -> Any:
     return getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
 
 
-def lengths_of(lengths: Tensor | None) -> Tensor | None:
-    """Lengths of rows as the module takes them: int64, dense."""
-    return None if lengths is None else lengths.long().contiguous()
+def check(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Refuse what the module would read beyond its end.
+
+    Functions of operators have better words; this is for operators called past their functions.
+
+    Args:
+        name: of what is called, for the message.
+        tensors: None fits any shape.
+        shapes: one for each tensor.
+        dtype: of all.
+
+    Raises:
+        InputError: a tensor is of another shape or type.
+    """
+    for tensor, shape in zip(tensors, shapes):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype is not dtype):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise InputError(f"{name}: expected {dtype} {tuple(shape)}, got {found}")
+
+
+def lengths_of(lengths: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Lengths of `rows` (B, ...) as the module takes them: int64, dense.
+
+    Raises:
+        InputError: there is not one a row.
+    """
+    if lengths is None:
+        return None
+    lengths = lengths.long().contiguous()
+    check("lengths", (lengths,), ((rows.shape[0],),), torch.int64)
+    return lengths
 
 
 def drawn_by(seed: Tensor | None, dropout_p: float) -> tuple[int, float]:
@@ -306,14 +341,10 @@ def log_mel(
     if plain or not (B and S and n_mels and _native.log_mel_supports(n_fft)):
         return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
     bins = n_fft // 2 + 1
-    if lengths_samples.shape != (B,) or window.ndim != 1 or len(filters) != bins:
-        raise InputError(
-            f"log_mel: expected lengths ({B},), window (n_fft,), filters ({bins}, n_mels), got "
-            f"{tuple(lengths_samples.shape)}, {tuple(window.shape)}, {tuple(filters.shape)}"
-        )
     x = waveform if waveform.dtype in (torch.float32, torch.int16) else waveform.float()
     window, filters = window.float().contiguous(), filters.float().contiguous()
-    lengths = lengths_samples.contiguous()
+    check("log_mel", (window, filters), ((n_fft,), (bins, n_mels)))
+    lengths = lengths_of(lengths_samples, x)
     out = torch.empty((B, S // hop + 1, n_mels), dtype=torch.float32)
     call(
         "log_mel",
@@ -326,9 +357,22 @@ def log_mel(
     return out.to(out_dtype)
 
 
+def _was_forked() -> bool:
+    """Whether this process was forked and no program was started in it, as far as Linux tells."""
+    try:
+        status = Path("/proc/self/stat").read_text()
+    except OSError:
+        return False
+    flags = int(status.rpartition(")")[2].split()[6])
+    return bool(flags & _PF_FORKNOEXEC)
+
+
 def _share_threads() -> None:
-    """Let the module run on the threads of torch's own OpenMP runtime, where it is GNU's."""
-    if not hasattr(os, "RTLD_NOLOAD"):
+    """Let the module run on the threads of torch's own OpenMP runtime, where it is GNU's.
+
+    Not in a process that was forked before this: the runtime counts on threads that are not there.
+    """
+    if _was_forked() or not hasattr(os, "RTLD_NOLOAD"):
         return
     folder = Path(torch.__file__).parent / "lib"
     for path in sorted(folder.glob("libgomp*")):

@@ -10,6 +10,7 @@ from gmm_jepa.ops.convolution_module import (
     _convolution_module_backward,
     convolution_module_backward_reference,
     convolution_module_reference,
+    convolution_module_shapes,
 )
 from gmm_jepa.ops.feed_forward import (
     _feed_forward,
@@ -17,11 +18,13 @@ from gmm_jepa.ops.feed_forward import (
     check_hidden,
     feed_forward_backward_reference,
     feed_forward_reference,
+    feed_forward_shapes,
 )
 from gmm_jepa.ops.fused import MAP_MULTIPLE, RUN_MULTIPLE
 from gmm_jepa.ops.native import (
     address_of,
     call,
+    check,
     drawn_by,
     instruction_sets,
     lengths_of,
@@ -32,6 +35,7 @@ from gmm_jepa.ops.self_attention import (
     _self_attention_backward,
     self_attention_backward_reference,
     self_attention_reference,
+    self_attention_shapes,
 )
 from gmm_jepa.ops.strided import (
     _strided,
@@ -62,6 +66,7 @@ def feed_forward(
         return feed_forward_reference(
             x, *parameters, seed, scale, epsilon, dropout_p, keep_hidden, narrow
         )
+    check("feed_forward", parameters, feed_forward_shapes(x, up_bias))
     x, (H, D) = x.contiguous(), up_weight.shape
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
     rounds = narrow and multiplies_bfloat16()
@@ -102,6 +107,7 @@ def feed_forward_backward(
             grad, x, hidden, *parameters, seed, scale, epsilon, dropout_p, narrow
         )
     check_hidden(x, hidden, up_bias)
+    check("feed_forward", (grad, *parameters), (x.shape, *feed_forward_shapes(x, up_bias)))
     rounds = narrow and multiplies_bfloat16()
     grad, x, hidden = (t.contiguous() for t in (grad, x, hidden.to(_kept(rounds))))
     parameters = tuple(None if p is None else p.contiguous() for p in parameters)
@@ -120,8 +126,9 @@ def feed_forward_backward(
 
 
 def _is_feed_forward(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+    """Float32, widths that fill panels and tiles, and a norm with both parameters or none."""
     given = [p for p in parameters if p is not None]
-    return _fits_maps(x, *given) and len(parameters[1]) % MAP_MULTIPLE == 0
+    return len(given) % 2 == len(parameters[1]) % MAP_MULTIPLE == 0 and _fits_maps(x, *given)
 
 
 def self_attention(
@@ -143,9 +150,10 @@ def self_attention(
     tensors = (x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale)
     if not _is_self_attention(*tensors):
         return self_attention_reference(*tensors, lengths_frames, seed, dropout_p, narrow)
+    check("self_attention", tensors[1:], self_attention_shapes(x, gate_scale))
     x, *weights = (t.contiguous() for t in tensors)
     (B, T, D), H, rounds = x.shape, len(gate_scale), narrow and multiplies_bfloat16()
-    made, lengths = torch.empty_like(x), lengths_of(lengths_frames)
+    made, lengths = torch.empty_like(x), lengths_of(lengths_frames, x)
     kept = tuple(x.new_empty(s) for s in ((B, T, 3 * D), (B, T, D), (B, H, T), (B, H, T)))
     call(
         "self_attention",
@@ -185,13 +193,13 @@ def self_attention_backward(
         return self_attention_backward_reference(
             grad, x, *kept, *weights, lengths_frames, seed, dropout_p, narrow
         )
+    (B, T, D), H, rounds = x.shape, len(gate_scale), narrow and multiplies_bfloat16()
+    check("self_attention", weights, self_attention_shapes(x, gate_scale))
+    check("self_attention", (grad, *kept), (x.shape, (B, T, 3 * D), x.shape, *((B, H, T),) * 2))
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:4], rest[4:]
-    (B, T, D), H, rounds = x.shape, len(gate_scale), narrow and multiplies_bfloat16()
-    gradients, lengths = (
-        tuple(torch.empty_like(t) for t in (x, *weights)),
-        lengths_of(lengths_frames),
-    )
+    gradients = tuple(torch.empty_like(t) for t in (x, *weights))
+    lengths = lengths_of(lengths_frames, x)
     call(
         "self_attention_backward",
         (B, T, H, D, address_of(lengths), rounds, drawn_by(seed, dropout_p)),
@@ -234,9 +242,10 @@ def convolution_module(
         return convolution_module_reference(
             *tensors, lengths_frames, seed, epsilon, dropout_p, narrow
         )
+    check("convolution_module", tensors[1:], convolution_module_shapes(x, taps))
     x, *weights = (t.contiguous() for t in tensors)
     (B, T, D), rounds = x.shape, narrow and multiplies_bfloat16()
-    out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
+    out, lengths = torch.empty_like(x), lengths_of(lengths_frames, x)
     made = x.new_empty((B, T, 2 * D), dtype=_kept(rounds))
     kept = (made, torch.empty_like(x), x.new_empty((B, 4)))
     call(
@@ -272,7 +281,6 @@ def convolution_module_backward(
     narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the weights of `convolution_module`."""
-    rounds = narrow and multiplies_bfloat16()
     kept = (made, convolved, statistics)
     of_norms_and_maps = (norm_in, norm_in_bias, up, up_bias)
     weights = (*of_norms_and_maps, taps, taps_bias, norm_out, norm_out_bias, down, down_bias)
@@ -280,16 +288,19 @@ def convolution_module_backward(
         return convolution_module_backward_reference(
             grad, x, *kept, *weights, lengths_frames, seed, dropout_p, narrow
         )
-    kept = (made.to(_kept(rounds)), convolved, statistics)
+    (B, T, D), rounds = x.shape, narrow and multiplies_bfloat16()
+    made = made.to(_kept(rounds))
+    check("convolution_module", weights, convolution_module_shapes(x, taps))
+    check("convolution_module", (grad, *kept[1:]), (x.shape, x.shape, (B, 4)))
+    check("convolution_module", (made,), ((B, T, 2 * D),), _kept(rounds))
+    kept = (made, convolved, statistics)
     grad, x, *rest = (t.contiguous() for t in (grad, x, *kept, *weights))
     kept, weights = rest[:3], rest[3:]
-    gradients, lengths = (
-        tuple(torch.empty_like(t) for t in (x, *weights)),
-        lengths_of(lengths_frames),
-    )
+    gradients = tuple(torch.empty_like(t) for t in (x, *weights))
+    lengths = lengths_of(lengths_frames, x)
     call(
         "convolution_module_backward",
-        (*x.shape, taps.shape[-1], address_of(lengths), 0.0, rounds, drawn_by(seed, dropout_p)),
+        (B, T, D, taps.shape[-1], address_of(lengths), 0.0, rounds, drawn_by(seed, dropout_p)),
         tuple(w.data_ptr() for w in weights),
         x.data_ptr(),
         tuple(t.data_ptr() for t in kept),
@@ -303,9 +314,9 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, narrow: b
     """Convolution of frames with stride s and 2 s taps, in float32."""
     if not _is_strided(x, weight) or bias.dtype != torch.float32:
         return strided_forward(x, weight, bias, stride, narrow)
+    check("strided_conv", (weight, bias), _strided_weight_shapes(x, weight, stride))
     x, bias, taps = x.contiguous(), bias.contiguous(), weight.mT.contiguous()
-    shape = _strided_shape(x, weight, stride, narrow)
-    out = x.new_empty((len(x), (x.shape[1] + 2 * (stride // 2)) // stride - 1, len(weight)))
+    shape, out = _strided_shape(x, weight, stride, narrow), x.new_empty(_made(x, weight, stride))
     call("strided_conv", shape, x.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
     return out
 
@@ -316,6 +327,8 @@ def strided_conv_backward(
     """Gradients of x, weight and bias of `strided_conv`."""
     if not _is_strided(x, weight):
         return strided_backward(grad, x, weight, stride, narrow)
+    of_weight, _ = _strided_weight_shapes(x, weight, stride)
+    check("strided_conv", (grad, weight), (_made(x, weight, stride), of_weight))
     grad, x, taps = grad.contiguous(), x.contiguous(), weight.mT.contiguous()
     out = torch.empty_like(x), torch.empty_like(taps), taps.new_empty(len(taps))
     call(
@@ -329,6 +342,15 @@ def strided_conv_backward(
     return out[0], out[1].mT.contiguous(), out[2]
 
 
+def _made(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int]:
+    """Shape of what comes of a strided convolution."""
+    return len(x), (x.shape[1] + 2 * (stride // 2)) // stride - 1, len(weight)
+
+
+def _strided_weight_shapes(x: Tensor, weight: Tensor, stride: int) -> tuple[tuple[int, ...], ...]:
+    return (len(weight), x.shape[2], 2 * stride), (len(weight),)
+
+
 def _strided_shape(x: Tensor, weight: Tensor, stride: int, narrow: bool) -> tuple:
     return (*x.shape, len(weight), stride, narrow and multiplies_bfloat16())
 
@@ -336,7 +358,7 @@ def _strided_shape(x: Tensor, weight: Tensor, stride: int, narrow: bool) -> tupl
 def _is_strided(x: Tensor, weight: Tensor) -> bool:
     """Float32, and as many outputs, and values that each sees, as fill panels and tiles."""
     fits = len(weight) % MAP_MULTIPLE == weight[0].numel() % MAP_MULTIPLE == 0
-    fits = fits and x.shape[2] % RUN_MULTIPLE == 0
+    fits = fits and x.ndim == 3 and x.shape[2] % RUN_MULTIPLE == 0
     return fits and x.numel() > 0 and x.dtype == weight.dtype == torch.float32
 
 

@@ -22,7 +22,14 @@ from gmm_jepa.ops.depthwise import (
     depthwise_reference,
 )
 from gmm_jepa.ops.dropout import _dropout, dropout_reference
-from gmm_jepa.ops.native import address_of, call, drawn_by, instruction_sets, lengths_of
+from gmm_jepa.ops.native import (
+    address_of,
+    call,
+    check,
+    drawn_by,
+    instruction_sets,
+    lengths_of,
+)
 
 
 def gated_bias_attention(
@@ -38,6 +45,7 @@ def gated_bias_attention(
     """Output (B, H, T, d) and log of each softmax's sum (B, H, T), in float32."""
     if not _is_attention(q, k, v, table, gate):
         return attention_reference(q, k, v, table, gate, key_lengths, seed, dropout_p)
+    key_lengths = lengths_of(key_lengths, q)
     if _some_have_no_keys(key_lengths):
         out, log_sum = _empty(q).zero_(), gate.new_full(gate.shape, math.inf, dtype=torch.float32)
         some = key_lengths.nonzero().squeeze(1)
@@ -76,6 +84,7 @@ def gated_bias_attention_backward(
         return attention_backward_reference(
             grad, out, log_sum, *tensors, key_lengths, seed, dropout_p
         )
+    key_lengths = lengths_of(key_lengths, q)
     if _some_have_no_keys(key_lengths):
         gradients = (
             *(_empty(t).zero_() for t in (q, k, v)),
@@ -92,6 +101,7 @@ def gated_bias_attention_backward(
         return gradients
     inputs = _AttentionInputs(*tensors, key_lengths)
     grad, out, log_sum = _dense_rows(grad), _dense_rows(out), log_sum.contiguous()
+    check("attention", (grad, out, log_sum), (q.shape, q.shape, gate.shape))
     gradients = (
         *map(_empty, inputs.qkv),
         inputs.table.new_empty(table.shape),
@@ -128,7 +138,10 @@ class _AttentionInputs:
     ) -> None:
         self.qkv = [_dense_rows(t) for t in (q, k, v)]
         self.table, self.gate = table.float().contiguous(), gate.float().contiguous()
-        self.lengths = lengths_of(key_lengths)
+        self.lengths = key_lengths
+        B, H, T, _ = q.shape
+        shapes = (q.shape, q.shape, q.shape, (H, 2 * T - 1), (B, H, T))
+        check("attention", (*self.qkv, self.table, self.gate), shapes)
 
     def arguments(self) -> tuple[tuple, tuple]:
         """Shape and inputs."""
@@ -176,6 +189,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return depthwise_reference(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     wide, *parameters = (t.float().contiguous() for t in tensors)
+    check("depthwise_conv", parameters, _depthwise_shapes(weight, x))
     out = torch.empty_like(wide)
     addresses = [p.data_ptr() for p in parameters] + [0] * (bias is None)
     shape = (*x.shape, weight.shape[-1])
@@ -190,12 +204,19 @@ def depthwise_conv_backward(
     if not _is_depthwise(x, weight):
         return depthwise_backward_reference(grad, x, weight, with_bias)
     inputs = tuple(t.float().contiguous() for t in (grad, x, weight))
+    check("depthwise_conv", (inputs[0], inputs[2]), (x.shape, _depthwise_shapes(weight, x)[0]))
     d_x, d_weight = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
     d_bias = d_weight.new_empty(x.shape[2] if with_bias else 0)
     addresses = (d_x.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr() if with_bias else 0)
     shape = (*x.shape, weight.shape[-1])
     call("depthwise_backward", shape, *(t.data_ptr() for t in inputs), addresses)
     return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+def _depthwise_shapes(weight: Tensor, x: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of weight, (C, 1, K) or (C, K), and bias for x (B, T, C)."""
+    _, _, C = x.shape
+    return (C, *[1] * (weight.ndim - 2), weight.shape[-1]), (C,)
 
 
 def _is_depthwise(x: Tensor, weight: Tensor) -> bool:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.ops.density import (
+    CHUNKS,
+    GAUSSIANS,
     _density_attention,
     _density_attention_backward,
     density_attention_backward_reference,
     density_attention_reference,
 )
-from gmm_jepa.ops.native import address_of, call, instruction_sets, lengths_of
+from gmm_jepa.ops.native import address_of, call, check, instruction_sets, lengths_of
 from gmm_jepa.ops.residual import (
     _unit,
     _unit_backward,
@@ -49,6 +51,7 @@ def waveform_conv(
     """Strided convolution of one channel, in float32, less the ends."""
     if not _is_float32(x, taps, bias):
         return waveform_conv_reference(x, taps, bias, ends, last, stride)
+    check("waveform_conv", (bias,), ((taps.shape[0],),))
     x, taps, bias = x.contiguous(), taps.contiguous(), bias.contiguous()
     out = x.new_empty((len(x), (x.shape[1] - taps.shape[1]) // stride + 1, len(taps)))
     addresses = (x.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
@@ -60,8 +63,10 @@ def waveform_conv_backward(
     grad: Tensor, x: Tensor, taps: Tensor, last: Tensor, stride: int, with_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of taps, bias and ends, in float32; with that of x all by torch."""
-    if with_x or not _is_float32(x, taps, grad):
+    if with_x or not _is_float32(x, taps):
         return waveform_conv_backward_reference(grad, x, taps, last, stride, with_x)
+    B, _, n_frames, *_, C = _waveform_shape(x, taps, stride)
+    check("waveform_conv", (grad,), ((B, n_frames, C),))
     grad, x = grad.contiguous(), x.contiguous()
     d_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
     d_bias = taps.new_empty(len(taps))
@@ -71,8 +76,8 @@ def waveform_conv_backward(
 
 
 def _waveform_shape(x: Tensor, taps: Tensor, stride: int) -> tuple[int, ...]:
-    n_frames = (x.shape[1] - taps.shape[1]) // stride + 1
-    return (*x.shape, n_frames, stride, taps.shape[1], len(taps))
+    (B, S), (C, K) = x.shape, taps.shape
+    return B, S, (S - K) // stride + 1, stride, K, C
 
 
 def residual_unit(
@@ -90,10 +95,11 @@ def residual_unit(
     tensors = (x, weight1, bias1, weight2, bias2)
     if not _is_float32(*tensors):
         return residual_unit_reference(*tensors, lengths_frames, dilation, keep_hidden, narrow)
+    check("residual_unit", tensors[1:], _residual_shapes(x))
     x, *parameters = (t.contiguous() for t in tensors)
     out = torch.empty_like(x)
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
-    lengths = lengths_of(lengths_frames)
+    lengths = lengths_of(lengths_frames, x)
     call(
         "residual_forward",
         (*x.shape, dilation, address_of(lengths), narrow),
@@ -119,11 +125,13 @@ def residual_unit_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the parameters of `residual_unit`."""
     tensors = (grad, x, hidden, weight1, bias1, weight2, bias2)
-    if not _is_float32(*tensors):
+    if not _is_float32(x, *tensors[3:]):
         return residual_unit_backward_reference(*tensors, lengths_frames, dilation, narrow)
+    shapes = (x.shape, x.shape, *_residual_shapes(x))
+    check("residual_unit", (grad, hidden, *tensors[3:]), shapes)
     grad, x, hidden, *parameters = (t.contiguous() for t in tensors)
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = lengths_of(lengths_frames)
+    lengths = lengths_of(lengths_frames, x)
     call(
         "residual_backward",
         (*x.shape, dilation, address_of(lengths), narrow),
@@ -134,6 +142,12 @@ def residual_unit_backward(
         tuple(o.data_ptr() for o in out),
     )
     return out
+
+
+def _residual_shapes(x: Tensor, *n_units: int) -> tuple[tuple[int, ...], ...]:
+    """Of the parameters of one unit, or of several, for x (B, T, C)."""
+    _, _, C = x.shape
+    return ((*n_units, C, C, 3), (*n_units, C)) * 2
 
 
 def residual_block(
@@ -150,8 +164,9 @@ def residual_block(
     tensors = (x, weight1, bias1, weight2, bias2)
     if x.shape[2] not in CHANNELS or not _is_float32(*tensors):
         return residual_block_reference(*tensors, lengths_frames, dilations, narrow)
+    check("residual_block", tensors[1:], _residual_shapes(x, len(dilations)))
     x, *parameters = (t.contiguous() for t in tensors)
-    out, lengths = torch.empty_like(x), lengths_of(lengths_frames)
+    out, lengths = torch.empty_like(x), lengths_of(lengths_frames, x)
     call(
         "residual_block",
         (*x.shape, list(dilations), address_of(lengths), narrow),
@@ -175,10 +190,12 @@ def residual_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the parameters of `residual_block`."""
     tensors = (grad, x, weight1, bias1, weight2, bias2)
-    if x.shape[2] not in CHANNELS or not _is_float32(*tensors):
+    if x.shape[2] not in CHANNELS or not _is_float32(*tensors[1:]):
         return residual_block_backward_reference(*tensors, lengths_frames, dilations, narrow)
+    check("residual_block", (grad, *tensors[2:]), (x.shape, *_residual_shapes(x, len(dilations))))
     grad, x, *parameters = (t.contiguous() for t in tensors)
-    out, lengths = tuple(torch.empty_like(t) for t in (x, *parameters)), lengths_of(lengths_frames)
+    out = tuple(torch.empty_like(t) for t in (x, *parameters))
+    lengths = lengths_of(lengths_frames, x)
     call(
         "residual_block_backward",
         (*x.shape, list(dilations), address_of(lengths), narrow),
@@ -194,7 +211,8 @@ def snake(x: Tensor, a: Tensor, lengths_frames: Tensor | None) -> Tensor:
     """x + sin(a x)^2 / a of float32 or bfloat16, in float32."""
     if not _is_snake(x, a):
         return snake_reference(x, a, lengths_frames)
-    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames)
+    check("snake", (a,), ((x.shape[2],),))
+    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames, x)
     out = torch.empty_like(x, dtype=torch.float32)
     call(
         "snake",
@@ -213,8 +231,9 @@ def snake_backward(
     """Gradients of x and a of `snake`."""
     if not _is_snake(x, a):
         return snake_backward_reference(grad, x, a, lengths_frames)
-    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames)
+    x, a, lengths = x.contiguous(), a.contiguous(), lengths_of(lengths_frames, x)
     grad = grad.float().contiguous()
+    check("snake", (grad, a), (x.shape, (x.shape[2],)))
     out = torch.empty_like(x), torch.empty_like(a)
     call(
         "snake_backward",
@@ -229,8 +248,8 @@ def snake_backward(
 
 
 def _is_snake(x: Tensor, a: Tensor) -> bool:
-    """Channels that fill the vectors of every instruction set."""
-    types = x.dtype in (torch.float32, torch.bfloat16) and a.dtype == torch.float32
+    """Frames (B, T, C), whose channels fill the vectors of every instruction set."""
+    types = x.ndim == 3 and x.dtype in (torch.float32, torch.bfloat16) and a.dtype == torch.float32
     return types and x.numel() > 0 and x.shape[2] % 16 == 0
 
 
@@ -241,8 +260,8 @@ def density_attention(
     if not _is_density(x):
         return density_attention_reference(x, offsets, squared_widths, lengths_frames)
     x, *parameters = (t.float().contiguous() for t in (x, offsets, squared_widths))
-    out = torch.empty_like(x)
-    lengths = lengths_of(lengths_frames)
+    check("density_attention", parameters, _GAUSSIANS)
+    out, lengths = torch.empty_like(x), lengths_of(lengths_frames, x)
     call(
         "density_attention",
         (*x.shape, address_of(lengths)),
@@ -265,9 +284,11 @@ def density_attention_backward(
         return density_attention_backward_reference(
             grad, x, offsets, squared_widths, lengths_frames
         )
-    grad, x, *parameters = (t.float().contiguous() for t in (grad, x, offsets, squared_widths))
+    tensors = (x, offsets, squared_widths)
+    grad, x, *parameters = (t.float().contiguous() for t in (grad, *tensors))
+    check("density_attention", (grad, *parameters), (x.shape, *_GAUSSIANS))
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
-    lengths = lengths_of(lengths_frames)
+    lengths = lengths_of(lengths_frames, x)
     call(
         "density_attention_backward",
         (*x.shape, address_of(lengths)),
@@ -276,12 +297,16 @@ def density_attention_backward(
         grad.data_ptr(),
         tuple(o.data_ptr() for o in out),
     )
-    return out
+    return tuple(o.to(t.dtype) for o, t in zip(out, tensors))
+
+
+_GAUSSIANS = ((CHUNKS, GAUSSIANS),) * 2
 
 
 def _is_density(x: Tensor) -> bool:
-    """Float32 with channels that fill the vectors of every instruction set."""
-    return x.dtype == torch.float32 and x.numel() > 0 and x.shape[2] % 16 == 0
+    """Float32 (B, T, C) with channels that fill the vectors of every instruction set."""
+    fits = x.ndim == 3 and x.dtype == torch.float32
+    return fits and x.numel() > 0 and x.shape[2] % 16 == 0
 
 
 def _is_float32(*tensors: Tensor) -> bool:

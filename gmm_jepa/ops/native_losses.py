@@ -11,7 +11,7 @@ from gmm_jepa.ops import losses
 from gmm_jepa.ops.ensemble import TARGET_VALUES
 from gmm_jepa.ops.losses import Outputs, TargetsOf
 from gmm_jepa.ops.mixture import row_chunks
-from gmm_jepa.ops.native import call, instruction_sets
+from gmm_jepa.ops.native import call, check, instruction_sets
 
 
 class _Rows:
@@ -20,6 +20,7 @@ class _Rows:
     def __init__(self, rows: Tensor, row_weights: Tensor, with_gradient: bool) -> None:
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
         self.weights = row_weights.float().contiguous()
+        check("row_weights", (self.weights,), (rows.shape[:1],))
         self.gradient = rows.new_empty(rows.shape if with_gradient else (0,))
         self.losses = torch.empty(len(rows), 3, dtype=torch.float32)
 
@@ -58,6 +59,7 @@ def kl_of_frames(
         whole = len(index) == len(weighted)
         some = frames[part] if whole else frames[part].index_select(0, index)
         targets, of_row = targets_of(some).contiguous(), weighted.cumsum(0) - 1
+        check("targets", (targets,), ((len(index), logits.shape[1]),))
         losses_at = rows.losses[part].data_ptr()
         call("masked_kl", rows.arguments(part), targets.data_ptr(), of_row.data_ptr(), losses_at)
     return rows.outputs()
@@ -102,6 +104,7 @@ def masked_kl_targets(
         return losses.masked_kl_targets_reference(logits, targets, row_weights, with_gradient)
     rows, every = _Rows(logits, row_weights, with_gradient), slice(None)
     targets, of_row = targets.float().contiguous(), torch.arange(len(logits), dtype=torch.int64)
+    check("targets", (targets,), (logits.shape,))
     losses_at = rows.losses.data_ptr()
     call("masked_kl", rows.arguments(every), targets.data_ptr(), of_row.data_ptr(), losses_at)
     return rows.outputs()
@@ -114,6 +117,7 @@ def masked_cross_entropy(
     if not _is_covered(logits):
         return losses.masked_cross_entropy_reference(logits, labels, row_weights, with_gradient)
     rows, labels = _Rows(logits, row_weights, with_gradient), labels.contiguous()
+    check("labels", (labels,), (logits.shape[:1],), torch.int64)
     losses_at = rows.losses.data_ptr()
     call("masked_cross_entropy", rows.arguments(slice(None)), labels.data_ptr(), losses_at)
     return rows.outputs()
@@ -126,6 +130,7 @@ def masked_mse(
     if not _is_covered(prediction):
         return losses.masked_mse_reference(prediction, target, row_weights, with_gradient)
     rows, target = _Rows(prediction, row_weights, with_gradient), target.float().contiguous()
+    check("target", (target,), (prediction.shape,))
     arguments, losses_at = rows.arguments(slice(None)), rows.losses.data_ptr()
     call("masked_squared_error", arguments, target.data_ptr(), target.stride(0), losses_at)
     loss, _, _, gradient = rows.outputs()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,14 +15,23 @@ from torch import Tensor
 
 from gmm_jepa.ops.mixture import Mixture
 
+try:
+    from gmm_jepa import _native
+except ImportError:
+    _native = None
+
 Operand = TypeVar("Operand")
+_WIDE = (torch.float32, torch.float64)
 
 
 class PackedMixtures(Generic[Operand]):
-    """The last few operands that a function made of mixtures.
+    """The last few operands that a function made of mixtures on a CUDA device.
 
     A kept entry holds the mixture's tensors, so their addresses cannot be reused, and their version
     counters tell when they were written to. Each stream has its own: no stream waits for another.
+    To compare values would make the host wait. So what counts no version is not seen: writes to
+    ``tensor.data``, by collectives of torch.distributed, by another library. After one of these
+    call `forget_mixtures`.
 
     Args:
         pack: makes an operand of a mixture and further arguments, which can be hashed.
@@ -55,14 +64,13 @@ class PackedMixtures(Generic[Operand]):
 class MixturesByValue(Generic[Operand]):
     """The last few operands that a function made of mixtures on a CPU, found again by their values.
 
-    Where torch alone knows of the memory, version counters tell that it was not written to, and
-    nothing is compared: at K = 1,024, D = 80 that takes 0.07 ms and the caches of a core, where to
-    prepare a mixture for the native module takes 1.1. NumPy writes to shared memory where no
-    counter sees it.
+    To read the values takes 0.1 ms at K = 1,024, D = 80, where to prepare a mixture for the native
+    module takes 1.3. Version counters would not do: NumPy, ``tensor.data`` and collectives of
+    torch.distributed write past them.
 
     Args:
         pack: makes an operand of a mixture and further arguments.
-        n_kept: operands kept, each beside a copy of its mixture.
+        n_kept: operands kept.
         n_values: means that all of these may have together; the last one is kept whatever it has.
     """
 
@@ -72,34 +80,23 @@ class MixturesByValue(Generic[Operand]):
 
     def __call__(self, mixture: Mixture, *arguments: object) -> Operand:
         """The operand of the mixture, made if it is not among those kept."""
-        is_torchs = all(p.untyped_storage().resizable() for p in mixture)
-        key = _key(mixture) if is_torchs else None
-        source = None if key is None else mixture
-        entry = self._find(mixture, key, arguments)
+        key = (*arguments, *map(_fingerprint, mixture))
+        entry = next((e for e in self._kept if e.key == key), None)
         if entry is None:
             self._kept = self._kept[: self._n_kept - 1]  # first: the new one may have its memory
             with torch.inference_mode(False):
                 copy = Mixture(*(torch.from_numpy(array_of(p).copy()) for p in mixture))
-                entry = _Kept(copy, arguments, self._pack(copy, *arguments), key, source)
-        elif entry.key != key:
-            entry = replace(entry, key=key, source=source)
+                entry = _Kept(key, mixture.means.numel(), self._pack(copy, *arguments))
         # Replaced as a whole: a thread that does the same at once costs a packing, no more.
-        others = (e for e in self._kept if e.mixture is not entry.mixture)
+        others = (e for e in self._kept if e is not entry)
         self._kept = tuple(self._room_for([entry, *others]))
         return entry.operand
-
-    def _find(self, mixture: Mixture, key: tuple | None, arguments: tuple) -> _Kept[Operand] | None:
-        kept = [entry for entry in self._kept if entry.arguments == arguments]
-        for entry in kept:
-            if key is not None and entry.key == key:
-                return entry
-        return next((entry for entry in kept if _same_values(entry.mixture, mixture)), None)
 
     def _room_for(self, entries: list[_Kept[Operand]]) -> Iterator[_Kept[Operand]]:
         """As many of the first as may be kept."""
         n_values = 0
         for i, entry in enumerate(entries[: self._n_kept]):
-            n_values += entry.mixture.means.numel()
+            n_values += entry.n_values
             if i and n_values > self._n_values:
                 return
             yield entry
@@ -107,43 +104,31 @@ class MixturesByValue(Generic[Operand]):
 
 @dataclass(frozen=True)
 class _Kept(Generic[Operand]):
-    mixture: Mixture
-    arguments: tuple
+    key: tuple
+    n_values: int
     operand: Operand
-    key: tuple | None
-    source: Mixture | None
-    """what the key is of, kept so that its addresses are not used again"""
+
+
+def _fingerprint(parameter: Tensor) -> tuple[torch.dtype, torch.Size, object]:
+    """What tells a parameter from others, by its values."""
+    plain = parameter
+    if not parameter.is_contiguous() or parameter.dtype not in _WIDE or parameter.is_neg():
+        plain = torch.from_numpy(np.ascontiguousarray(array_of(parameter)))
+    if _native is None:
+        values: object = hashlib.blake2b(array_of(plain).data).digest()
+    else:
+        values = _native.fingerprint(plain.data_ptr(), plain.nbytes)
+    return plain.dtype, plain.shape, values
 
 
 def array_of(parameter: Tensor) -> np.ndarray:
-    """A parameter in a CPU's memory for NumPy, to read: `Tensor.numpy` would mark it as shared.
+    """A parameter in a CPU's memory for NumPy, to read.
 
     NumPy works in a forked process, too. Torch's threads do not live on there, and whatever torch
     shares among them waits for ever.
     """
-    is_wide = parameter.dtype in (torch.float32, torch.float64)
+    is_wide = parameter.dtype in _WIDE
     return np.from_dlpack((parameter if is_wide else parameter.double()).detach().resolve_neg())
-
-
-def _same_values(a: Mixture, b: Mixture) -> bool:
-    return all(p.dtype == q.dtype and _equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-def _equal(p: Tensor, q: Tensor) -> bool:
-    """By torch's threads, a third of NumPy's time, where they are."""
-    return np.array_equal(array_of(p), array_of(q)) if _is_forked else torch.equal(p, q)
-
-
-_is_forked = False
-
-
-def _remember_fork() -> None:
-    global _is_forked
-    _is_forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_remember_fork)
 
 
 def mixture_on(mixture: Mixture, device: torch.device) -> Mixture:
@@ -172,4 +157,13 @@ def _key(mixture: Mixture) -> tuple | None:
             return None  # what a graph makes has its values only when the graph runs
         stream = torch.cuda.current_stream(mixture.means.device).cuda_stream
     tensors = ((p.data_ptr(), p._version, p.dtype, p.device, p.shape, p.stride()) for p in mixture)
-    return (stream, *tensors)
+    return (_n_forgotten, stream, *tensors)
+
+
+_n_forgotten = 0
+
+
+def forget_mixtures() -> None:
+    """Let the next calls on CUDA devices read their mixtures anew; see `PackedMixtures`."""
+    global _n_forgotten
+    _n_forgotten += 1

@@ -33,7 +33,7 @@ from gmm_jepa.ops.mixture import (
     quadratic,
     row_chunks,
 )
-from gmm_jepa.ops.operator import Operator
+from gmm_jepa.ops.operator import Operator, without_autocast
 
 _COMPUTE = {"fast": torch.float32, "exact": torch.float64}
 
@@ -346,3 +346,6 @@ _topk = Operator("gmm_jepa::gmm_topk", topk_reference)
 def _(frames, log_weights, means, variances, k, temperature):
     shape = (frames.shape[0], k)
     return frames.new_empty(shape, dtype=torch.float32), frames.new_empty(shape, dtype=torch.int64)
+
+
+without_autocast(_posterior, _posterior_backward, _log_likelihood, _log_likelihood_backward, _topk)

@@ -73,15 +73,20 @@ def self_attention(
     if x.ndim != 3 or x.shape[1] < 1:
         raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
     check_lengths(lengths_frames, x)
-    (_, T, D), H = x.shape, len(weights.gate_scale)
-    heads = (H, D // max(H, 1))
-    shapes = ((3 * D, D), (3 * D,), (D, D), (D,), (H, 2 * T - 1), heads, heads, (H,))
+    shapes = self_attention_shapes(x, weights.gate_scale)
     for name, tensor, shape in zip(weights._fields, weights, shapes):
         if tensor.shape != shape:
             raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)
     return _self_attention(x, *weights, lengths_frames, seed, dropout_p, narrow)[0]
+
+
+def self_attention_shapes(x: Tensor, gate_scale: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of the weights for x (B, T, D) and gate_scale (H,)."""
+    (_, T, D), H = x.shape, len(gate_scale)
+    heads = (H, D // max(H, 1))
+    return (3 * D, D), (3 * D,), (D, D), (D,), (H, 2 * T - 1), heads, heads, (H,)
 
 
 def _keys(lengths_frames: Tensor | None) -> Tensor | None:

@@ -6,12 +6,10 @@ heads wider than 128, the plain-torch implementation that defines the op stays.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops import attention
+from gmm_jepa.ops import attention, fused
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 128
@@ -41,6 +39,6 @@ def _covered(q: Tensor) -> bool:
     return q.dtype in _COVERED and q.shape[3] <= _WIDEST_HEAD
 
 
-if importlib.util.find_spec("triton") is not None:
+if fused.has_triton:
     attention._attention.register_kernel("cuda")(gated_bias_attention)
     attention._attention_backward.register_kernel("cuda")(gated_bias_attention_backward)

@@ -6,12 +6,10 @@ more than 63 taps, the plain-torch implementation that defines the op stays.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops import depthwise
+from gmm_jepa.ops import depthwise, fused
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 63
@@ -41,6 +39,6 @@ def _covered(x: Tensor, weight: Tensor) -> bool:
     return all(t.dtype in _COVERED for t in (x, weight)) and weight.shape[-1] <= _MOST_TAPS
 
 
-if importlib.util.find_spec("triton") is not None:
+if fused.has_triton:
     depthwise._depthwise.register_kernel("cuda")(depthwise_conv)
     depthwise._depthwise_backward.register_kernel("cuda")(depthwise_conv_backward)

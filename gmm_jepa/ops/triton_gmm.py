@@ -9,7 +9,6 @@ means.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gmm_jepa.ops import losses, posterior
 from gmm_jepa.ops.ensemble import chunks_of, mean_of_chunk
+from gmm_jepa.ops.fused import has_triton
 from gmm_jepa.ops.mixture import Mixture, quadratic
 from gmm_jepa.ops.packed import PackedMixtures
 
@@ -27,7 +27,7 @@ _TOPK_VALUES = 1 << 24  # posteriors alive at one time where k best are asked fo
 
 def available() -> bool:
     """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return has_triton
 
 
 def gmm_posterior(
@@ -141,8 +141,9 @@ def masked_kl_ensemble(
     """
     mixtures = (log_weights, means, variances, shares)
     if not _all_covered(logits, frames, row_weights):
-        plain = losses._masked_kl_ensemble._init_fn
-        return plain(logits, frames, row_weights, *mixtures, temperature, with_gradient)
+        return losses.masked_kl_ensemble_reference(
+            logits, frames, row_weights, *mixtures, temperature, with_gradient
+        )
     from gmm_jepa.kernels.masked_kl_targets import partial_sums, sums_of
 
     gradient = logits.new_empty(logits.shape if with_gradient else 0)
@@ -222,5 +223,5 @@ def register() -> None:
     losses._masked_mse.register_kernel("cuda")(masked_mse)
 
 
-if available():
+if has_triton:
     register()

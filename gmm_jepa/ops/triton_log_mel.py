@@ -6,12 +6,11 @@ the plain-torch implementation that defines the op stays; so does its backward p
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops.log_mel import _log_mel
+from gmm_jepa.ops.fused import has_triton
+from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
 
 _COVERED = (torch.float32, torch.bfloat16, torch.float16, torch.int16)
 _COVERED_OUT = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,8 +27,7 @@ def log_mel(
 ) -> Tensor:
     """As the op `gmm_jepa::log_mel`."""
     if waveform.dtype not in _COVERED or out_dtype not in _COVERED_OUT:
-        plain = _log_mel._init_fn
-        return plain(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
+        return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
     from gmm_jepa.kernels import log_mel as kernel
 
     return kernel.log_mel(
@@ -37,5 +35,5 @@ def log_mel(
     )
 
 
-if importlib.util.find_spec("triton") is not None:
+if has_triton:
     _log_mel.register_kernel("cuda")(log_mel)

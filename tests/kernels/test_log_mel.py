@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from gmm_jepa import InputError, LogMelSpec, ops
+from gmm_jepa.ops import triton_log_mel
+from gmm_jepa.ops.log_mel import log_mel_reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from gmm_jepa.kernels import log_mel as kept  # noqa: E402
@@ -330,3 +332,14 @@ def test_addresses_beyond_32_bits():
     row = torch.cat((torch.zeros(8000), tail / 32_768))
     expected = _by_definition(row, spec.window(), spec.filters(), 400)
     _assert_close(out[1, -20:].cpu(), expected[-20:])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_what_the_kernel_does_not_cover_is_plain_torch(dtypes):
+    """What is registered for CUDA, called on a CPU."""
+    spec, (dtype, out_dtype) = LogMelSpec(), dtypes
+    waveform = 0.1 * torch.randn(2, 2000).to(dtype)
+    tensors = (waveform, torch.tensor([2000, 700]), spec.window(), spec.filters())
+    got = triton_log_mel.log_mel(*tensors, 320, FLOOR, out_dtype)
+    assert got.dtype == out_dtype
+    assert torch.equal(got, log_mel_reference(*tensors, 320, FLOOR, out_dtype))

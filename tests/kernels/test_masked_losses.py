@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa import ops
-from gmm_jepa.ops import triton_gmm
+from gmm_jepa.ops import losses, triton_gmm
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -250,3 +250,13 @@ def test_the_ops_call_the_kernels_on_cuda(draw):
     got.loss.backward()
     assert torch.equal(got.loss.detach(), direct[0])
     assert torch.equal(logits.grad, direct[3])
+
+
+def test_an_ensemble_of_float64_is_plain_torch(draw):
+    """What is registered for CUDA, called on a CPU."""
+    case = draw(20, 6, 5)
+    lists = [[p, p + 0.1] for p in case.mixture]
+    arguments = (case.logits.double(), case.frames, case.weights, *lists, [0.25, 0.75], 1.0, True)
+    got = triton_gmm.masked_kl_ensemble(*arguments)
+    for a, b in zip(got, losses.masked_kl_ensemble_reference(*arguments), strict=True):
+        assert torch.equal(a, b)

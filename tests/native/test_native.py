@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -358,7 +360,7 @@ def test_operators_called_past_their_functions_check_shapes():
         with pytest.raises(InputError, match="expected"):
             operator(*wrong, *options)
     spec = LogMelSpec()
-    with pytest.raises(InputError, match=r"expected lengths \(3,\)"):
+    with pytest.raises(InputError, match=r"lengths: expected torch.int64 \(3,\)"):
         torch.ops.gmm_jepa.log_mel(
             torch.zeros(3, 4000),
             torch.tensor([4000]),
@@ -368,3 +370,168 @@ def test_operators_called_past_their_functions_check_shapes():
             1e-6,
             torch.float32,
         )
+
+
+def test_log_mel_of_a_negative_energy_is_not_a_number(instruction_set):
+    """As the logarithm of the plain torch: filters may have any sign."""
+    waveform, filters = 0.1 * torch.randn(1, 4000), torch.randn(201, 9)
+    tensors = (waveform, torch.tensor([4000]), torch.hann_window(400), filters)
+    got = ops.log_mel(*tensors, hop=160, floor=1e-6)
+    expected = log_mel_reference(*tensors, 160, 1e-6, torch.float32)
+    assert 0.1 < float(expected.isnan().float().mean()) < 0.9
+    assert float((got.isnan() != expected.isnan()).float().mean()) < 0.01  # sums near zero
+
+
+def run_alone(code):
+    """A program of its own: exit status, or None after a minute."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode
+
+
+def test_a_forked_process_may_be_the_first_to_import():
+    """Torch's threads were there before, in the parent alone."""
+    code = """
+import os, signal, sys, torch
+torch.exp(torch.randn(2000, 2000))
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    import numpy as np
+    from gmm_jepa import ops
+    K, D = 64, 80
+    frames, means = (torch.from_numpy(np.ones(s, dtype="f4")) for s in ((4000, D), (K, D)))
+    mixture = ops.Mixture(torch.zeros(K), means, means)
+    for _ in range(2):
+        ops.gmm_posterior(frames, mixture)
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+    assert run_alone(code) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_threads_that_cannot_be_made_raise():
+    """Each wants a stack of 8 MB; the process goes on."""
+    code = """
+import os, resource, sys, torch
+from gmm_jepa.ops import native
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.RLIM_INFINITY))
+x = torch.ones(1 << 20)
+out = torch.zeros(1 << 20)
+values = out.numpy()
+child = os.fork()
+if child:
+    sys.exit(os.waitpid(child, 0)[1])
+call = lambda n: native._native.dropout(x.data_ptr(), len(x), (0, 0.0), out.data_ptr(), n, "")
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (60 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    call(64)
+except RuntimeError:
+    assert not values.any()
+else:
+    os._exit(2)
+call(2)
+os._exit(0 if values.all() else 3)
+"""
+    assert run_alone(code) == 0
+
+
+def _ones(*shapes):
+    return [torch.ones(shape) for shape in shapes]
+
+
+X, HEADS = (1, 40, 32), (1, 2, 9, 16)
+UNIT = ((32, 32, 3), (32,), (32, 32, 3), (32,))
+ATTENTION = (*[HEADS] * 3, (2, 17), (1, 2, 9))
+MODULE = ((32,), (32,), (64, 32), (64,), (32, 1, 5), (32,), (32,), (32,), (32, 32), (32,))
+FEED_FORWARD = ((64, 32), (64,), (32, 64), (32,))
+SELF_ATTENTION = ((96, 32), (96,), (32, 32), (32,), (2, 79), (2, 16), (2, 16), (2,))
+# Shapes that fit, and what follows them.
+PAST_FUNCTIONS = {
+    "convolution_module": ((X, *MODULE), (None, None, 1e-5, 0.0, False)),
+    "convolution_module_backward": (
+        (X, X, (1, 40, 64), X, (1, 4), *MODULE),
+        (None, None, 0.0, False),
+    ),
+    "density_attention": ((X, (4, 4), (4, 4)), (None,)),
+    "density_attention_backward": ((X, X, (4, 4), (4, 4)), (None,)),
+    "depthwise_conv": ((X, (32, 1, 3), (32,)), ()),
+    "depthwise_conv_backward": ((X, X, (32, 3)), (True,)),
+    "feed_forward": ((X, *FEED_FORWARD), (None, None, None, 1.0, 1e-5, 0.0, True, False)),
+    "feed_forward_backward": (
+        (X, X, (1, 40, 64), *FEED_FORWARD),
+        (None, None, None, 1.0, 1e-5, 0.0, False),
+    ),
+    "gated_bias_attention": (ATTENTION, (None, None, 0.0)),
+    "gated_bias_attention_backward": (
+        (HEADS, HEADS, (1, 2, 9), *ATTENTION),
+        (None, None, 0.0),
+    ),
+    "masked_kl": (((9, 5), (9, 8), (9,), (5,), (5, 8), (5, 8)), (1.0, True)),
+    "masked_kl_targets": (((9, 5), (9, 5), (9,)), (True,)),
+    "masked_mse": (((9, 5), (9, 5), (9,)), (True,)),
+    "residual_block": ((X, (2, *UNIT[0]), (2, 32), (2, *UNIT[0]), (2, 32)), (None, [1, 3], False)),
+    "residual_block_backward": (
+        (X, X, (2, *UNIT[0]), (2, 32), (2, *UNIT[0]), (2, 32)),
+        (None, [1, 3], False),
+    ),
+    "residual_unit": ((X, *UNIT), (None, 1, True, False)),
+    "residual_unit_backward": ((X, X, X, *UNIT), (None, 1, False)),
+    "self_attention": ((X, *SELF_ATTENTION), (None, None, 0.0, False)),
+    "self_attention_backward": (
+        (X, X, (1, 40, 96), X, (1, 2, 40), (1, 2, 40), *SELF_ATTENTION),
+        (None, None, 0.0, False),
+    ),
+    "snake": ((X, (32,)), (None,)),
+    "snake_backward": ((X, X, (32,)), (None,)),
+    "strided_conv": ((X, (32, 32, 8), (32,)), (4, False)),
+    "strided_conv_backward": (((1, 10, 32), X, (32, 32, 8)), (4, False)),
+}
+
+
+@pytest.mark.parametrize("name", PAST_FUNCTIONS)
+def test_operators_called_past_their_functions_read_within_their_tensors(name):
+    """Each tensor but the one that the others are to fit is too short, along each axis in turn."""
+    shapes, options = PAST_FUNCTIONS[name]
+    operator = getattr(torch.ops.gmm_jepa, name)
+    operator(*_ones(*shapes), *options)
+    fitted = 0 if not name.endswith("_backward") else 3 if HEADS in shapes else 1
+    for i, shape in enumerate(shapes):
+        if i == fitted:
+            continue
+        for axis in range(len(shape)):
+            shorter = list(shapes)
+            shorter[i] = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                operator(*_ones(*shorter), *options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_and_lengths_called_past_their_functions(dtype):
+    library = torch.ops.gmm_jepa
+    labels = torch.zeros(9, dtype=dtype)
+    logits, weights = torch.zeros(9, 5), torch.ones(9)
+    if dtype == torch.int32:
+        with pytest.raises(InputError, match=r"labels: expected torch.int64 \(9,\)"):
+            library.masked_cross_entropy(logits, labels, weights, True)
+    with pytest.raises(InputError, match="labels: expected"):
+        library.masked_cross_entropy(logits, labels[:8], weights, True)
+    x, a, spec = torch.zeros(2, 8, 16), torch.ones(16), LogMelSpec()
+    library.snake(x, a, torch.tensor([8, 3], dtype=dtype))
+    with pytest.raises(InputError, match="lengths: expected"):
+        library.snake(x, a, torch.tensor([8], dtype=dtype))
+    rest = (spec.window(), spec.filters(), 320, 1e-6, torch.float32)
+    lengths = torch.tensor([1600, 800])
+    got = library.log_mel(torch.randn(2, 1600), lengths.to(dtype), *rest)
+    assert got[1].any(1).tolist() == [True] * 3 + [False] * 3
+
+
+def test_an_average_of_lists_that_do_not_match():
+    with pytest.raises(InputError, match="others: expected"):
+        torch.ops.gmm_jepa.ema_update(_ones((9,)), _ones((8,)), 0.5)

@@ -20,6 +20,7 @@ SPEC = LogMelSpec()
 CALLS = {
     "gmm_posterior": lambda: ops.gmm_posterior(FRAMES, MIXTURE),
     "gmm_posterior exact": lambda: ops.gmm_posterior(FRAMES, MIXTURE, precision="exact"),
+    "gmm_posterior, logarithm": lambda: ops.gmm_posterior(FRAMES, MIXTURE, log=True),
     "gmm_log_likelihood": lambda: ops.gmm_log_likelihood(FRAMES, MIXTURE),
     "gmm_topk": lambda: ops.gmm_topk(FRAMES, MIXTURE, 3),
     "em_statistics": lambda: ops.em_statistics(FRAMES, MIXTURE),

@@ -325,6 +325,22 @@ def test_outputs_do_not_depend_on_threads(threads):
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ragged, one row too short", "channels that fill no vector"])
+def test_density_attention_with_parameters_of_another_type(name, dtype):
+    """Their gradients are of their type, as the description says."""
+    (x, *parameters), options = density_case(name)
+    lengths = options["lengths_frames"]
+    library = torch.ops.gmm_jepa
+    leaves = [x.requires_grad_(), *(p.to(dtype).requires_grad_() for p in parameters)]
+    torch.library.opcheck(library.density_attention.default, (*leaves, lengths))
+    x, *parameters = (leaf.detach() for leaf in leaves)
+    arguments = (torch.randn_like(x), x, *parameters, lengths)
+    torch.library.opcheck(library.density_attention_backward.default, arguments)
+    gradients = library.density_attention_backward(*arguments)
+    assert [g.dtype for g in gradients] == [torch.float32, dtype, dtype]
+
+
 def test_opcheck():
     (x, *parameters), options = unit_case("prime sizes")
     leaves = [leaf.requires_grad_() for leaf in (x, *parameters)]

@@ -315,6 +315,10 @@ def test_user_errors(drawn):
         ops.masked_mse(logits.long(), logits, weights)
 
 
+# All but opcheck's trace of the gradient: it adds up all outputs, and so wants the gradient's own.
+WITHOUT_TRACE = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 @pytest.mark.parametrize("n", [0, 7])
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_registration_holds_what_it_promises(drawn, n, with_gradient):
@@ -329,7 +333,8 @@ def test_registration_holds_what_it_promises(drawn, n, with_gradient):
         library.masked_cross_entropy.default: (labels, weights),
         library.masked_mse.default: (targets, weights),
     }.items():
-        torch.library.opcheck(op, (logits, *arguments, with_gradient))
+        options = {"test_utils": WITHOUT_TRACE} if with_gradient else {}
+        torch.library.opcheck(op, (logits, *arguments, with_gradient), **options)
 
 
 def test_no_graph_break(drawn):
@@ -351,3 +356,29 @@ def test_no_graph_break(drawn):
         function(x, case.frames, case.mixture)[0].backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+ONES, TARGETS, FRAMES = torch.ones(6), torch.full((6, 4), 0.25), torch.zeros(6, 3)
+MIXTURE = ops.Mixture(torch.zeros(4), torch.arange(12.0).view(4, 3), torch.ones(4, 3))
+BOTH = ops.Ensemble((MIXTURE, MIXTURE), (1.0, 1.0))
+LOSSES = {
+    "KL": lambda x: ops.masked_kl(x, FRAMES, ONES, MIXTURE).loss,
+    "KL, ensemble": lambda x: ops.masked_kl(x, FRAMES, ONES, BOTH).loss,
+    "KL, targets": lambda x: ops.masked_kl_targets(x, TARGETS, ONES).loss,
+    "cross-entropy": lambda x: ops.masked_cross_entropy(x, ONES.long(), ONES).loss,
+    "squared error": lambda x: ops.masked_mse(x, TARGETS, ONES),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_gradients_raise(name, scale):
+    """Not none, nor zero."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4, requires_grad=True)
+    loss = scale * LOSSES[name](logits)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(gradient.square().sum(), logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        (loss + gradient.square().sum()).backward()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from gmm_jepa import GaussianMixture
+from gmm_jepa import GaussianMixture, ops
 from gmm_jepa.ops import Mixture, triton_gmm
+from gmm_jepa.ops import packed as packed_module
 from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures, mixture_on
 
 
@@ -36,16 +39,36 @@ def test_a_change_in_place_is_seen(kind):
     mixture.means.add_(1.0)
     assert packed(mixture) == 2.0
     assert packed(mixture) == 2.0
-    mixture.means.numpy()[:] = 3.0  # from then on no version counter tells
-    assert kind is PackedMixtures or packed(mixture) == 3.0
 
 
-def test_memory_that_torch_alone_knows_is_not_compared(monkeypatch):
-    packed, mixture = MixturesByValue(lambda m: object(), n_kept=2), mixture_of(1.0)
-    first, again = packed(mixture), Mixture(*(p.clone() for p in mixture))
-    assert packed(again) is first, "compared once"
-    monkeypatch.setattr("gmm_jepa.ops.packed._same_values", None)
-    assert packed(again) is first
+def _by_another_tensor(means: Tensor) -> None:
+    means.data = means + 1.0
+
+
+# What no version counter tells of.
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "tensor.data": lambda means: means.data.add_(1.0),
+    "another tensor's memory": _by_another_tensor,
+    "NumPy": lambda means: np.add(means.numpy(), 1.0, out=means.numpy()),
+    "a view by DLPack": lambda means: torch.from_dlpack(means.detach()).add_(1.0),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_a_change_past_version_counters_is_seen(way):
+    packed, mixture = MixturesByValue(lambda m: float(m.means[0, 0]), n_kept=2), mixture_of(1.0)
+    assert packed(mixture) == packed(mixture) == 1.0
+    WRITES[way](mixture.means)
+    assert packed(mixture) == 2.0
+
+
+def test_what_is_forgotten_is_packed_anew():
+    packed, mixture = PackedMixtures(lambda m: float(m.means[0, 0]), n_kept=2), mixture_of(1.0)
+    assert packed(mixture) == 1.0
+    mixture.means.data.add_(1.0)
+    assert packed(mixture) == 1.0, "or this test is of no use"
+    ops.forget_mixtures()
+    assert packed(mixture) == 2.0
 
 
 @pytest.mark.parametrize("kind", [PackedMixtures, MixturesByValue])
@@ -91,10 +114,28 @@ def test_found_by_value_whatever_the_memory():
     assert made[1][0].means[1, 2] == 1.0, "what is packed is a copy"
 
 
-def test_what_is_not_a_number_equals_nothing():
+def test_values_are_told_apart_by_their_bits():
     packed = MixturesByValue(lambda m: object(), n_kept=2)
-    broken = Mixture(*(torch.from_numpy(p.numpy()) for p in mixture_of(float("nan"))))
-    assert packed(broken) is not packed(broken)
+    broken = mixture_of(float("nan"))
+    assert packed(broken) is packed(broken)
+    assert packed(mixture_of(0.0)) is not packed(mixture_of(-0.0))
+
+
+@pytest.mark.parametrize("way", ["module", "hashlib"])
+def test_parameters_in_any_memory_are_known_by_their_values(way, monkeypatch):
+    if way == "hashlib":
+        monkeypatch.setattr(packed_module, "_native", None)
+    packed = MixturesByValue(lambda m: object(), n_kept=2)
+    wide = torch.randn(7, 6, dtype=torch.float64)
+    operands = [
+        packed(Mixture(torch.zeros(7), means, torch.ones(7, 3)))
+        for means in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, 1::2])
+    ]
+    assert operands[0] is operands[1] is not operands[2]
+    halves = wide[:, :3].half()
+    assert packed(Mixture(torch.zeros(7), halves, torch.ones(7, 3))) is packed(
+        Mixture(torch.zeros(7), halves.double(), torch.ones(7, 3))
+    )
 
 
 def test_large_mixtures_are_kept_by_their_size():

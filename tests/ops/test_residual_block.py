@@ -284,10 +284,15 @@ def test_nothing(shape, autocast, kernel):
     assert all((g == 0).all() for g in results[2:])
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("narrow", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (False, torch.float64)],
+    ids=["float32", "bfloat16", "float64"],
+)
 @pytest.mark.parametrize("name", ["ragged, a row of no frames", "odd channels"])
-def test_opcheck(name, narrow):
+def test_opcheck(name, narrow, dtype):
     leaves, options = case_of(name)
+    leaves = [leaf.to(dtype) for leaf in leaves]
     dilations = list(options["dilations"])
     forward, backward = (
         getattr(torch.ops.gmm_jepa, f"residual_block{end}").default for end in ("", "_backward")
