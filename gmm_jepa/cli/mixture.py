@@ -14,6 +14,7 @@ from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import InputError
+from gmm_jepa.files import refuse_existing
 from gmm_jepa.fitting import FitSettings, fit_mixture
 from gmm_jepa.train.distributed import processes
 
@@ -45,8 +46,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     """Entry point."""
     options = parse(FitOptions, command, arguments)
     recipe = options.recipe
-    if options.out.exists():
-        raise InputError(f"{options.out} exists already; it is left as it is")
+    refuse_existing(options.out)
     with processes() as peers:
         path = options.rejects or options.out.with_name("rejects.jsonl")
         rejects = RejectLog(path if peers.is_main else None)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gmm_jepa.cli.parse import parse
+from gmm_jepa.cli.parse import last_value, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.downstream import data, sweep
 from gmm_jepa.downstream.folders import KINDS, write_manifests
@@ -189,8 +189,4 @@ def _options_of(task: TaskName, protocol: Protocol) -> type[ProbeOptions]:
 
 def _protocol(arguments: Sequence[str]) -> Protocol:
     """What is asked for; nonsense is left to the parser."""
-    for word, following in zip(arguments, [*arguments[1:], ""]):
-        name, _, value = word.partition("=")
-        if name == "--protocol" and (value or following) == "superb":
-            return "superb"
-    return "quick"
+    return "superb" if last_value(arguments, "--protocol") == "superb" else "quick"
