@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from gmm_jepa.cli import COMMANDS, main
-from gmm_jepa.cli.process import SPINS
+from gmm_jepa.cli import COMMANDS, SPINS, main
 from gmm_jepa.gmm import GaussianMixture
 from tests.audio import babble, write_corpus
 
@@ -268,21 +266,6 @@ def test_idle_threads_leave_the_core_to_others(given, expected):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     bare = {name: value for name, value in os.environ.items() if name not in names}
     subprocess.run([sys.executable, "-c", program], env=bare | given, check=True)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-@pytest.mark.parametrize(("given", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
-def test_freed_memory_is_used_again(given, keeps):
-    program = (
-        "import resource; from gmm_jepa.cli.process import keep_freed_memory; keep_freed_memory()\n"
-        "def use(): blocks = [b'x' * (i + 2**20) for i in range(64)]\n"
-        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "use(); before = faults(); use(); print(faults() - before)"
-    )
-    bare = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    words = [sys.executable, "-c", program]
-    done = subprocess.run(words, env=bare | given, check=True, capture_output=True, text=True)
-    assert (int(done.stdout) < 1_000) == keeps, "of 16,384 pages"
 
 
 def test_output_that_nobody_reads_ends_in_silence():
