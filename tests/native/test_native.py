@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from gmm_jepa import ops
-from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.ops import Mixture, native
 from gmm_jepa.ops.log_mel import log_mel_reference
+from tests.mixtures import drawn
 
 if not native.instruction_sets():
     pytest.skip(f"native module: {native.status()}", allow_module_level=True)
@@ -29,17 +24,6 @@ def instruction_set(request):
     native.use_instruction_set(request.param)
     yield request.param
     native.use_instruction_set("")
-
-
-def drawn(n, K, D, *, offset=0.0, variance=(0.1, 2.0), seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    weights = torch.rand(K, generator=g, dtype=torch.float64) + 0.05
-    means = offset + 3.0 * torch.randn(K, D, generator=g, dtype=torch.float64)
-    low, high = variance
-    v = low + (high - low) * torch.rand(K, D, generator=g, dtype=torch.float64)
-    k = torch.randint(K, (n,), generator=g)
-    frames = means[k] + v[k].sqrt() * torch.randn(n, D, generator=g, dtype=torch.float64)
-    return frames.to(dtype), Mixture((weights / weights.sum()).log(), means, v)
 
 
 def constant_columns():
@@ -284,39 +268,6 @@ def test_unknown_instruction_set():
         native.use_instruction_set("mmx")
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.ones(1 << 20).add_(1.0)  # torch's threads have begun
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_forked_process_computes_too(dtype, two_threads):
-    """Where torch's own threads are gone: whatever it would share among them waits for ever."""
-    frames, mixture = drawn(300, 1024, 80, dtype=dtype)
-    mixture = Mixture(*(p.to(dtype) for p in mixture))
-
-    def results():
-        posterior = ops.gmm_posterior(frames, mixture).numpy()
-        labels, _ = ops.kmeans_assign(frames, mixture.means)
-        return posterior, ops.em_statistics(frames, mixture).counts.numpy(), labels.numpy()
-
-    expected = results()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if all(map(np.array_equal, expected, results())) else 1)
-    deadline = time.monotonic() + 60.0
-    while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if status[0] == 0:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert status == (child, 0)
-
-
 @pytest.mark.parametrize("far", [1e7, 1e9])
 def test_one_far_centroid_hides_no_difference_of_the_others(far, instruction_set):
     g = torch.Generator().manual_seed(0)
@@ -347,31 +298,6 @@ def test_no_temperature_is_too_low(temperature, instruction_set):
     assert torch.equal(ops.gmm_topk(frames, mixture, 2, temperature=temperature)[1][:, 0], best)
 
 
-def test_operators_called_past_their_functions_check_shapes():
-    frames, (log_weights, means, variances) = drawn(5, 4, 8)
-    options = (1.0, False, "fast", torch.float32)
-    operator = torch.ops.gmm_jepa.gmm_posterior
-    for wrong in (
-        (frames, log_weights, means, variances[:1]),
-        (frames, log_weights[:1], means, variances),
-        (frames[:, :3], log_weights, means, variances),
-        (frames[None], log_weights, means, variances),
-    ):
-        with pytest.raises(InputError, match="expected"):
-            operator(*wrong, *options)
-    spec = LogMelSpec()
-    with pytest.raises(InputError, match=r"lengths: expected torch.int64 \(3,\)"):
-        torch.ops.gmm_jepa.log_mel(
-            torch.zeros(3, 4000),
-            torch.tensor([4000]),
-            spec.window(),
-            spec.filters(),
-            320,
-            1e-6,
-            torch.float32,
-        )
-
-
 def test_log_mel_of_a_negative_energy_is_not_a_number(instruction_set):
     """As the logarithm of the plain torch: filters may have any sign."""
     waveform, filters = 0.1 * torch.randn(1, 4000), torch.randn(201, 9)
@@ -380,158 +306,3 @@ def test_log_mel_of_a_negative_energy_is_not_a_number(instruction_set):
     expected = log_mel_reference(*tensors, 160, 1e-6, torch.float32)
     assert 0.1 < float(expected.isnan().float().mean()) < 0.9
     assert float((got.isnan() != expected.isnan()).float().mean()) < 0.01  # sums near zero
-
-
-def run_alone(code):
-    """A program of its own: exit status, or None after a minute."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-    try:
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, timeout=60)
-    except subprocess.TimeoutExpired:
-        return None
-    return done.returncode
-
-
-def test_a_forked_process_may_be_the_first_to_import():
-    """Torch's threads were there before, in the parent alone."""
-    code = """
-import os, signal, sys, torch
-torch.exp(torch.randn(2000, 2000))
-child = os.fork()
-if child == 0:
-    signal.alarm(30)
-    import numpy as np
-    from gmm_jepa import ops
-    K, D = 64, 80
-    frames, means = (torch.from_numpy(np.ones(s, dtype="f4")) for s in ((4000, D), (K, D)))
-    mixture = ops.Mixture(torch.zeros(K), means, means)
-    for _ in range(2):
-        ops.gmm_posterior(frames, mixture)
-    os._exit(0)
-sys.exit(os.waitpid(child, 0)[1])
-"""
-    assert run_alone(code) == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_threads_that_cannot_be_made_raise():
-    """Each wants a stack of 8 MB; the process goes on."""
-    code = """
-import os, resource, sys, torch
-from gmm_jepa.ops import native
-resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.RLIM_INFINITY))
-x = torch.ones(1 << 20)
-out = torch.zeros(1 << 20)
-values = out.numpy()
-child = os.fork()
-if child:
-    sys.exit(os.waitpid(child, 0)[1])
-call = lambda n: native._native.dropout(x.data_ptr(), len(x), (0, 0.0), out.data_ptr(), n, "")
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (60 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    call(64)
-except RuntimeError:
-    assert not values.any()
-else:
-    os._exit(2)
-call(2)
-os._exit(0 if values.all() else 3)
-"""
-    assert run_alone(code) == 0
-
-
-def _ones(*shapes):
-    return [torch.ones(shape) for shape in shapes]
-
-
-X, HEADS = (1, 40, 32), (1, 2, 9, 16)
-UNIT = ((32, 32, 3), (32,), (32, 32, 3), (32,))
-ATTENTION = (*[HEADS] * 3, (2, 17), (1, 2, 9))
-MODULE = ((32,), (32,), (64, 32), (64,), (32, 1, 5), (32,), (32,), (32,), (32, 32), (32,))
-FEED_FORWARD = ((64, 32), (64,), (32, 64), (32,))
-SELF_ATTENTION = ((96, 32), (96,), (32, 32), (32,), (2, 79), (2, 16), (2, 16), (2,))
-# Shapes that fit, and what follows them.
-PAST_FUNCTIONS = {
-    "convolution_module": ((X, *MODULE), (None, None, 1e-5, 0.0, False)),
-    "convolution_module_backward": (
-        (X, X, (1, 40, 64), X, (1, 4), *MODULE),
-        (None, None, 0.0, False),
-    ),
-    "density_attention": ((X, (4, 4), (4, 4)), (None,)),
-    "density_attention_backward": ((X, X, (4, 4), (4, 4)), (None,)),
-    "depthwise_conv": ((X, (32, 1, 3), (32,)), ()),
-    "depthwise_conv_backward": ((X, X, (32, 3)), (True,)),
-    "feed_forward": ((X, *FEED_FORWARD), (None, None, None, 1.0, 1e-5, 0.0, True, False)),
-    "feed_forward_backward": (
-        (X, X, (1, 40, 64), *FEED_FORWARD),
-        (None, None, None, 1.0, 1e-5, 0.0, False),
-    ),
-    "gated_bias_attention": (ATTENTION, (None, None, 0.0)),
-    "gated_bias_attention_backward": (
-        (HEADS, HEADS, (1, 2, 9), *ATTENTION),
-        (None, None, 0.0),
-    ),
-    "masked_kl": (((9, 5), (9, 8), (9,), (5,), (5, 8), (5, 8)), (1.0, True)),
-    "masked_kl_targets": (((9, 5), (9, 5), (9,)), (True,)),
-    "masked_mse": (((9, 5), (9, 5), (9,)), (True,)),
-    "residual_block": ((X, (2, *UNIT[0]), (2, 32), (2, *UNIT[0]), (2, 32)), (None, [1, 3], False)),
-    "residual_block_backward": (
-        (X, X, (2, *UNIT[0]), (2, 32), (2, *UNIT[0]), (2, 32)),
-        (None, [1, 3], False),
-    ),
-    "residual_unit": ((X, *UNIT), (None, 1, True, False)),
-    "residual_unit_backward": ((X, X, X, *UNIT), (None, 1, False)),
-    "self_attention": ((X, *SELF_ATTENTION), (None, None, 0.0, False)),
-    "self_attention_backward": (
-        (X, X, (1, 40, 96), X, (1, 2, 40), (1, 2, 40), *SELF_ATTENTION),
-        (None, None, 0.0, False),
-    ),
-    "snake": ((X, (32,)), (None,)),
-    "snake_backward": ((X, X, (32,)), (None,)),
-    "strided_conv": ((X, (32, 32, 8), (32,)), (4, False)),
-    "strided_conv_backward": (((1, 10, 32), X, (32, 32, 8)), (4, False)),
-}
-
-
-@pytest.mark.parametrize("name", PAST_FUNCTIONS)
-def test_operators_called_past_their_functions_read_within_their_tensors(name):
-    """Each tensor but the one that the others are to fit is too short, along each axis in turn."""
-    shapes, options = PAST_FUNCTIONS[name]
-    operator = getattr(torch.ops.gmm_jepa, name)
-    operator(*_ones(*shapes), *options)
-    fitted = 0 if not name.endswith("_backward") else 3 if HEADS in shapes else 1
-    for i, shape in enumerate(shapes):
-        if i == fitted:
-            continue
-        for axis in range(len(shape)):
-            shorter = list(shapes)
-            shorter[i] = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
-            with pytest.raises((ValueError, RuntimeError, IndexError)):
-                operator(*_ones(*shorter), *options)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_labels_and_lengths_called_past_their_functions(dtype):
-    library = torch.ops.gmm_jepa
-    labels = torch.zeros(9, dtype=dtype)
-    logits, weights = torch.zeros(9, 5), torch.ones(9)
-    if dtype == torch.int32:
-        with pytest.raises(InputError, match=r"labels: expected torch.int64 \(9,\)"):
-            library.masked_cross_entropy(logits, labels, weights, True)
-    with pytest.raises(InputError, match="labels: expected"):
-        library.masked_cross_entropy(logits, labels[:8], weights, True)
-    x, a, spec = torch.zeros(2, 8, 16), torch.ones(16), LogMelSpec()
-    library.snake(x, a, torch.tensor([8, 3], dtype=dtype))
-    with pytest.raises(InputError, match="lengths: expected"):
-        library.snake(x, a, torch.tensor([8], dtype=dtype))
-    rest = (spec.window(), spec.filters(), 320, 1e-6, torch.float32)
-    lengths = torch.tensor([1600, 800])
-    got = library.log_mel(torch.randn(2, 1600), lengths.to(dtype), *rest)
-    assert got[1].any(1).tolist() == [True] * 3 + [False] * 3
-
-
-def test_an_average_of_lists_that_do_not_match():
-    with pytest.raises(InputError, match="others: expected"):
-        torch.ops.gmm_jepa.ema_update(_ones((9,)), _ones((8,)), 0.5)
