@@ -63,7 +63,7 @@ class Labeller:
         self.recipe = recipe
         self.rejects = rejects
         self.peers = peers
-        self._met = RejectLog(None)  # by this process alone, in the stage that is under way
+        self._n_shared = 0
 
     def labels(self, corpus: Corpus, iteration: Iteration) -> Labels:
         """The labels of an iteration: read if they are there, else fitted.
@@ -75,6 +75,7 @@ class Labeller:
         objective = self.recipe.objective
         if not objective.anchored:
             return Labels()
+        self._n_shared = self.rejects.count  # until now all processes were told of all
         if iteration.number > 1:
             return self._of_layer(corpus, iteration)
         if objective.labels == "kmeans":
@@ -98,6 +99,7 @@ class Labeller:
         objective = self.recipe.objective
         if not objective.anchored or objective.labels == "kmeans":
             raise InputError("gmm: this system learns no mixture")
+        self._n_shared = self.rejects.count
         given = self._load(path)
         if self.peers.of_main(self.folder.mixture.exists):
             own = self._load(self.folder.mixture)
@@ -107,7 +109,7 @@ class Labeller:
             sample = LogMelStream(
                 corpus,
                 self.recipe.front_end,
-                rejects=self._met,
+                rejects=self.rejects,
                 max_s=PREFLIGHT_S,
                 rank=self.peers.rank,
                 world_size=self.peers.world_size,
@@ -154,7 +156,7 @@ class Labeller:
         recipe, peers = self.recipe, self.peers
         if number == 0:
             return fit_mixture(
-                corpus, recipe, self._met, peers, partial=_partial(self.folder.mixture)
+                corpus, recipe, self.rejects, peers, partial=_partial(self.folder.mixture)
             )
         first = self._load(self.folder.mixture)
         other = blank_mixture(self.recipe)
@@ -163,7 +165,7 @@ class Labeller:
         frames = LogMelStream(
             corpus,
             recipe.front_end,
-            rejects=self._met,
+            rejects=self.rejects,
             max_s=min(recipe.mixture.max_fit_s, corpus.total_s / 2),
             seed=recipe.seed + number,
             rank=peers.rank,
@@ -174,7 +176,7 @@ class Labeller:
 
     def _centroids(self, corpus: Corpus) -> KMeans:
         """k-means on log-mel frames."""
-        options = {"seed": self.recipe.seed, "rejects": self._met}
+        options = {"seed": self.recipe.seed, "rejects": self.rejects}
         share = {"rank": self.peers.rank, "world_size": self.peers.world_size}
         spec, device = self.recipe.front_end, self.peers.device
         max_s = self.recipe.mixture.max_fit_s
@@ -217,7 +219,7 @@ class Labeller:
             encoder,
             self.recipe.objective.relabel_layer,
             corpus,
-            rejects=self._met,
+            rejects=self.rejects,
             max_s=config.max_fit_s if whole else SEED_S,
             seed=self.recipe.seed,
             rank=peers.rank if whole else 0,
@@ -252,8 +254,9 @@ class Labeller:
 
     def _share_rejects(self) -> None:
         """Tell all processes, of which the main one writes it down, what each could not read."""
-        self.rejects.extend(Reject(*fields) for fields in self.peers.gather(list(self._met)))
-        self._met = RejectLog(None)
+        own = list(self.rejects)[self._n_shared :]
+        self.rejects.extend(Reject(*fields) for fields in self.peers.gather(own))
+        self._n_shared = self.rejects.count
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

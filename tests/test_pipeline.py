@@ -109,6 +109,20 @@ def test_audio_that_changed_since_the_run_began_is_refused(tmp_path):
             open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
 
 
+def test_what_a_failing_fit_could_not_read_is_recorded(tmp_path):
+    manifest = write_corpus(tmp_path / "audio", 6)
+    sources = Sources(audio=(str(manifest),))
+    with processes() as peers:
+        run = open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers)
+        audio = run.audio()
+        for path in (tmp_path / "audio").glob("*.flac"):
+            path.unlink()
+        with pytest.raises(InputError, match="none of it can be read"):
+            run.targets(audio.train)
+    rejected = (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()
+    assert len(rejected) == len(audio.train)
+
+
 def test_a_resumed_run_leaves_out_what_was_unreadable_before(tmp_path):
     manifest = write_corpus(tmp_path / "audio", 6)
     nan = np.full(16_000, np.nan, np.float32)
