@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# Everything for a CUDA machine in one call, 15 minutes at most, without network:
+# Everything for a CUDA machine in one call, 10 minutes at most, without network:
 #
 #     bash bench/gpu.sh
 #
 # prints the environment, builds the native module into a temporary folder, runs the GPU tests (all
-# of them; logs of failures go to the results), lets compute-sanitizer look at a tiny case where it
-# is installed, prints the table of ops with floors and peers and one of EM by the native CUDA
-# kernels, measures a training step, compiled and eager, and trains for a short while with a
-# profile. JSON lines and the profile go to ${OUT:-bench/results}. A part that fails does not stop
-# the others: the exit code is 1 at the end.
+# of them; the logs of failures go to failed_tests.log of the results), prints the table of EM by the
+# native CUDA kernels, measures a training step, compiled and eager, trains for a short while with a
+# profile, prints the tables of ops and of the front end's layers with floors and peers, and lets
+# compute-sanitizer look at a tiny case where it is installed. JSON lines and the profile go to
+# ${OUT:-bench/results}. A part that fails does not stop the others: the exit code is 1 at the end.
 # CORPUS=folder takes a packed corpus for that training instead of synthetic audio. PARTS="em train"
-# leaves out all but the named parts (tests sanitizer ops layers em train run): "tests sanitizer ops
-# layers em" and "train run" are two calls of 8 minutes at most each. Kernels that have not run on a GPU yet
-# take part; EM and the compiled training step are measured without them, too (that step's lines go
-# to a folder "proven" of the results). GMM_JEPA_UNPROVEN_KERNELS=0 leaves them out altogether.
-# TUNE=1 sweeps the mixture kernels' tiles after all that, which takes longer than the rest.
+# leaves out all but the named parts (tests em train run ops layers sanitizer). Kernels that have not
+# run on a GPU yet take part; EM and the compiled training step are measured without them, too (that
+# step's lines go to a folder "proven" of the results). GMM_JEPA_UNPROVEN_KERNELS=0 leaves them out
+# altogether. TUNE=1 sweeps the mixture kernels' tiles after all that, which takes longer than the
+# rest.
 #
-# Compiled code is cached in TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR where those are set, and
-# otherwise for this run alone.
+# Most of the time is compilation, on the CPU. The tests compile a kernel for each shape, and the
+# compiled training steps are compiled beside them, so that their measurements later, with nothing
+# beside them, find all in the cache. Compiled code is cached in TRITON_CACHE_DIR and
+# TORCHINDUCTOR_CACHE_DIR where those are set, and otherwise for this run alone.
 #
 # Its parts ran on one H200 with 16 cores: environment, native build (20 s), tests (75 s), sanitizer
 # (clean, then without EM), ops and EM by the screen of mma. The training steps and the short
-# training have not run under these limits.
+# training have not run under these limits, nor any of it in this order.
 #
 # Needs: Python 3.10 or later with torch (CUDA), triton, torchaudio, numpy, scipy, scikit-learn,
 # pytest; for the native module setuptools, pybind11, a compiler, and nvcc for its CUDA part.
@@ -32,7 +34,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="${OUT:-$repository/bench/results}"
 shapes="${SHAPES:-paper small large}"
-parts="${PARTS:-tests sanitizer ops layers em train run}"
+parts="${PARTS:-tests em train run ops layers sanitizer}"
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 mkdir -p "$out"
 
@@ -50,8 +52,9 @@ unset TRITON_INTERPRET
 cd "$site"
 unproven() { [ "$GMM_JEPA_UNPROVEN_KERNELS" = 1 ]; }
 
-# Each part has its own limit, in seconds: native module 40, tests 120, sanitizer 40, ops 55, layers
-# 60, EM 60 + 20 twice, training steps 140 + 140 + 55 + 55, short training 40. That is 905 at most.
+# Each part has its own limit, in seconds: native module 40, tests 150, EM 20 + 20, training steps
+# 60 + 60 + 55 + 55, short training 40, ops 55, layers 45, sanitizer 40. That is 640 at most and about
+# 450 where nothing is cut off; what matters most comes first.
 failed=0
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
     local seconds="$1" code=0
@@ -90,22 +93,21 @@ else
 fi
 "$python" -c "from gmm_jepa.ops import native; print(native.status())"
 
-# Most of the time is compilation, on the CPU, one kernel for each shape: a process for each file,
-# and for the large files one for each part of their tests.
-run_tests() { # name, then what pytest is to run; at most ${limit_s:-120} s
-    local name="$1" log="$site/$1.log" code=0
+# A process for each file, and for the large files one for each part of their tests.
+run_tests() { # name, then what pytest is to run
+    local log="$site/$1.log" code=0
     shift
-    timeout "${limit_s:-120}" "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+    timeout 150 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
         -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
         -p no:cacheprovider -m gpu --tb=short --show-capture=no --durations=2 "$@" > "$log" 2>&1 || code=$?
     # 5: no test selected
     if [ "$code" -ne 0 ] && [ "$code" -ne 5 ]; then
-        cp "$log" "$out/failed_$name.log"
-        echo "FAILED (code $code): $*; all of it in $out/failed_$name.log"
+        { echo "== $*"; cat "$log"; } >> "$out/failed_tests.log"
+        echo "FAILED (code $code): $*; all of it in $out/failed_tests.log"
         tail -60 "$log"
         return 1
     fi
-    echo "$(tail -1 "$log")  ${*##*/}"
+    echo "$(tail -1 "$log")  ${*#"$repository"/tests/}"
 }
 jobs=()
 start() {
@@ -113,7 +115,8 @@ start() {
     jobs+=("$!")
 }
 test_all() {
-    local kernels="$repository/tests/kernels" job file code=0
+    local kernels="$repository/tests/kernels" em="$repository/tests/native/test_cuda_em.py"
+    local job file code=0
     start kl "$kernels/test_masked_losses.py" -k "test_kl and not given and not ensemble"
     start kl_ensemble "$kernels/test_masked_losses.py" -k "ensemble"
     start kl_given "$kernels/test_masked_losses.py" -k "test_kl and given"
@@ -123,11 +126,15 @@ test_all() {
     start likelihood "$kernels/test_gmm_posterior.py" -k "test_log_likelihood"
     start mixture "$kernels/test_gmm_posterior.py" \
         -k "not test_posterior and not test_log_posterior and not test_log_likelihood"
+    # Apart: an illegal access of the screen by warpgroups' products spoils all that follows in its
+    # own process.
+    GMM_JEPA_UNPROVEN_KERNELS=0 start cuda_em "$em" -k "not wgmma"
+    ! unproven || start cuda_em_wgmma "$em" -k wgmma
     for file in "$repository"/tests/kernels/test_*.py "$repository"/tests/{ops,native,train}/test_*.py; do
         case "$file" in
             */kernels/test_masked_losses.py | */kernels/test_gmm_posterior.py) ;;
-            */native/test_cuda_em.py) ;; # below
-            *) ! grep -q "gpu" "$file" || start "$(basename "$file" .py)" "$file" ;;
+            "$em") ;;
+            *) ! grep -q "gpu" "$file" || start "$(echo "${file#"$repository"/}" | tr / _)" "$file" ;;
         esac
     done
     for job in "${jobs[@]}"; do
@@ -136,19 +143,57 @@ test_all() {
     return "$code"
 }
 
+step() { # switch of the unproven kernels, seconds, arguments of bench.train
+    GMM_JEPA_UNPROVEN_KERNELS="$1" limited "$2" "$python" -m bench.train --device cuda \
+        --preset paper --precision bf16 --out "$out" "${@:3}"
+}
+compile_ahead() { # both compiled steps, beside the tests, for the cache alone
+    local switch
+    for switch in 0 1; do
+        if [ "$switch" = 0 ] || unproven; then
+            step "$switch" 150 --compile --skip-proof --repeats 1 --out "$site/ahead" \
+                > "$site/ahead_$switch.log" 2>&1 &
+        fi
+    done
+}
+
+if wanted train; then
+    compile_ahead
+fi
 if wanted tests; then
     echo "== correctness on the GPU"
     OMP_NUM_THREADS=1 test_all || failed=1
 fi
+wait # for what was compiled ahead
 
-if wanted sanitizer; then
-    echo "== compute-sanitizer on a tiny case"
-    if command -v compute-sanitizer > /dev/null; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 40 compute-sanitizer --tool memcheck \
-            --error-exitcode 1 "$python" -m bench.tiny || failed=1
-    else
-        echo "not installed"
+if wanted em; then
+    echo "== EM: the native CUDA kernels beside torch and Triton"
+    GMM_JEPA_UNPROVEN_KERNELS=0 limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
+    if unproven; then
+        echo "with the screen by warpgroups' products"
+        limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
     fi
+fi
+
+if wanted train; then
+    echo "== a training step, compiled and eager, beside the plain one"
+    # The float32 proof is the eager run's, or another network would have to be compiled.
+    if unproven; then
+        echo "compiled, without kernels that have not run on a GPU yet"
+        step 0 60 --compile --skip-proof --repeats 3 --out "$out/proven" || failed=1
+    fi
+    now="$GMM_JEPA_UNPROVEN_KERNELS"
+    step "$now" 60 --compile --skip-proof --repeats 3 || failed=1
+    step "$now" 55 --compile --cuda-graphs --skip-proof --repeats 3 || failed=1
+    step "$now" 55 --repeats 3 || failed=1
+fi
+
+if wanted run; then
+    echo "== a short real training, with a profile"
+    # shellcheck disable=SC2086  # no corpus is no argument
+    limited 40 "$python" -m bench.short_run --seconds 15 --precision bf16 --out "$out" \
+        ${CORPUS:+--corpus "$CORPUS"} || failed=1
+    head -20 "$out/profile/ops.txt" 2> /dev/null || true
 fi
 
 if wanted ops; then
@@ -160,45 +205,18 @@ fi
 
 if wanted layers; then
     echo "== layers of the front end beside their composed forms"
-    limited 60 "$python" -m bench.ops --device cuda --shapes paper --seconds 0.3 --out "$out" \
+    limited 45 "$python" -m bench.ops --device cuda --shapes paper --seconds 0.3 --out "$out" \
         --only residual_unit snake density_attention strided_conv || failed=1
 fi
 
-# A process each: an illegal access of the screen by warpgroups' products spoils all that follows in
-# its own.
-if wanted em; then
-    echo "== EM: the native CUDA kernels beside torch and Triton"
-    em_tests="$repository/tests/native/test_cuda_em.py"
-    GMM_JEPA_UNPROVEN_KERNELS=0 limit_s=60 run_tests cuda_em "$em_tests" -k "not wgmma" || failed=1
-    GMM_JEPA_UNPROVEN_KERNELS=0 limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
-    if unproven; then
-        echo "with the screen by warpgroups' products"
-        limit_s=60 run_tests cuda_em_wgmma "$em_tests" -k wgmma || failed=1
-        limited 20 "$python" -m bench.cuda_em --out "$out" || failed=1
+if wanted sanitizer; then
+    echo "== compute-sanitizer on a tiny case"
+    if command -v compute-sanitizer > /dev/null; then
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 40 compute-sanitizer --tool memcheck \
+            --error-exitcode 1 "$python" -m bench.tiny || failed=1
+    else
+        echo "not installed"
     fi
-fi
-
-step() { limited "$1" "$python" -m bench.train --device cuda --preset paper --precision bf16 \
-    --repeats 3 --out "$out" "${@:2}" || failed=1; }
-if wanted train; then
-    echo "== a training step, compiled and eager, beside the plain one"
-    # Compiling the default conformer takes 100 s, 40 s with a warm cache (H200, 16 cores); the float32
-    # proof is the eager run's, or another network would have to be compiled.
-    if unproven; then
-        echo "compiled, without kernels that have not run on a GPU yet"
-        GMM_JEPA_UNPROVEN_KERNELS=0 step 140 --compile --skip-proof --out "$out/proven"
-    fi
-    step 140 --compile --skip-proof
-    step 55 --compile --cuda-graphs --skip-proof
-    step 55
-fi
-
-if wanted run; then
-    echo "== a short real training, with a profile"
-    # shellcheck disable=SC2086  # no corpus is no argument
-    limited 40 "$python" -m bench.short_run --seconds 15 --precision bf16 --out "$out" \
-        ${CORPUS:+--corpus "$CORPUS"} || failed=1
-    head -20 "$out/profile/ops.txt" 2> /dev/null || true
 fi
 
 if [ "${TUNE:-0}" = 1 ]; then
