@@ -60,7 +60,8 @@ class LogMelSpec:
         if not (self.floor > 0.0 and math.isfinite(self.floor)):
             raise InputError(f"floor: expected a finite number above 0, got {self.floor}")
         object.__setattr__(self, "_filters", _make_filters(self))
-        object.__setattr__(self, "_window", torch.hann_window(self.n_fft, periodic=True))
+        window = torch.hann_window(self.n_fft, dtype=torch.float32, device="cpu")
+        object.__setattr__(self, "_window", window)
         object.__setattr__(self, "_copies", {})
         empty = (self._filters.amax(0) == 0).nonzero().flatten().tolist()
         if empty:
@@ -111,8 +112,10 @@ class LogMelSpec:
 
 def _make_filters(spec: LogMelSpec) -> Tensor:
     """Triangles in the arithmetic of `torchaudio.functional.melscale_fbanks`, bit for bit."""
-    bins_hz = torch.linspace(0, spec.sample_rate_hz // 2, spec.n_fft // 2 + 1)
-    edges_mel = torch.linspace(_mel(spec.f_min_hz), _mel(spec.f_max_hz), spec.n_mels + 2)
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults
+    bins_hz = torch.linspace(0, spec.sample_rate_hz // 2, spec.n_fft // 2 + 1, **plain)
+    lowest, highest = _mel(spec.f_min_hz), _mel(spec.f_max_hz)
+    edges_mel = torch.linspace(lowest, highest, spec.n_mels + 2, **plain)
     edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
     widths_hz = edges_hz.diff()
     slopes = edges_hz[None] - bins_hz[:, None]

@@ -74,7 +74,7 @@ def expectation_maximisation(
         InputError: fewer frames than components, or a likelihood that is not finite.
     """
     K = start.means.shape[0]
-    result = resume or EMResult(start, reseeds=torch.zeros(K, dtype=torch.int64))
+    result = resume or EMResult(start, reseeds=torch.zeros(K, dtype=torch.int64, device="cpu"))
     while not result.converged and len(result.lower_bounds) < max_iter:
         iteration = len(result.lower_bounds) + 1
         statistics = expectation(batches, result.mixture)
@@ -115,7 +115,9 @@ def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
 def zero_statistics(K: int, D: int) -> EMStatistics:
     """Statistics of no frames, float64 on the CPU."""
     shapes = ((K,), (K, D), (K, D), ())
-    return EMStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    return EMStatistics(
+        *(torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes)
+    )
 
 
 def maximisation(statistics: EMStatistics, previous: Mixture, variance_floor: float) -> Mixture:

@@ -76,7 +76,7 @@ class KMeans(SklearnProtocol):
         self._check_parameters(all_reduce, gather_rows, start_frames)
         stream = FrameStream(X)
         current = self._start(stream, gather_rows, start_frames)
-        reseeds = torch.zeros(self.n_clusters, dtype=torch.int64)
+        reseeds = torch.zeros(self.n_clusters, dtype=torch.int64, device="cpu")
         for iteration in range(1, self.max_iter + 1):
             sums = _sums(stream, current.means)
             if all_reduce is not None:
@@ -134,7 +134,7 @@ class KMeans(SklearnProtocol):
             raise InputError(f"n_samples={len(sample)} should be >= n_clusters={self.n_clusters}.")
         centroids = first_centroids(sample, self.n_clusters, choosing)
         spread = sample.double().var(0, correction=0).expand_as(centroids)
-        return Mixture(torch.zeros(self.n_clusters, dtype=torch.float64), centroids, spread)
+        return Mixture(centroids.new_zeros(self.n_clusters, dtype=torch.float64), centroids, spread)
 
     def _assigned(self, X: Frames) -> tuple[Tensor, Tensor]:
         frames = self._checked(X)

@@ -126,7 +126,7 @@ def start_from(
     columns = sample.split(8, dim=1)  # a few in float64 at a time
     spread = torch.cat([part.double().var(0, correction=0) for part in columns])
     spread = spread.expand_as(centroids)
-    blank = Mixture(torch.zeros(n_components, dtype=torch.float64), centroids, spread)
+    blank = Mixture(centroids.new_zeros(n_components, dtype=torch.float64), centroids, spread)
     return maximisation(kmeans_statistics(sample, centroids), blank, variance_floor)
 
 

@@ -85,7 +85,7 @@ def stepwise_em(
 
 def stepwise_start(mixture: Mixture) -> tuple[EMResult, EMStatistics]:
     """Where the first mini-batch finds a mixture: nothing seen, the averages its own moments."""
-    reseeds = torch.zeros(mixture.means.shape[0], dtype=torch.int64)
+    reseeds = torch.zeros(mixture.means.shape[0], dtype=torch.int64, device="cpu")
     return EMResult(mixture, reseeds=reseeds), statistics_of(mixture)
 
 

@@ -170,3 +170,16 @@ def test_published_front_end(shared):
     got = log_mel(golden["wav"][:, 0]).transpose(1, 2)
     # the stored frames are float32 themselves, and 1.7e-4 off float64 in the quietest bands
     torch.testing.assert_close(got, golden["log_mel"], atol=3e-4, rtol=0)
+
+
+def test_a_front_end_is_the_same_whatever_torchs_defaults_are():
+    plain, dtype = LogMelSpec(n_mels=40), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            other = LogMelSpec(n_mels=40)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert torch.equal(other.filters(), plain.filters())
+    assert torch.equal(other.window(), plain.window())
+    assert other.filters().dtype == other.window().dtype == torch.float32

@@ -148,3 +148,9 @@ def test_labels_of_half_precision_frames_are_those_of_their_values(blobs, dtype)
     squared = (frames.double()[:, None] - torch.from_numpy(model.cluster_centers_)).square().sum(-1)
     assert torch.equal(model.predict(frames), squared.argmin(1))
     assert model.score(frames) == pytest.approx(-float(squared.amin(1).sum()), rel=1e-6)
+
+
+def test_a_default_device_is_not_the_device_of_arrays(blobs):
+    expected = KMeans(3).fit(blobs).cluster_centers_
+    with torch.device("meta"):
+        np.testing.assert_array_equal(KMeans(3).fit(blobs).cluster_centers_, expected)
