@@ -97,11 +97,7 @@ class Calibration:
         """
         if not path.is_file():
             raise InputError(f"calibration: {path}: no such file; make it with plan --calibrate")
-        try:
-            values = read_json(path)
-        except ValueError as error:
-            raise InputError(f"calibration: {path}: not JSON ({error})") from None
-        return from_dict(cls, values, where=f"calibration: {path}")
+        return from_dict(cls, read_json(path), where=f"calibration: {path}")
 
 
 def cost_settings(recipe: Recipe) -> str:

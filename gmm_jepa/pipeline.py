@@ -96,7 +96,7 @@ class Run:
                 rejects = [*listed, *rejects]
                 self.rejects.extend(rejects)
                 self.rejects.check(
-                    len(corpus) + len(listed),
+                    len(corpus) + listed.count,
                     self.recipe.data.max_bad_fraction,
                     n_bad=len(rejects),
                 )

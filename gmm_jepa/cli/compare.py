@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from gmm_jepa.compare.plan import Planned, plan, prepare
 from gmm_jepa.config import Recipe, System
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json
-from gmm_jepa.train.distributed import processes
+from gmm_jepa.train.distributed import processes, refuse_torchrun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +82,7 @@ def _refuse(arguments: Sequence[str]) -> None:
         name = word.partition("=")[0]
         if name in ("--system", "--seed"):
             raise InputError(f"{name}: a comparison takes {name}s, one or more")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("compare starts its own processes: run it without torchrun")
+    refuse_torchrun("compare starts its own processes")
 
 
 def _recipe(command: str, arguments: Sequence[str], system: str) -> Recipe:

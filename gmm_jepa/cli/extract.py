@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from gmm_jepa.evaluate.extract import Extractor
 from gmm_jepa.files import write_json, written_aside
 from gmm_jepa.pipeline import Run
 from gmm_jepa.progress import track
-from gmm_jepa.train.distributed import processes
+from gmm_jepa.train.distributed import processes, refuse_torchrun
 from gmm_jepa.train.folder import RunFolder
 
 
@@ -52,8 +51,7 @@ class ExtractOptions:
 def main(command: str, arguments: Sequence[str]) -> int:
     """Entry point."""
     options = parse(ExtractOptions, command, arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("extract runs in one process: start it without torchrun")
+    refuse_torchrun("extract runs in one process")
     if (options.out / "index.json").exists():
         raise InputError(f"{options.out} holds features already; give another folder")
     folder = RunFolder(options.run)
@@ -76,7 +74,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         try:
             waveform = corpus.read(i)
         except AudioError as error:
-            rejects.extend([corpus.reject(i, error)])
+            rejects.add(corpus.reject(i, error))
             rejects.check(n_found, options.max_bad_fraction)
             continue
         arrays = extract(waveform)

@@ -25,7 +25,7 @@ from gmm_jepa.downstream.settings import (
 from gmm_jepa.downstream.tasks import task_for
 from gmm_jepa.downstream.upstreams import LogMel, Upstream, open_upstream
 from gmm_jepa.errors import InputError
-from gmm_jepa.train.distributed import processes
+from gmm_jepa.train.distributed import processes, refuse_torchrun
 
 _HELP = """usage: gmm-jepa probe asr|er|sf|manifest [OPTIONS]
 
@@ -107,6 +107,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 
 def _probe(name: TaskName, options: Any) -> int:
+    refuse_torchrun("probe runs in one process")
     if not options.upstream and not options.controls:
         raise InputError("upstream: nothing to probe")
     labelled = _read(name, options)
@@ -114,8 +115,6 @@ def _probe(name: TaskName, options: Any) -> int:
     upstreams = _upstreams(options)
     settings: ProbeSettings = options.settings
     with processes() as peers:
-        if peers.world_size > 1:
-            raise InputError("probe runs in one process: start it without torchrun")
         sweep.open_folder(options.out, name, settings, labelled)
         numbers = sweep.run(options.out, upstreams, labelled, task, settings, peers.device)
     print(format_table(summary_rows(numbers)))

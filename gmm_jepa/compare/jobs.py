@@ -22,6 +22,7 @@ from gmm_jepa.compare.job import BAD_INPUT, STOPPED
 from gmm_jepa.compare.plan import Planned
 from gmm_jepa.errors import InputError
 from gmm_jepa.progress import Bar
+from gmm_jepa.train.advice import usable_cores
 from gmm_jepa.train.metrics import read_metrics
 
 LOG = "log.txt"
@@ -74,7 +75,7 @@ def run_all(
     with _stopped_gently(running), Bar("training", "step", shown=bool(waiting)) as bar:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), threads=max(1, _cores() // jobs)))
+                running.append(_start(waiting.pop(0), threads=max(1, usable_cores() // jobs)))
             time.sleep(_LOOK_EVERY_S)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
@@ -118,13 +119,6 @@ def _last_words(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = (line.strip() for line in reversed(lines) if not _BAR.search(line))
     return next(filter(None, said), "nothing was said")
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

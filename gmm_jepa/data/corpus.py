@@ -100,7 +100,7 @@ def find_readable(
     for i, reject in enumerate(checks):
         if reject is not None:
             good[i] = False
-            rejects.extend([reject])
+            rejects.add(reject)
         if progress is not None:
             progress(i + 1, len(corpus))
     return good

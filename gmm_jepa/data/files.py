@@ -14,7 +14,7 @@ import numpy as np
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError, AudioInfo, probe_audio, read_samples
 from gmm_jepa.data.base import Corpus
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import Reject, RejectLog
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 
@@ -39,7 +39,7 @@ class FileCorpus(Corpus):
         digest = hashlib.sha256(b"files")
         for name, info in probe_all(names, self._path):
             if isinstance(info, AudioError):
-                rejects.add(info.path, None, info.reason)
+                rejects.add(Reject(info.path, None, info.reason))
                 continue
             buffer += os.fsencode(name)
             ends.append(len(buffer))
@@ -94,7 +94,7 @@ def find_audio(folder: str | os.PathLike[str], rejects: RejectLog) -> Iterator[s
         try:
             found = sorted(os.scandir(here), key=lambda item: item.name)
         except OSError as error:
-            rejects.add(str(here), None, f"unreadable: {error.strerror or error}")
+            rejects.add(Reject(str(here), None, f"unreadable: {error.strerror or error}"))
             return
         for item in found:
             name = os.path.join(relative, item.name)

@@ -18,7 +18,7 @@ import numpy as np
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError, read_samples
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.files import probe_all
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import InputError
 
 PATH_KEYS = ("audio_filepath", "wav_path", "audio_path", "path")
@@ -169,7 +169,7 @@ class ManifestCorpus(Corpus):
                         yield number, start, text, length
                     else:
                         file_path = self._resolve(line.path)
-                        rejects.add(file_path, number, reason, manifest=self._path)
+                        rejects.add(Reject(file_path, number, reason, self._path))
 
     def _parse(self, file, rejects: RejectLog) -> Iterator[tuple[int, int, bytes, Line]]:
         end = 0
@@ -182,7 +182,7 @@ class ManifestCorpus(Corpus):
             try:
                 yield number, start, text, parse_line(text)
             except BadLineError as error:
-                rejects.add(self._path, number, str(error))
+                rejects.add(Reject(self._path, number, str(error)))
 
     def _lengths(self, chunk: list[tuple[int, int, bytes, Line]]) -> list[tuple[int, str | None]]:
         """Per line: samples, and why it cannot be used (None: it can)."""

@@ -89,7 +89,7 @@ def pack_corpus(
             _finish(corpus, folder, plan, records)
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     for line in (folder / REJECTS).read_text().splitlines():
-        rejects.extend([Reject(**json.loads(line))])
+        rejects.add(Reject(**json.loads(line)))
     packed = PackedCorpus(folder)
     if packed.n_clipped_samples:
         warnings.warn(

@@ -46,38 +46,26 @@ class RejectLog:
         if self.path is not None and self.path.exists():
             self._read_earlier()
 
-    def add(
-        self,
-        path: str | os.PathLike[str],
-        line: int | None,
-        reason: str,
-        *,
-        manifest: str | os.PathLike[str] | None = None,
-    ) -> bool:
-        """Record one reject; True where this log had not been given the same file and line."""
-        manifest = None if manifest is None else os.fspath(manifest)
-        record = Reject(os.fspath(path), line, " ".join(reason.split()), manifest)
-        key = (record.file, record.line, record.manifest)
+    def add(self, reject: Reject) -> None:
+        """Record one, if this log has not been given the same file and line before."""
+        reject = reject._replace(reason=" ".join(reject.reason.split()))
+        key = (reject.file, reject.line, reject.manifest)
         if key in self._added:
-            return False
-        self._added[key] = record
-        self._kinds[record.reason.split(":", 1)[0]] += 1
+            return
+        self._added[key] = reject
+        self._kinds[reject.reason.split(":", 1)[0]] += 1
         if self.path is not None and key not in self._on_disk:
-            self._write(record)
+            self._write(reject)
             self._on_disk.add(key)
-        return True
 
     def extend(self, rejects: Iterable[Reject]) -> None:
         """Record several, as they come from a loader's batches."""
-        for file, line, reason, manifest in rejects:
-            self.add(file, line, reason, manifest=manifest)
+        for reject in rejects:
+            self.add(reject)
 
     def __iter__(self) -> Iterator[Reject]:
         """The distinct rejects given to this log, in order."""
         return iter(self._added.values())
-
-    def __len__(self) -> int:
-        return len(self._added)
 
     @property
     def count(self) -> int:
@@ -115,10 +103,10 @@ class RejectLog:
     def _pointer(self) -> str:
         return "" if self.path is None else f", see {self.path}"
 
-    def _write(self, record: Reject) -> None:
-        fields = {"file": record.file, "line": record.line, "reason": record.reason}
-        if record.manifest is not None:
-            fields["manifest"] = record.manifest
+    def _write(self, reject: Reject) -> None:
+        fields = {"file": reject.file, "line": reject.line, "reason": reject.reason}
+        if reject.manifest is not None:
+            fields["manifest"] = reject.manifest
         text = json.dumps(fields) + "\n"
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,9 @@ READERS = 2
 WINDOWS_AHEAD = 8
 """Windows that are read ahead: 31 MB of audio and 8 MB of frames at 80 bands, at most."""
 
+NUMBERS_AT_ONCE = 1 << 16
+"""Of windows that a process finds its own among, so that a corpus's are never all in memory."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -181,19 +184,17 @@ class WindowStream(ABC):
             return self.corpus.read(*window[:3])
         except AudioError as error:
             with self._rejecting:  # several threads read
-                self.rejects.extend([self.corpus.reject(window.utterance, error)])
+                self.rejects.add(self.corpus.reject(window.utterance, error))
             return None
 
 
-def _in_parts(start: int, stop: int, step: int, *, n: int = 1 << 16) -> Iterator[np.ndarray]:
-    """The numbers of a range, so many at a time."""
-    for first in range(start, stop, n * step):
-        yield np.arange(first, min(first + n * step, stop), step)
+def _in_parts(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
+    """The numbers of a range, `NUMBERS_AT_ONCE` at a time."""
+    for first in range(start, stop, NUMBERS_AT_ONCE * step):
+        yield np.arange(first, min(first + NUMBERS_AT_ONCE * step, stop), step)
 
 
-def read_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int = READERS
-) -> Iterator[Result]:
+def read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """``function(item)`` of all items, in order, computed by threads ahead of the caller.
 
     Not more than `WINDOWS_AHEAD` results wait. Decoding and transforms leave Python's lock, so
@@ -201,7 +202,7 @@ def read_ahead(
     """
     source = iter(items)
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="read-ahead") as pool:
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead") as pool:
         try:
             for item in itertools.islice(source, WINDOWS_AHEAD):
                 waiting.append(pool.submit(function, item))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gmm_jepa.config import to_dict
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.encoder import SpeechEncoder, load_encoder
-from gmm_jepa.errors import InputError, require
+from gmm_jepa.errors import InputError, first_line, require
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.files import read_json
 from gmm_jepa.models.build import build_encoder
@@ -302,8 +302,7 @@ def _open_huggingface(source: str, name: str) -> HuggingFaceEncoder:
 
 def _not_loaded(source: str | Path, error: Exception) -> InputError:
     """The first line of what the library says."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return InputError(f"upstream: {source} cannot be loaded: {reason}")
+    return InputError(f"upstream: {source} cannot be loaded: {first_line(error)}")
 
 
 def _normalises(source: str, config: Any) -> bool:

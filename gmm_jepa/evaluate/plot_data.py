@@ -1,4 +1,4 @@
-"""What the report's pictures draw, as arrays that a later session can draw again.
+"""What the report's pictures draw, as arrays that can be drawn again.
 
 Names in the archive (``plots/data.npz``):
 

@@ -90,8 +90,8 @@ def load_weights(
     try:
         model.load_state_dict(weights if split is None else split(weights, model))
     except RuntimeError as error:
-        first_line = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: weights of another model ({first_line})") from None
+        last_line = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: weights of another model ({last_line})") from None
 
 
 def load_state(folder: Path) -> dict[str, Any]:

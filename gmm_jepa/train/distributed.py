@@ -84,6 +84,16 @@ class Processes:
             dist.barrier()
 
 
+def refuse_torchrun(why: str) -> None:
+    """For commands that torchrun would start in vain, several times.
+
+    Raises:
+        InputError: it announces several processes.
+    """
+    if _world_size() > 1:
+        raise InputError(f"{why}: start it without torchrun")
+
+
 @contextmanager
 def processes() -> Iterator[Processes]:
     """Join the process group that torchrun announces, nccl on CUDA and gloo on CPU, and leave it.
@@ -91,7 +101,7 @@ def processes() -> Iterator[Processes]:
     Raises:
         InputError: the environment names several processes, but not this one's rank.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     if world_size > 1 and "RANK" not in os.environ:
         raise InputError("RANK: expected beside WORLD_SIZE; start several processes with torchrun")
     rank = int(os.environ.get("RANK", "0"))
@@ -111,3 +121,8 @@ def processes() -> Iterator[Processes]:
         if world_size > 1:
             gc.collect()  # what sharded models in cycles hold of the group
             dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    """Processes that torchrun announces; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+REPEATS = 5
+"""Products that are timed for a rate."""
+
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds that something takes, the device's part included."""
@@ -32,19 +35,18 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def matrix_rate(device: torch.device, precision: str, *, repeats: int = 5) -> float:
-    """Operations per second of a large square matrix product, the best of a few.
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Operations per second of a large square matrix product, the best of `REPEATS`.
 
     Random numbers are drawn from a generator of its own.
 
     Args:
         device: where.
         precision: fp32 or bf16.
-        repeats: how many are timed.
     """
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
     torch.mm(a, b)
-    return 2.0 * size**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(repeats))
+    return 2.0 * size**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(REPEATS))

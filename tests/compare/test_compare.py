@@ -287,7 +287,7 @@ def test_fewer_runs_than_jobs_share_all_cores(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(jobs, "_start", start)
-    monkeypatch.setattr(jobs, "_cores", lambda: 8)
+    monkeypatch.setattr(jobs, "usable_cores", lambda: 8)
     jobs.run_all(planned, jobs=4)
     assert given == [4, 4]
 
