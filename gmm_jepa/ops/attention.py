@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.dropout import check_probability, drawn_seed
-from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.checks import check_probability, kind_of
+from gmm_jepa.ops.dropout import drawn_seed
 from gmm_jepa.ops.operator import Operator
 
 # Scores of a block. It must not depend on the number of threads, or dropout's mask would.

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_probability, check_sequence, check_shapes
 from gmm_jepa.ops.depthwise import depthwise_backward_reference, depthwise_reference
-from gmm_jepa.ops.dropout import check_probability, drawn_seed, dropout_reference
+from gmm_jepa.ops.dropout import drawn_seed, dropout_reference
 from gmm_jepa.ops.fused import allows_narrow
+from gmm_jepa.ops.lengths import check_lengths, real_frames
 from gmm_jepa.ops.operator import Operator
-from gmm_jepa.ops.residual import check_lengths, real_frames
 
 
 class ConvolutionWeights(NamedTuple):
@@ -74,15 +75,12 @@ def convolution_module(
         InputError: shapes do not fit, or dropout_p is out of its range.
     """
     check_probability("dropout_p", dropout_p)
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
+    check_sequence(x, fewest_frames=1)
     check_lengths(lengths_frames, x)
     if weights.taps.shape[-1] % 2 == 0:
         raise InputError(f"taps: expected an odd number, got {weights.taps.shape[-1]}")
     shapes = convolution_module_shapes(x, weights.taps)
-    for name, tensor, shape in zip(weights._fields, weights, shapes):
-        if tensor.shape != shape:
-            raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+    check_shapes(x, weights._fields, weights, shapes)
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)
     return _convolution_module(x, *weights, lengths_frames, seed, epsilon, dropout_p, narrow)[0]

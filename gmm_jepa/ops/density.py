@@ -26,10 +26,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_sequence, check_shapes
 from gmm_jepa.ops.fused import takes_kernel, takes_one_op
+from gmm_jepa.ops.lengths import check_lengths
 from gmm_jepa.ops.operator import Operator
-from gmm_jepa.ops.residual import check_lengths
 
 CHUNKS = 4
 """Into which the real frames of a row are cut."""
@@ -60,12 +60,9 @@ def density_attention(
     Raises:
         InputError: shapes or devices make no sense.
     """
-    if x.ndim != 3 or not x.is_floating_point():
-        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
-    for name, tensor in (("offsets", offsets), ("squared_widths", squared_widths)):
-        if tensor.shape != (CHUNKS, GAUSSIANS) or tensor.device != x.device:
-            found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise InputError(f"{name}: expected {(CHUNKS, GAUSSIANS)} on {x.device}, got {found}")
+    check_sequence(x)
+    names = ("offsets", "squared_widths")
+    check_shapes(x, names, (offsets, squared_widths), ((CHUNKS, GAUSSIANS),) * 2)
     check_lengths(lengths_frames, x)
     if takes_kernel(x):
         return _density_attention(x, offsets, squared_widths, lengths_frames)

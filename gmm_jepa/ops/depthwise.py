@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.checks import kind_of
 from gmm_jepa.ops.operator import Operator
 
 

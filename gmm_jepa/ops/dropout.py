@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_probability
 from gmm_jepa.ops.fused import takes_float32
 from gmm_jepa.ops.operator import Operator
 
@@ -31,12 +31,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if not takes_float32(x):
         return torch.nn.functional.dropout(x, p)
     return _dropout(x.float(), drawn_seed(p), p).to(x.dtype) if p else x
-
-
-def check_probability(name: str, p: float) -> None:
-    """Raise InputError unless values can be dropped with it."""
-    if not 0.0 <= p < 1.0:
-        raise InputError(f"{name}: expected at least 0 and below 1, got {p}")
 
 
 def drawn_seed(p: float, device: torch.device | str = "cpu") -> Tensor | None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import kind_of
 from gmm_jepa.ops.mixture import (
     CHUNK_VALUES,
     Mixture,
     check_frames,
-    kind_of,
     log_likelihood_of,
     quadratic,
     row_chunks,

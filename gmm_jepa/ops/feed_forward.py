@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.dropout import check_probability, drawn_seed, dropout_reference
+from gmm_jepa.ops.checks import check_probability, check_shapes
+from gmm_jepa.ops.dropout import drawn_seed, dropout_reference
 from gmm_jepa.ops.fused import allows_narrow
 from gmm_jepa.ops.operator import Operator
 
@@ -57,13 +58,8 @@ def feed_forward(
     check_probability("dropout_p", dropout_p)
     tensors = (x, up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias)
     names = ("up_weight", "up_bias", "down_weight", "down_bias", "norm_weight", "norm_bias")
-    shapes = feed_forward_shapes(x, up_bias)
-    for name, tensor, shape in zip(names, tensors[1:], shapes):
-        if tensor is None and norm_weight is None and norm_bias is None:
-            continue
-        if tensor is None or tensor.shape != shape:
-            found = None if tensor is None else tuple(tensor.shape)
-            raise InputError(f"{name}: expected {shape}, got {found}")
+    given = tensors[1:] if norm_weight is not None or norm_bias is not None else tensors[1:5]
+    check_shapes(x, names, given, feed_forward_shapes(x, up_bias))
     keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)

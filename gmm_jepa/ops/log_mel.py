@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops.mixture import kind_of
+from gmm_jepa.ops.checks import kind_of
 from gmm_jepa.ops.operator import Operator, without_autocast
 
 # Frames in flight. Real FFT of 1,024 frames of 400 samples keeps every buffer in the L2 cache:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_temperature, kind_of
 from gmm_jepa.ops.ensemble import TARGET_VALUES, mean_of_chunk, parameters_of
 from gmm_jepa.ops.masked_rows import MaskedSums, Rows, first_largest
 from gmm_jepa.ops.mixture import (
@@ -26,11 +27,9 @@ from gmm_jepa.ops.mixture import (
     Mixture,
     check_ensemble,
     check_frames,
-    kind_of,
     row_chunks,
 )
 from gmm_jepa.ops.operator import without_autocast
-from gmm_jepa.ops.posterior import check_temperature
 
 TargetsOf = Callable[[Tensor], Tensor]
 """Frames (n, D) -> targets (n, K) float32."""

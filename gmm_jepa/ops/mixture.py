@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import kind_of
 
 # Values of the (rows, K) block of log-densities alive at one time inside an op: 8 MB in float64.
 # Of 128..4096 rows at K = 256 and 1,024, D = 80 on two Zen 4 cores, 2^20 values was the fastest
@@ -164,8 +165,3 @@ def check_frames(frames: Tensor, mixture: Mixture) -> None:
             )
     if any(parameter.requires_grad for parameter in mixture):
         raise InputError("mixture: expected frozen parameters, got one that requires a gradient")
-
-
-def kind_of(value: object) -> str:
-    """What to call a wrong argument in an error message."""
-    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -15,13 +15,13 @@ alone: the mixture is frozen.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_temperature
 from gmm_jepa.ops.ensemble import gmm_posterior_ensemble, gmm_topk_ensemble, parameters_of
 from gmm_jepa.ops.mixture import (
     Ensemble,
@@ -159,12 +159,6 @@ def gmm_topk(
     posteriors, indices = op(rows, *parameters, int(k), float(temperature))
     shape = (*frames.shape[:-1], k)
     return posteriors.reshape(shape), indices.reshape(shape)
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not above zero."""
-    if not isinstance(temperature, Real) or not temperature > 0.0:
-        raise InputError(f"temperature: expected a number above 0, got {temperature!r}")
 
 
 def _check_precision(precision: str) -> None:

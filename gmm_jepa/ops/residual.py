@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_sequence, check_shapes
 from gmm_jepa.ops.fused import takes_float32
+from gmm_jepa.ops.lengths import check_lengths, real_frames
 from gmm_jepa.ops.operator import Operator
 
 SLOPE = 0.1
@@ -52,50 +54,23 @@ def residual_unit(
         InputError: shapes, devices or dilation make no sense.
     """
     parameters = (weight1, bias1, weight2, bias2)
-    _check(x, parameters, dilation, lengths_frames)
+    check_sequence(x)
+    C = x.shape[2]
+    names = ("weight1", "bias1", "weight2", "bias2")
+    check_shapes(x, names, parameters, ((C, C, 3), (C,)) * 2)
+    if dilation < 1:
+        raise InputError(f"dilation: expected at least 1, got {dilation}")
+    check_lengths(lengths_frames, x)
     narrow = takes_float32(x) and torch.is_autocast_enabled("cpu")
     wanted = any(tensor.requires_grad for tensor in (x, *parameters))
     keep_hidden = torch.is_grad_enabled() and wanted
     return _unit(x, *parameters, lengths_frames, dilation, keep_hidden, narrow)[0]
 
 
-def _check(
-    x: Tensor, parameters: tuple[Tensor, ...], dilation: int, lengths_frames: Tensor | None
-) -> None:
-    if x.ndim != 3 or not x.is_floating_point():
-        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
-    C = x.shape[2]
-    names = ("weight1", "bias1", "weight2", "bias2")
-    for name, tensor, shape in zip(names, parameters, ((C, C, 3), (C,)) * 2):
-        if tensor.shape != shape or tensor.device != x.device:
-            found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise InputError(f"{name}: expected {shape} on {x.device}, got {found}")
-    if dilation < 1:
-        raise InputError(f"dilation: expected at least 1, got {dilation}")
-    check_lengths(lengths_frames, x)
-
-
-def check_lengths(lengths_frames: Tensor | None, x: Tensor) -> None:
-    """Raise InputError unless there is one integer a row of x (B, T, C), on its device."""
-    if lengths_frames is None:
-        return
-    if lengths_frames.shape != x.shape[:1] or lengths_frames.is_floating_point():
-        found = f"{lengths_frames.dtype} {tuple(lengths_frames.shape)}"
-        raise InputError(f"lengths_frames: expected integers ({len(x)},), got {found}")
-    if lengths_frames.device != x.device:
-        raise InputError(f"lengths_frames: on {lengths_frames.device}, but x on {x.device}")
-
-
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=dilation, dilation=dilation)
     return y.transpose(1, 2)
-
-
-def real_frames(lengths_frames: Tensor, x: Tensor) -> Tensor:
-    """(B, T, 1) for x (B, T, C), of its type: one on real frames and zero on padding."""
-    frames = torch.arange(x.shape[1], device=x.device)
-    return (frames < lengths_frames[:, None])[..., None].to(x.dtype)
 
 
 def residual_unit_reference(

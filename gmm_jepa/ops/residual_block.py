@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_sequence, check_shapes
 from gmm_jepa.ops.fused import allows_narrow, takes_float32
+from gmm_jepa.ops.lengths import check_lengths
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import (
-    check_lengths,
     residual_unit_backward_reference,
     residual_unit_reference,
 )
@@ -65,18 +66,15 @@ def residual_block(
     Raises:
         InputError: shapes do not fit.
     """
-    if x.ndim != 3 or not x.is_floating_point():
-        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
+    check_sequence(x)
     U, C = len(dilations), x.shape[2]
-    names, shapes = ("weight1", "bias1", "weight2", "bias2"), ((U, C, C, 3), (U, C)) * 2
-    for name, tensor, shape in zip(names, (weight1, bias1, weight2, bias2), shapes):
-        if tensor.shape != shape:
-            raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+    weights = (weight1, bias1, weight2, bias2)
+    names = ("weight1", "bias1", "weight2", "bias2")
+    check_shapes(x, names, weights, ((U, C, C, 3), (U, C)) * 2)
     if not U or min(dilations) < 1:
         raise InputError(f"dilations: expected some, of at least 1 each, got {list(dilations)}")
     check_lengths(lengths_frames, x)
     narrow = allows_narrow(x)
-    weights = (weight1, bias1, weight2, bias2)
     return _block(x, *weights, lengths_frames, list(dilations), narrow)
 
 

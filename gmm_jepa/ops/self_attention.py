@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmm_jepa.errors import InputError
 from gmm_jepa.ops.attention import attention_backward_reference, attention_reference
-from gmm_jepa.ops.dropout import check_probability, drawn_seed
+from gmm_jepa.ops.checks import check_probability, check_sequence, check_shapes
+from gmm_jepa.ops.dropout import drawn_seed
 from gmm_jepa.ops.fused import allows_narrow
+from gmm_jepa.ops.lengths import check_lengths
 from gmm_jepa.ops.operator import Operator
-from gmm_jepa.ops.residual import check_lengths
 
 
 class AttentionWeights(NamedTuple):
@@ -70,13 +70,10 @@ def self_attention(
         InputError: shapes do not fit, or dropout_p is out of its range.
     """
     check_probability("dropout_p", dropout_p)
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise InputError(f"x: expected (B, T, D), T at least 1, got {tuple(x.shape)}")
+    check_sequence(x, fewest_frames=1)
     check_lengths(lengths_frames, x)
     shapes = self_attention_shapes(x, weights.gate_scale)
-    for name, tensor, shape in zip(weights._fields, weights, shapes):
-        if tensor.shape != shape:
-            raise InputError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+    check_shapes(x, weights._fields, weights, shapes)
     narrow = allows_narrow(x)
     seed = drawn_seed(dropout_p)
     return _self_attention(x, *weights, lengths_frames, seed, dropout_p, narrow)[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gmm_jepa.errors import InputError
+from gmm_jepa.ops.checks import check_sequence, check_shapes
 from gmm_jepa.ops.fused import takes_kernel
+from gmm_jepa.ops.lengths import check_lengths, real_frames
 from gmm_jepa.ops.operator import Operator
-from gmm_jepa.ops.residual import check_lengths, real_frames
 
 
 def snake(x: Tensor, a: Tensor, *, lengths_frames: Tensor | None = None) -> Tensor:
@@ -29,11 +29,8 @@ def snake(x: Tensor, a: Tensor, *, lengths_frames: Tensor | None = None) -> Tens
     Raises:
         InputError: shapes or devices do not fit.
     """
-    if x.ndim != 3 or not x.is_floating_point():
-        raise InputError(f"x: expected floats (B, T, C), got {x.dtype} {tuple(x.shape)}")
-    if a.shape != x.shape[2:] or a.device != x.device:
-        found = f"{tuple(a.shape)} on {a.device}"
-        raise InputError(f"a: expected {tuple(x.shape[2:])} on {x.device}, got {found}")
+    check_sequence(x)
+    check_shapes(x, ("a",), (a,), (x.shape[2:],))
     check_lengths(lengths_frames, x)
     return (_snake_narrow if takes_kernel(x) else _snake)(x, a, lengths_frames)
 
