@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.records import RESULTS, append, surroundings, take_turns
 from gmm_jepa import ops
-from gmm_jepa.ops import Mixture, em, native
+from gmm_jepa.ops import Mixture, em, native, native_mixture
 
 FLOOR_FRAMES_PER_S = 2.4e9  # bytes and bfloat16 products; csrc/README.md
 PROFILED_CALLS = 3
@@ -88,8 +88,8 @@ def main() -> None:
         "torch": lambda x: em.em_statistics_reference(x, *mixture)
     }
     if native.cuda_architectures():
-        sides["native"] = lambda x: native.em_statistics_cuda(x, *new())
-        sides["native, hard"] = lambda x: native.em_statistics_cuda(x, *new(), hard=True)
+        sides["native"] = lambda x: native_mixture.em_statistics_cuda(x, *new())
+        sides["native, hard"] = lambda x: native_mixture.em_statistics_cuda(x, *new(), hard=True)
     small = frames[:8192]
     cpu = Mixture(*(p.cpu() for p in mixture))
     expected = em.em_statistics_reference(small.cpu().double(), *cpu)

@@ -13,7 +13,7 @@ import torch
 from bench.cases import mixture_of
 from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, ops
-from gmm_jepa.ops import native
+from gmm_jepa.ops import native, native_mixture
 
 
 def attend(device: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -49,7 +49,7 @@ def accumulate(device: str) -> None:
     for unproven in ("0", "1"):  # read at every call
         with mock.patch.dict(os.environ, {"GMM_JEPA_UNPROVEN_KERNELS": unproven}):
             for hard in (False, True):
-                counts, *_ = native.em_statistics_cuda(frames, *mixture, hard)
+                counts, *_ = native_mixture.em_statistics_cuda(frames, *mixture, hard)
                 if not (counts.sum() - N).abs() < 1e-6 * N:
                     raise SystemExit(f"counts sum to {counts.sum()}, not {N}")
 

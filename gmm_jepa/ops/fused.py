@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops.native import multiplies_bfloat16
+from gmm_jepa.ops.native import instruction_sets, multiplies_bfloat16
 
-has_native = False
-"""Set where the native module registers its kernels."""
+has_native = bool(instruction_sets())
+"""Whether the native module registers its kernels."""
 
 has_triton = importlib.util.find_spec("triton") is not None
 

@@ -1,44 +1,22 @@
-"""The native module's kernels in the place of the torch ones on CPUs, and of EM on CUDA devices.
+"""The door to the native module, ``gmm_jepa._native`` (sources in ``csrc/``).
 
-``gmm_jepa._native`` (sources in ``csrc/``) takes addresses, sizes and strides, and mixtures that it
-prepared itself. Where it was not built nothing is registered here, and the operators run on torch
-alone. ``GMM_JEPA_CUDA_EM=0`` when this is imported leaves its CUDA part out.
+The module takes addresses, sizes and strides; ``native_mixture.py`` and its neighbours register
+what it computes as kernels of the operators. Where it was not built nothing is registered, and the
+operators run on torch alone. ``GMM_JEPA_CUDA_EM=0`` leaves its CUDA part out.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.ops import cuda_em
-from gmm_jepa.ops.em import (
-    _em_statistics,
-    _kmeans_assign,
-    _kmeans_statistics,
-    em_statistics_reference,
-    kmeans_assign_reference,
-    kmeans_statistics_reference,
-)
-from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
-from gmm_jepa.ops.mixture import Mixture, check_frames
-from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures, array_of
-from gmm_jepa.ops.posterior import (
-    _log_likelihood,
-    _posterior,
-    _topk,
-    log_likelihood_reference,
-    posterior_reference,
-    topk_reference,
-)
 
 try:
     from gmm_jepa import _native
@@ -46,25 +24,11 @@ except ImportError as error:
     _native = None
     _why_absent = str(error)
 
-_WIDE = (torch.float32, torch.float64)
-_POSTERIOR_TYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-# Both kernels and their emulation are made for mixtures up to this size.
-_MOST_COMPONENTS, _MOST_FEATURES = 8192, 512
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
 _PF_FORKNOEXEC = 0x40  # of Linux, include/linux/sched.h
 
-_packed = PackedMixtures(cuda_em.pack, n_kept=2)
-
 # Every call names the set it runs with, or a mixture prepared for one; the empty name is the best.
 _instruction_set = ""
-
-
 _instruction_sets = _native.instruction_sets().split(",") if _native is not None else []
 
 
@@ -87,6 +51,11 @@ def use_instruction_set(name: str) -> None:
     _instruction_set = name
 
 
+def chosen_set() -> str:
+    """What `use_instruction_set` was given last; empty for the best."""
+    return _instruction_set
+
+
 def status() -> str:
     """One line for people: live with which instruction set, or why not."""
     if _native is None:
@@ -100,6 +69,11 @@ def cuda_architectures() -> str:
     return getattr(_native, "cuda_architectures", "")
 
 
+def uses_cuda() -> bool:
+    """Whether EM on CUDA tensors is the module's, as it was asked for when this was imported."""
+    return bool(cuda_architectures()) and os.environ.get(_CUDA_SWITCH) != "0"
+
+
 def cuda_status() -> str:
     """One line for people: whether the CUDA part of the module is built and used."""
     if _native is None:
@@ -107,7 +81,7 @@ def cuda_status() -> str:
     if not cuda_architectures():
         return "off: built without nvcc"
     built = f"built for {cuda_architectures()}"
-    if os.environ.get(_CUDA_SWITCH) == "0":
+    if not uses_cuda():
         return f"off: {built}; {_CUDA_SWITCH}=0 is set"
     return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
 
@@ -170,191 +144,9 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def em_statistics(
-    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sufficient statistics, see `gmm_jepa.ops.em.em_statistics`."""
-    K, D = means.shape
-    mixture = Mixture(log_weights, means, variances)
-    if not K or not D:
-        return em_statistics_reference(frames, *mixture)
-    out = _statistics(K, D, frames.device)
-    into = tuple(o.data_ptr() for o in out)
-    _of_mixture("em_statistics", frames, mixture, into, kept=_screened_for_em)
-    return out
-
-
-def em_statistics_cuda(
-    frames: Tensor,
-    log_weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    hard: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`em_statistics` on a CUDA device; `hard` gives all of a frame to its best component."""
-    K, D = means.shape
-    mixture = (log_weights, means, variances)
-    if not hard and not _cuda_covers(K, D):
-        return em_statistics_reference(frames, *mixture)
-    x, operands = _frames(frames), _packed(cuda_em.Mixture(*mixture))
-    out = _statistics(K, D, x.device)
-    n_bytes = _native.em_workspace_bytes(K, D)
-    workspace = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
-    stream = torch.cuda.current_stream(x.device)
-    _native.em_statistics_cuda(
-        _matrix(x),
-        x.dtype == torch.float64,
-        operands.addresses(),
-        tuple(o.data_ptr() for o in out),
-        hard,
-        cuda_em.MARGIN_NATS,
-        (workspace.data_ptr(), n_bytes),
-        (x.device.index, stream.cuda_stream),
-    )
-    return out
-
-
-def kmeans_statistics_cuda(
-    frames: Tensor, centroids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kmeans_statistics` on a CUDA device: of a mixture of equal weights and variances of one."""
-    K, D = centroids.shape
-    if not _cuda_covers(K, D):
-        return kmeans_statistics_reference(frames, centroids)
-    means, ones = centroids.double(), torch.ones_like(centroids, dtype=torch.float64)
-    log_weight = -math.log(K)
-    log_weights = means.new_full((K,), log_weight)
-    *sums, best = em_statistics_cuda(frames, log_weights, means, ones, hard=True)
-    on_a_mean = log_weight - 0.5 * D * math.log(2.0 * math.pi)
-    return *sums, 2.0 * (best - len(frames) * on_a_mean)
-
-
-def em_statistics_emulated(
-    frames: Tensor,
-    log_weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    hard: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The CUDA kernels' algorithm, serially on the CPU; for tests."""
-    K, D = means.shape
-    x, operands = _frames(frames), cuda_em.pack(cuda_em.Mixture(log_weights, means, variances))
-    out = _statistics(K, D, x.device)
-    _native.em_statistics_emulated(
-        _matrix(x),
-        x.dtype == torch.float64,
-        operands.addresses(),
-        tuple(o.data_ptr() for o in out),
-        hard,
-        cuda_em.MARGIN_NATS,
-    )
-    return out
-
-
-def posterior(
-    frames: Tensor,
-    log_weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    temperature: float,
-    log: bool,
-    precision: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Posteriors (n, K), exact in either precision; see `gmm_jepa.ops.posterior.gmm_posterior`.
-
-    The logarithm is needed of components that carry nothing, too: torch computes it.
-    """
-    K, D = means.shape
-    mixture = Mixture(log_weights, means, variances)
-    if log or not K or not D:
-        return posterior_reference(frames, *mixture, temperature, log, precision, out_dtype)
-    dtype = out_dtype if out_dtype in _POSTERIOR_TYPES else torch.float32
-    out = torch.empty((len(frames), K), dtype=dtype)
-    name = _POSTERIOR_TYPES[dtype]
-    _of_mixture("posterior", frames, mixture, temperature, out.data_ptr(), name)
-    return out.to(out_dtype)
-
-
-def log_likelihood(
-    frames: Tensor, log_weights: Tensor, means: Tensor, variances: Tensor, precision: str
-) -> Tensor:
-    """Log-densities (n,), exact in either precision."""
-    mixture = Mixture(log_weights, means, variances)
-    if not means.numel():
-        return log_likelihood_reference(frames, *mixture, precision)
-    out = torch.empty(len(frames), dtype=torch.float64)
-    _of_mixture("log_likelihood", frames, mixture, out.data_ptr())
-    return out if frames.dtype == torch.float64 else out.float()
-
-
-def topk(
-    frames: Tensor,
-    log_weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    k: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The k largest posteriors (n, k) and their components; ties go to the first component."""
-    mixture = Mixture(log_weights, means, variances)
-    if not means.numel():
-        return topk_reference(frames, *mixture, k, temperature)
-    posteriors = torch.empty((len(frames), k), dtype=torch.float32)
-    indices = torch.empty((len(frames), k), dtype=torch.int64)
-    into = (posteriors.data_ptr(), indices.data_ptr())
-    _of_mixture("topk", frames, mixture, k, temperature, *into)
-    return posteriors, indices
-
-
-def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroids (n,) and squared distances (n,) float32."""
-    K, D = centroids.shape
-    if not K or not D:
-        return kmeans_assign_reference(frames, centroids)
-    means = array_of(centroids).astype(np.float64)
-    # Any variance gives the same labels; a tenth of the centroids' own keeps the screen's scale
-    # of nats to that of distances.
-    with np.errstate(over="ignore", invalid="ignore"):
-        variance = np.full((K, D), np.maximum(0.1 * means.var(0).mean(), 1e-30))
-    mixture = Mixture(*map(torch.from_numpy, (np.zeros(K), means, variance)))
-    labels = torch.empty(len(frames), dtype=torch.int64)
-    distances = torch.empty(len(frames), dtype=torch.float32)
-    _of_mixture("nearest", frames, mixture, labels.data_ptr(), distances.data_ptr())
-    return labels, distances
-
-
-def log_mel(
-    waveform: Tensor,
-    lengths_samples: Tensor,
-    window: Tensor,
-    filters: Tensor,
-    hop: int,
-    floor: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Log-mel frames (B, S // hop + 1, n_mels), in float32 but for a float64 waveform."""
-    (B, S), n_mels = waveform.shape, filters.shape[1]
-    n_fft = window.shape[0]
-    # below float32's normal range a logarithm by parts of the number is not exact
-    plain = waveform.dtype == torch.float64 or not floor >= 1e-30
-    if plain or not (B and S and n_mels and _native.log_mel_supports(n_fft)):
-        return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
-    bins = n_fft // 2 + 1
-    x = waveform if waveform.dtype in (torch.float32, torch.int16) else waveform.float()
-    window, filters = window.float().contiguous(), filters.float().contiguous()
-    check("log_mel", (window, filters), ((n_fft,), (bins, n_mels)))
-    lengths = lengths_of(lengths_samples, x)
-    out = torch.empty((B, S // hop + 1, n_mels), dtype=torch.float32)
-    call(
-        "log_mel",
-        _matrix(x),
-        x.dtype == torch.int16,
-        lengths.data_ptr(),
-        (window.data_ptr(), filters.data_ptr(), n_fft, n_mels, hop, floor),
-        out.data_ptr(),
-    )
-    return out.to(out_dtype)
+def matrix_of(x: Tensor) -> tuple[int, int, int, int, int]:
+    """A matrix as the module takes it: address, shape, strides."""
+    return (x.data_ptr(), *x.shape, *x.stride())
 
 
 def _was_forked() -> bool:
@@ -389,67 +181,5 @@ def _share_threads() -> None:
         return
 
 
-def _cuda_covers(K: int, D: int) -> bool:
-    return 1 <= K <= _MOST_COMPONENTS and 1 <= D <= _MOST_FEATURES
-
-
-def _statistics(K: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.empty(shape, dtype=torch.float64, device=device)
-        for shape in ((K,), (K, D), (K, D), ())
-    )
-
-
-def _frames(frames: Tensor) -> Tensor:
-    """Frames as float32 or float64; the half types are exact in float32."""
-    return frames if frames.dtype in _WIDE else frames.float()
-
-
-def _screen(mixture: Mixture, instruction_set: str) -> Any:
-    """The mixture prepared by the module."""
-    parameters = [np.ascontiguousarray(array_of(p), np.float64) for p in mixture]
-    addresses = (*(p.ctypes.data for p in parameters), len(mixture.means))
-    return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
-
-
-# An iteration of EM has a mixture of its own, whatever the number of batches: to keep more of them
-# costs fresh memory each time.
-_screened, _screened_for_em = (MixturesByValue(_screen, n_kept) for n_kept in (8, 1))
-
-
-def _of_mixture(
-    name: str,
-    frames: Tensor,
-    mixture: Mixture,
-    *arguments: object,
-    kept: MixturesByValue = _screened,
-) -> None:
-    """A function of the module on frames under a mixture, on torch's number of threads.
-
-    Raises:
-        InputError: shapes or devices disagree, as where the operator is called past its function.
-    """
-    check_frames(frames, mixture)
-    if frames.ndim != 2:
-        raise InputError(f"frames: expected (N, D), got {tuple(frames.shape)}")
-    x, screened = _frames(frames), kept(mixture, _instruction_set)
-    is_float64 = x.dtype == torch.float64
-    function = getattr(_native, name)
-    function(_matrix(x), is_float64, screened, *arguments, torch.get_num_threads())
-
-
-def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
-    return (x.data_ptr(), *x.shape, *x.stride())
-
-
 if _native is not None:
     _share_threads()
-    _em_statistics.register_kernel("cpu")(em_statistics)
-    _kmeans_assign.register_kernel("cpu")(kmeans_assign)
-    _log_mel.register_kernel("cpu")(log_mel)
-    _posterior.register_kernel("cpu")(posterior)
-    _log_likelihood.register_kernel("cpu")(log_likelihood)
-    _topk.register_kernel("cpu")(topk)
-    if cuda_architectures() and os.environ.get(_CUDA_SWITCH) != "0":
-        _em_statistics.register_kernel("cuda")(em_statistics_cuda)
-        _kmeans_statistics.register_kernel("cuda")(kmeans_statistics_cuda)

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops import fused
 from gmm_jepa.ops.attention import (
     _attention,
     _attention_backward,
@@ -226,7 +225,6 @@ def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
 
 
 if instruction_sets():
-    fused.has_native = True
     _attention.register_kernel("cpu")(gated_bias_attention)
     _attention_backward.register_kernel("cpu")(gated_bias_attention_backward)
     _depthwise.register_kernel("cpu")(depthwise_conv)

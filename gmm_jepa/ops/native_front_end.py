@@ -15,7 +15,16 @@ from gmm_jepa.ops.density import (
     density_attention_backward_reference,
     density_attention_reference,
 )
-from gmm_jepa.ops.native import address_of, call, check, instruction_sets, lengths_of
+from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
+from gmm_jepa.ops.native import (
+    _native,
+    address_of,
+    call,
+    check,
+    instruction_sets,
+    lengths_of,
+    matrix_of,
+)
 from gmm_jepa.ops.residual import (
     _unit,
     _unit_backward,
@@ -43,6 +52,39 @@ from gmm_jepa.ops.waveform import (
     waveform_conv_backward_reference,
     waveform_conv_reference,
 )
+
+
+def log_mel(
+    waveform: Tensor,
+    lengths_samples: Tensor,
+    window: Tensor,
+    filters: Tensor,
+    hop: int,
+    floor: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Log-mel frames (B, S // hop + 1, n_mels), in float32 but for a float64 waveform."""
+    (B, S), n_mels = waveform.shape, filters.shape[1]
+    n_fft = window.shape[0]
+    # below float32's normal range a logarithm by parts of the number is not exact
+    plain = waveform.dtype == torch.float64 or not floor >= 1e-30
+    if plain or not (B and S and n_mels and _native.log_mel_supports(n_fft)):
+        return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
+    bins = n_fft // 2 + 1
+    x = waveform if waveform.dtype in (torch.float32, torch.int16) else waveform.float()
+    window, filters = window.float().contiguous(), filters.float().contiguous()
+    check("log_mel", (window, filters), ((n_fft,), (bins, n_mels)))
+    lengths = lengths_of(lengths_samples, x)
+    out = torch.empty((B, S // hop + 1, n_mels), dtype=torch.float32)
+    call(
+        "log_mel",
+        matrix_of(x),
+        x.dtype == torch.int16,
+        lengths.data_ptr(),
+        (window.data_ptr(), filters.data_ptr(), n_fft, n_mels, hop, floor),
+        out.data_ptr(),
+    )
+    return out.to(out_dtype)
 
 
 def waveform_conv(
@@ -315,6 +357,7 @@ def _is_float32(*tensors: Tensor) -> bool:
 
 
 if instruction_sets():
+    _log_mel.register_kernel("cpu")(log_mel)
     _waveform_conv.register_kernel("cpu")(waveform_conv)
     _waveform_conv_backward.register_kernel("cpu")(waveform_conv_backward)
     _density_attention.register_kernel("cpu")(density_attention)

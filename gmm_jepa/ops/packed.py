@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.ops.mixture import Mixture
-
-try:
-    from gmm_jepa import _native
-except ImportError:
-    _native = None
+from gmm_jepa.ops.native import _native
 
 Operand = TypeVar("Operand")
 _WIDE = (torch.float32, torch.float64)

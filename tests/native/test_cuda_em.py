@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gmm_jepa import ops
-from gmm_jepa.ops import native
+from gmm_jepa.ops import native, native_mixture
 
 _spec = importlib.util.spec_from_file_location(
     "gmm_jepa_emulation_cases", Path(__file__).with_name("test_cuda_emulation.py")
@@ -82,7 +82,7 @@ def on_cuda(frames, *mixture, hard=False):
     strides = frames.stride()
     x = torch.empty_strided(frames.shape, strides, dtype=frames.dtype, device="cuda")
     x.copy_(frames)
-    got = native.em_statistics_cuda(x, *(p.cuda() for p in mixture), hard)
+    got = native_mixture.em_statistics_cuda(x, *(p.cuda() for p in mixture), hard)
     return tuple(field.cpu() for field in got)
 
 
@@ -107,14 +107,14 @@ def pairs_emulated(frames, mixture):
         pairs.append(plain(*arguments))
 
     with mock.patch.object(native._native, "em_statistics_emulated", counted):
-        native.em_statistics_emulated(frames, *mixture)
+        native_mixture.em_statistics_emulated(frames, *mixture)
     return pairs[0]
 
 
 def hard_statistics(frames, mixture):
     """Float64, by the component that the CPU's kernel finds best."""
     log_weights, means, variances = mixture
-    labels = native.topk(frames, *mixture, 1, 1.0)[1][:, 0]
+    labels = native_mixture.topk(frames, *mixture, 1, 1.0)[1][:, 0]
     x = frames.double()
     squares = (x - means[labels]).square() / variances[labels]
     constants = log_weights - 0.5 * (variances.log() + math.log(2.0 * math.pi)).sum(1)
@@ -136,7 +136,7 @@ def test_statistics_are_exact(name):
 @both_screens
 def test_hard_assignment():
     frames, mixture = emulation.CASES["usual"]()
-    expected = native.em_statistics_emulated(frames, *mixture, hard=True)
+    expected = native_mixture.em_statistics_emulated(frames, *mixture, hard=True)
     emulation.assert_close(on_cuda(frames, *mixture, hard=True), expected)
 
 
@@ -144,7 +144,7 @@ def test_hard_assignment():
 @with_screens("shape", SHAPES, SHAPES_OF_BOTH)
 def test_shapes(shape):
     frames, mixture = emulation.cases.drawn(*shape)
-    exact = native.em_statistics(frames, *mixture)
+    exact = native_mixture.em_statistics(frames, *mixture)
     emulation.assert_close(on_cuda(frames, *mixture), exact)
 
 
@@ -153,7 +153,7 @@ def test_shapes(shape):
 @pytest.mark.parametrize("D", range(73, 80))
 def test_a_last_step_of_the_depth_that_is_not_full(D):
     frames, mixture = emulation.cases.drawn(300, 130, D)
-    exact = native.em_statistics(frames, *mixture)
+    exact = native_mixture.em_statistics(frames, *mixture)
     emulation.assert_close(on_cuda(frames, *mixture), exact)
 
 
@@ -164,7 +164,7 @@ def test_a_last_tile_that_is_not_full(n):
     """A warp of wgmma has 16 frames: it must write zeros where those of a tile are missing."""
     frames, mixture = emulation.cases.drawn(n, 130, 80)
     got, pairs, _ = refined_on_cuda(frames, *mixture)
-    emulation.assert_close(got, native.em_statistics(frames, *mixture))
+    emulation.assert_close(got, native_mixture.em_statistics(frames, *mixture))
     assert pairs == pytest.approx(pairs_emulated(frames, mixture), rel=0.03, abs=3)
 
 
@@ -196,7 +196,9 @@ def test_more_pairs_than_are_kept(D, hard):
     """17.6 M pairs of the first chunk matter, 16.8 M would fit: they are computed again. Those of
     the second one are kept."""
     frames, mixture = emulation.cases.drawn(260_000, 70, D, variance=(50.0, 90.0))
-    exact = hard_statistics(frames, mixture) if hard else native.em_statistics(frames, *mixture)
+    exact = (
+        hard_statistics(frames, mixture) if hard else native_mixture.em_statistics(frames, *mixture)
+    )
     got, pairs, spilled = refined_on_cuda(frames, *mixture, hard=hard)
     assert spilled == 1
     assert 0.95 * 260_000 * 70 < pairs <= 260_000 * 70
@@ -208,13 +210,13 @@ def test_more_pairs_than_are_kept(D, hard):
 def test_rows_that_cannot_be_copied_by_pieces():
     """D = 80 at an address, and at a stride, that is no multiple of 16 bytes."""
     frames, mixture = emulation.cases.drawn(3000, 100, 80)
-    expected = native.em_statistics(frames, *mixture)
+    expected = native_mixture.em_statistics(frames, *mixture)
     wide = torch.zeros(3000, 83, device="cuda")
     flat = torch.zeros(3000 * 80 + 1, device="cuda")
     moved = tuple(p.cuda() for p in mixture)
     for view in (wide[:, 1:81], wide[:, :80], flat[1:].view(3000, 80)):
         view.copy_(frames)
-        got = native.em_statistics_cuda(view, *moved)
+        got = native_mixture.em_statistics_cuda(view, *moved)
         emulation.assert_close(tuple(field.cpu() for field in got), expected)
 
 
@@ -223,7 +225,7 @@ def test_rows_too_far_apart():
     far = torch.zeros(3, device="cuda").as_strided((1, 3), (1 << 30, 1))
     mixture = tuple(p.cuda() for p in emulation.cases.drawn(1, 2, 3)[1])
     with pytest.raises(RuntimeError, match="4 GB apart, got 1073741824 values of 4 bytes"):
-        native.em_statistics_cuda(far, *mixture)
+        native_mixture.em_statistics_cuda(far, *mixture)
 
 
 @gpu
@@ -251,7 +253,7 @@ def test_a_frame_too_far_away_for_the_screen():
     frames[57] = 1e30
     got, pairs, _ = refined_on_cuda(frames, *mixture)
     assert pairs == pytest.approx(pairs_emulated(frames, mixture), rel=0.03)
-    expected = native.em_statistics(frames, *mixture)
+    expected = native_mixture.em_statistics(frames, *mixture)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=1e-10)
     near = expected[1].abs().amax(1) < 1e20
     assert near.sum() == len(near) - 1
@@ -280,10 +282,10 @@ def test_the_operator_uses_it_unless_it_is_turned_off(switch, used):
 def test_a_mixture_changed_in_place_is_packed_anew():
     frames, mixture = emulation.cases.drawn(500, 20, 8)
     moved = tuple(p.cuda() for p in mixture)
-    native.em_statistics_cuda(frames.cuda(), *moved)
+    native_mixture.em_statistics_cuda(frames.cuda(), *moved)
     moved[1].add_(1.0)
-    got = native.em_statistics_cuda(frames.cuda(), *moved)
-    expected = native.em_statistics(frames, *(p.cpu() for p in moved))
+    got = native_mixture.em_statistics_cuda(frames.cuda(), *moved)
+    expected = native_mixture.em_statistics(frames, *(p.cpu() for p in moved))
     emulation.assert_close(tuple(field.cpu() for field in got), expected)
 
 
@@ -296,7 +298,7 @@ def test_without_a_device_the_error_says_so():
     assert native._native.cuda_device_count() == 0
     with pytest.raises(RuntimeError, match="no CUDA device"):
         native._native.em_statistics_cuda(
-            native._matrix(frames),
+            native.matrix_of(frames),
             False,
             operands.addresses(),
             tuple(o.data_ptr() for o in out),

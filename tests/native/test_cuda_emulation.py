@@ -17,7 +17,7 @@ import torch
 
 from gmm_jepa import ops
 from gmm_jepa.features import log_mel
-from gmm_jepa.ops import Mixture, cuda_em, native
+from gmm_jepa.ops import Mixture, cuda_em, native, native_mixture
 
 _spec = importlib.util.spec_from_file_location(
     "gmm_jepa_native_cases", Path(__file__).with_name("test_native.py")
@@ -89,7 +89,7 @@ def assert_close(got, expected):
         torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-12 * size)
 
 
-def assert_statistics(frames, mixture, statistics=native.em_statistics_emulated):
+def assert_statistics(frames, mixture, statistics=native_mixture.em_statistics_emulated):
     joint, x = cases.log_joint(frames, mixture), frames.double()
     r = torch.softmax(joint, 1)
     expected = (r.sum(0), r.T @ x, r.T @ x.square(), torch.logsumexp(joint, 1).sum())
@@ -108,12 +108,12 @@ def test_hard_assignment(name):
     best, labels = joint.max(1)
     r = torch.nn.functional.one_hot(labels, joint.shape[1]).double()
     expected = (r.sum(0), r.T @ x, r.T @ x.square(), best.sum())
-    assert_close(native.em_statistics_emulated(frames, *mixture, hard=True), expected)
+    assert_close(native_mixture.em_statistics_emulated(frames, *mixture, hard=True), expected)
 
 
 def test_hard_assignment_of_a_tie_goes_to_the_first():
     frames, mixture = CASES["duplicated_components"]()
-    counts = native.em_statistics_emulated(frames, *mixture, hard=True)[0]
+    counts = native_mixture.em_statistics_emulated(frames, *mixture, hard=True)[0]
     assert set(counts.nonzero()[:, 0].tolist()) <= {0, 11, 22}
     assert counts.sum() == len(frames)
 
@@ -122,8 +122,8 @@ def test_hard_assignment_of_a_tie_goes_to_the_first():
 def test_statistics_of_nearest_centroids(name, monkeypatch):
     """As a mixture's of equal weights and variances."""
     frames, mixture = CASES[name]()
-    monkeypatch.setattr(native, "em_statistics_cuda", native.em_statistics_emulated)
-    got = native.kmeans_statistics_cuda(frames, mixture.means)
+    monkeypatch.setattr(native_mixture, "em_statistics_cuda", native_mixture.em_statistics_emulated)
+    got = native_mixture.kmeans_statistics_cuda(frames, mixture.means)
     assert_close(got, ops.kmeans_statistics(frames.double(), mixture.means))
 
 
@@ -136,13 +136,13 @@ def test_a_frame_that_is_not_finite_spoils_its_results():
     for value in (math.nan, math.inf, -math.inf):
         frames, mixture = cases.drawn(100, 30, 8)
         frames[57, 3] = value
-        statistics = native.em_statistics_emulated(frames, *mixture)
+        statistics = native_mixture.em_statistics_emulated(frames, *mixture)
         assert all(bool(field.isnan().all()) for field in statistics)
 
 
 def test_same_bits_twice():
     frames, mixture = cases.drawn(500, 100, 24)
-    once, again = (native.em_statistics_emulated(frames, *mixture) for _ in range(2))
+    once, again = (native_mixture.em_statistics_emulated(frames, *mixture) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 
@@ -206,7 +206,7 @@ def test_speech(shared):
     mixture = Mixture(torch.full((200,), -math.log(200.0)).double(), means, means.new_ones(200, 80))
     for _ in range(3):
         assert_statistics(frames, mixture)
-        counts, first, second, _ = native.em_statistics_emulated(frames, *mixture)
+        counts, first, second, _ = native_mixture.em_statistics_emulated(frames, *mixture)
         counts = counts.clamp_min(1e-6)[:, None]
         mean = first / counts
         variances = (second / counts - mean.square()).clamp_min(0.1)
@@ -216,4 +216,4 @@ def test_speech(shared):
 def test_a_size_that_the_kernels_are_not_made_for():
     frames, mixture = cases.drawn(3, 2, 513)
     with pytest.raises(ValueError, match="512 features"):
-        native.em_statistics_emulated(frames, *mixture)
+        native_mixture.em_statistics_emulated(frames, *mixture)
