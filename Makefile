@@ -55,7 +55,7 @@ test: setup
 
 # After a change in csrc/.
 native: setup
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -e .
+	@GMM_JEPA_NATIVE=1 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -e .
 
 # The C++ alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set.
 native-sanitize:

@@ -177,10 +177,12 @@ PYBIND11_MODULE(_native, module) {
     module.def("use_openmp", &use_openmp_at, py::arg("addresses"),
                "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads.");
     module.def("fingerprint",
-               [](uintptr_t address, size_t n_bytes) {
-                   return kernels("").fingerprint(pointer<const void>(address), n_bytes);
+               [](uintptr_t address, size_t n_bytes, const std::string& instruction_set) {
+                   const Kernels& chosen = kernels(instruction_set.c_str());
+                   return chosen.fingerprint(pointer<const void>(address), n_bytes);
                },
-               py::arg("address"), py::arg("n_bytes"), "64 bits that tell arrays apart.");
+               py::arg("address"), py::arg("n_bytes"), py::arg("instruction_set") = "",
+               "64 bits that tell arrays apart, others by each set.");
     py::class_<ScreenedMixture>(module, "ScreenedMixture", "A mixture prepared, see csrc/README.md.")
         .def(py::init(&screened_mixture), py::arg("mixture"), py::arg("n_dims"),
              py::arg("instruction_set") = "");

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.labelling import newest_model
 from gmm_jepa.model_file import load_model
 from gmm_jepa.models import Encoder, JepaModel, load_published
 from gmm_jepa.models.published import read_states
 from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import newest
 
 
 class EncodedSpeech(NamedTuple):
@@ -115,4 +115,4 @@ def _model(path: Path) -> JepaModel:
         return model
     folder = RunFolder(path)
     _, recipe = folder.read()
-    return newest_model(folder, recipe)
+    return newest(folder, recipe).model()

@@ -14,6 +14,11 @@ from torch import Tensor
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
 Array = TypeVar("Array", Tensor, np.ndarray)
 Count = TypeVar("Count", int, Tensor, np.ndarray)
 
@@ -206,15 +211,16 @@ def _lengths(rows: Tensor, lengths_samples: Tensor | np.ndarray | None, *, batch
         raise InputError("lengths_samples: only with a batch (B, S), got one waveform (S,)")
     of_numpy = isinstance(lengths_samples, np.ndarray)
     lengths = tensor_of(lengths_samples) if of_numpy else torch.as_tensor(lengths_samples)
-    if lengths.shape != (B,) or lengths.is_floating_point():
+    if lengths.shape != (B,) or lengths.dtype not in _INTEGERS:
         raise InputError(
             f"lengths_samples: expected ({B},) whole numbers, "
             f"got {lengths.dtype} {tuple(lengths.shape)}"
         )
+    lengths = lengths.to(torch.int64)
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ((lengths < 0) | (lengths > S)).nonzero().flatten().tolist()
         if wrong:
             raise InputError(
                 f"lengths_samples[{wrong[0]}]: expected 0 to {S}, got {int(lengths[wrong[0]])}"
             )
-    return lengths.to(rows.device, torch.int64)
+    return lengths.to(rows.device)

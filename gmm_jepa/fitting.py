@@ -128,7 +128,7 @@ def fit_mixture(
     fit = _Fit(corpus, recipe, rejects, peers, settings)
     state = None if partial is None else PartialFit(partial, fit.identity(corpus))
     resumed = None if state is None else state.load()
-    peers.wait()  # nobody replaces the file before everybody has read it
+    _demand_alike(resumed, partial, peers)  # nobody replaces the file before everybody has read it
     with Bar("fitting the mixture", "iteration", shown=peers.is_main) as bar:
         watch = _Watch(fit, bar, state if peers.is_main else None, on_report)
         result = fit.em(resumed, watch) if settings.method == "em" else fit.steps(resumed, watch)
@@ -138,6 +138,15 @@ def fit_mixture(
         print(describe(mixture))
     refuse_degenerate(mixture, fit.frames, peers)
     return mixture
+
+
+def _demand_alike(
+    resumed: tuple[EMResult, EMStatistics | None] | None, partial: Path | None, peers: Processes
+) -> None:
+    """Raise `InputError` in all processes where they go on from different iterations."""
+    done = 0 if resumed is None else len(resumed[0].lower_bounds)
+    if len(set(peers.gather([done]))) > 1:
+        raise InputError(f"{partial}: not all processes see this file; put it where they do")
 
 
 def blank_mixture(recipe: Recipe) -> GaussianMixture:

@@ -21,7 +21,6 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import refuse_existing, write_json, written_aside
 from gmm_jepa.gmm import files as clusters
-from gmm_jepa.labelling import newest_model
 from gmm_jepa.model_file import FORMAT, StoredModel, load_model, save_model
 from gmm_jepa.models.published import (
     export_published,
@@ -29,8 +28,9 @@ from gmm_jepa.models.published import (
     published_config,
     read_states,
 )
-from gmm_jepa.train import checkpoint
+from gmm_jepa.tensor_files import read_tensors, save_state
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import newest
 
 
 def convert(source: Path, out: Path, *, config: Path | None = None) -> str:
@@ -96,7 +96,7 @@ def _to_published(source: Path, out: Path) -> str:
     if source.is_dir():
         _write_model(_newest(source), out)
         return "newest checkpoint"
-    kind = clusters.read_tensors(source, "not a safetensors file")[0].get("format")
+    kind = read_tensors(source, "not a safetensors file")[0].get("format")
     if kind == FORMAT:
         _write_model(load_model(source), out)
         return "model"
@@ -120,9 +120,8 @@ def _to_published(source: Path, out: Path) -> str:
 def _newest(root: Path) -> StoredModel:
     folder = RunFolder(root)
     _, recipe = folder.read()
-    model = newest_model(folder, recipe)
-    step = checkpoint.steps(folder.checkpoints)[-1][0]
-    return StoredModel(model, step, step * recipe.data.batch_s)
+    trained = newest(folder, recipe)
+    return StoredModel(trained.model(), trained.step, trained.step * recipe.data.batch_s)
 
 
 def _write_model(stored: StoredModel, out: Path) -> None:
@@ -137,7 +136,7 @@ def _write_model(stored: StoredModel, out: Path) -> None:
 
 def _write(states: dict[str, Any], out: Path) -> None:
     with written_aside(out) as aside:
-        torch.save(_owned(states), aside)
+        save_state(aside, _owned(states))
 
 
 def _owned(value: Any) -> Any:

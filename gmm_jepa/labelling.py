@@ -35,13 +35,15 @@ from gmm_jepa.fitting import (
     total_frames,
 )
 from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture, KMeans
-from gmm_jepa.models import Encoder, JepaModel
-from gmm_jepa.objectives.build import Labels, build_objective, initial_model
-from gmm_jepa.objectives.targets import Targets, layer_frames
+from gmm_jepa.gmm.partial import seconds_in
+from gmm_jepa.models import Encoder
+from gmm_jepa.objectives.build import Labels, initial_model
+from gmm_jepa.objectives.targets import layer_frames
 from gmm_jepa.progress import Bar
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import at_step
 
 Fitted = GaussianMixture | KMeans
 
@@ -118,6 +120,7 @@ class Labeller:
             self._share_rejects()
             if self.peers.is_main:
                 given.save(self.folder.mixture, front_end=self.recipe.front_end)
+                _partial(self.folder.mixture).unlink(missing_ok=True)
         self.peers.wait()
 
     def _made(
@@ -125,7 +128,7 @@ class Labeller:
     ) -> Fitted:
         """What is in a file of labels on log-mel frames; fitted first if there is none."""
         if self.peers.of_main(lambda: not path.exists()):
-            with self._timed(path.name):
+            with self._timed(path.name, before=seconds_in(_partial(path))):
                 fitted = fit()
             self._share_rejects()
             if self.peers.is_main:
@@ -192,9 +195,8 @@ class Labeller:
         kind = KMeans if kmeans else GaussianMixture
         name = (self.folder.kmeans if kmeans else self.folder.mixture).name
         if self.peers.of_main(lambda: not folder.exists()):
-            encoder = model_at(self.folder, self.recipe, iteration.first_step).online.to(
-                self.peers.device
-            )
+            trained = at_step(self.folder, self.recipe, iteration.first_step)
+            encoder = trained.model().online.to(self.peers.device)
             with self._timed(f"{folder.name}/{name}"):
                 frames, start = (
                     self._layer_stream(corpus, encoder, whole=w) for w in (True, False)
@@ -259,9 +261,9 @@ class Labeller:
         self._n_shared = self.rejects.count
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Note the seconds that making `name` took."""
-        began = time.perf_counter()
+    def _timed(self, name: str, *, before: float = 0.0) -> Iterator[None]:
+        """Note the seconds that making `name` took, with those before a stop."""
+        began = time.perf_counter() - before
         yield
         if self.peers.is_main:
             seconds = label_seconds(self.folder) | {name: time.perf_counter() - began}
@@ -304,44 +306,6 @@ def _all_frames(stream: WindowStream) -> Tensor:
     return torch.cat(batches)
 
 
-def newest_model(folder: RunFolder, recipe: Recipe) -> JepaModel:
-    """The model of a run's newest checkpoint, in eval mode.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    done = checkpoint.steps(folder.checkpoints)
-    if not done:
-        raise InputError(f"{folder.root}: no checkpoint yet; train first")
-    return model_at(folder, recipe, done[-1][0])
-
-
-def model_at(folder: RunFolder, recipe: Recipe, step: int) -> JepaModel:
-    """The model of a run's checkpoint of `step`, in eval mode.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    checkpoints = dict(checkpoint.steps(folder.checkpoints))
-    if step not in checkpoints:
-        raise InputError(f"{folder.root}: no checkpoint of step {step}; start a new run")
-    model = initial_model(recipe)
-    checkpoint.load_weights(checkpoints[step], model)
-    return model.eval()
-
-
 def label_seconds(folder: RunFolder) -> dict[str, float]:
     """Seconds that making each file of labels took."""
     return read_json(folder.label_times) if folder.label_times.exists() else {}
-
-
-def trained_targets(folder: RunFolder, recipe: Recipe, labels: Labels) -> Targets | None:
-    """The targets of a run as its newest checkpoint has them; None for a run without clusters.
-
-    Raises:
-        InputError: there is no checkpoint, or it is damaged.
-    """
-    objective = build_objective(recipe, newest_model(folder, recipe), labels)
-    state = checkpoint.load_state(checkpoint.newest(folder.checkpoints))
-    objective.load_state(state["objective"])
-    return objective.targets()

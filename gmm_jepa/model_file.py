@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gmm_jepa.config import EncoderConfig, from_dict, to_dict
-from gmm_jepa.errors import InputError, require
+from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
-from gmm_jepa.gmm.files import read_tensors
 from gmm_jepa.models import JepaModel
+from gmm_jepa.tensor_files import read_tensors, save_tensors
 
 FORMAT = "gmm-jepa-model"
 
@@ -35,7 +35,6 @@ def save_model(
     Raises:
         ImportError: safetensors is absent.
     """
-    safetensors = require("safetensors.torch", extra="train")
     description = {
         "encoder": to_dict(model.config),
         "n_clusters": model.n_clusters,
@@ -44,10 +43,9 @@ def save_model(
         "step": step,
         "total_seconds": total_seconds,
     }
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "model": json.dumps(description)}
     with written_aside(Path(path)) as aside:
-        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+        save_tensors(aside, model.state_dict(), metadata)
 
 
 def load_model(path: str | PathLike[str]) -> StoredModel:

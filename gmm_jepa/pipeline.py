@@ -19,14 +19,14 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
 from gmm_jepa.files import read_json, write_json
-from gmm_jepa.labelling import Labeller, newest_model, trained_targets
-from gmm_jepa.models.jepa import JepaModel
+from gmm_jepa.labelling import Labeller
 from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.progress import Bar, Stages
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
+from gmm_jepa.train.trained import newest
 from gmm_jepa.train.trainer import TrainOutcome, train
 
 
@@ -182,11 +182,12 @@ class Run:
             InputError: there is no checkpoint.
         """
         recipe, device = self.recipe, self.peers.device
-        model = self.model().to(device)
-        last_step = max(self._steps_done() - 1, 0)
+        trained = newest(self.folder, recipe)
+        model = trained.model().to(device)
+        last_step = max(trained.step - 1, 0)
         labeller = Labeller(self.folder, recipe, self.rejects, self.peers.alone())
         labels = labeller.labels(audio.train, recipe.iteration_at(last_step))
-        targets = trained_targets(self.folder, recipe, labels)
+        targets = trained.targets(labels)
         with Stages() as progress:
             evaluation = evaluate(
                 model,
@@ -202,13 +203,9 @@ class Run:
                 seed=recipe.seed,
                 progress=progress,
             )
-        evaluation.numbers["steps"] = self._steps_done()
+        evaluation.numbers["steps"] = trained.step
         write_report(self.folder.root, evaluation, read_metrics(self.folder.metrics))
         return evaluation
-
-    def model(self) -> JepaModel:
-        """The model of the newest checkpoint."""
-        return newest_model(self.folder, self.recipe)
 
     def _steps_done(self) -> int:
         done = checkpoint.steps(self.folder.checkpoints)

@@ -21,6 +21,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.fitting import FitReport, FitSettings, fit_mixture
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.gmm.em import maximisation
+from gmm_jepa.gmm.partial import seconds_in
 from gmm_jepa.gmm.stepwise import statistics_of
 from gmm_jepa.ops import EMStatistics
 from gmm_jepa.presets import preset
@@ -78,10 +79,13 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(manifest, tmp_path, method, stop
     with pytest.raises(StoppedError):
         fit(manifest, METHODS[method], partial=partial, stop_after=stop_after)
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+    before_s = seconds_in(partial)
+    assert before_s > 0.0
     resumed, later = fit(manifest, METHODS[method], partial=partial)
     assert_same(whole, resumed)
     done = [report.iteration for report in reports]
     assert [report.iteration for report in later] == done[stop_after:]
+    assert not later or seconds_in(partial) > before_s  # counted from the first process's beginning
 
 
 def test_an_unfinished_fit_of_something_else_is_refused(manifest, tmp_path):

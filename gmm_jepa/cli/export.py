@@ -13,6 +13,7 @@ from gmm_jepa.export.graph import save_onnx, save_program, to_program
 from gmm_jepa.export.huggingface import save_huggingface
 from gmm_jepa.files import refuse_existing
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import newest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,14 @@ def main(command: str, arguments: Sequence[str]) -> int:
         raise InputError("export: expected --hf, --onnx or --torch-export")
     for path in filter(None, (options.hf, options.onnx, options.torch_export)):
         refuse_existing(path)
-    encoder = load_encoder(options.source, teacher=options.teacher)
+    trained, folder = None, RunFolder(options.source)
+    if folder.config.exists():
+        _, recipe = folder.read()
+        trained = newest(folder, recipe)
+    source = options.source if trained is None else trained.path
+    encoder = load_encoder(source, teacher=options.teacher)
     if options.hf is not None:
-        is_run = RunFolder(options.source).config.exists()
-        run = options.source if is_run else None
-        save_huggingface(encoder, options.hf, run=run, teacher=options.teacher)
+        save_huggingface(encoder, options.hf, trained=trained, teacher=options.teacher)
         print(options.hf)
     if options.onnx or options.torch_export:
         program = to_program(encoder)  # the slow part

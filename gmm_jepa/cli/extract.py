@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
-from gmm_jepa.errors import InputError, require
+from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.extract import Extractor
 from gmm_jepa.files import write_json, written_aside
-from gmm_jepa.pipeline import Run
 from gmm_jepa.progress import track
+from gmm_jepa.tensor_files import save_tensors
 from gmm_jepa.train.distributed import processes, refuse_torchrun
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import newest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if (options.out / "index.json").exists():
         raise InputError(f"{options.out} holds features already; give another folder")
     folder = RunFolder(options.run)
-    sources, recipe = folder.read()
+    _, recipe = folder.read()
     with processes() as peers:
-        model = Run(folder, sources, recipe, peers).model().to(peers.device)
+        model = newest(folder, recipe).model().to(peers.device)
     extract = Extractor(
         model,
         layers=options.layers,
@@ -108,4 +110,4 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             with aside.open("wb") as file:
                 np.savez(file, **arrays)
         else:
-            require("safetensors.numpy", extra="train").save_file(arrays, str(aside))
+            save_tensors(aside, {name: torch.from_numpy(array) for name, array in arrays.items()})

@@ -107,11 +107,19 @@ def _check(job: _Job) -> None:
     if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
         raise StoppedError(f"{root} was stopped")
     if code < 0:
-        raise ChildProcessError(f"{root} was ended by {signal.Signals(-code).name}")
+        raise ChildProcessError(f"{root} was ended by {_signal_name(-code)}")
     said = _last_words(root / LOG)
     if code == BAD_INPUT:
         raise InputError(f"{root}: {said}")
     raise ChildProcessError(f"{root} failed, see {LOG} there: {said}")
+
+
+def _signal_name(number: int) -> str:
+    """Such as SIGKILL; those of real time have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _last_words(log: Path) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from gmm_jepa.errors import InputError
 
 PARTS = ("train", "dev", "test")
 IEMOCAP_DEV_SHARE = 0.2
+SAME_S = 0.01
+"""Two pieces of a file may have so much in common: times in manifests are rounded."""
 
 Indices = NDArray[np.int64]
 
@@ -227,17 +231,39 @@ def _labelled(corpus: Corpus, task: TaskName, key: str, folds: tuple[Fold, ...])
     return Labelled(corpus, tuple(answers), tuple(ids), folds, key)
 
 
+class _Piece(NamedTuple):
+    """Audio of one utterance."""
+
+    file: str
+    """Where it really is."""
+    start_s: float
+    stop_s: float
+    part: str
+    """Of a fold."""
+    utterance: int
+
+
 def _refuse_shared(corpus: Corpus, folds: tuple[Fold, ...]) -> None:
-    """Raise `InputError` where two parts of a fold have the same file from the same second on."""
-    entries = (corpus.entry(i) for i in range(len(corpus)))
-    audio = [(entry["audio_filepath"], entry.get("offset") or 0) for entry in entries]
+    """Raise `InputError` where two parts of a fold have some audio in common."""
+    entries = [corpus.entry(i) for i in range(len(corpus))]
+    files = [os.path.realpath(entry["audio_filepath"]) for entry in entries]
     for fold in folds:
-        first: dict[tuple[str, float], tuple[str, int]] = {}
+        pieces = []
         for part in PARTS:
             for i in getattr(fold, part).tolist():
-                known_part, known = first.setdefault(audio[i], (part, i))
-                if known_part != part:
+                start_s = float(entries[i].get("offset") or 0.0)
+                pieces.append(_Piece(files[i], start_s, start_s + entries[i]["duration"], part, i))
+        furthest: dict[str, _Piece] = {}  # of the file, by part
+        for piece in sorted(pieces):
+            if furthest and next(iter(furthest.values())).file != piece.file:
+                furthest.clear()
+            for other in furthest.values():
+                if other.part != piece.part and other.stop_s > piece.start_s + SAME_S:
+                    a, b = sorted((piece, other), key=lambda p: PARTS.index(p.part))
                     raise InputError(
-                        f"{place(corpus, i)}: the same audio in {part} as in {known_part}, "
-                        f"{place(corpus, known)}"
+                        f"{place(corpus, b.utterance)}: the same audio in {b.part} as in "
+                        f"{a.part}, {place(corpus, a.utterance)}"
                     )
+            own = furthest.get(piece.part)
+            if own is None or piece.stop_s > own.stop_s:
+                furthest[piece.part] = piece

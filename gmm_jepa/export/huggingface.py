@@ -8,10 +8,9 @@ from typing import Any
 
 from gmm_jepa.config import to_dict
 from gmm_jepa.encoder import SpeechEncoder
-from gmm_jepa.errors import require
 from gmm_jepa.files import read_json, refuse_existing, write_json, write_text, written_aside
-from gmm_jepa.train import checkpoint
-from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.tensor_files import save_tensors
+from gmm_jepa.train.trained import Trained
 
 _CODE = ("configuration_gmm_jepa.py", "modeling_gmm_jepa.py")
 _AUTO_MAP = {
@@ -21,14 +20,14 @@ _AUTO_MAP = {
 
 
 def save_huggingface(
-    encoder: SpeechEncoder, out: Path, *, run: Path | None = None, teacher: bool = False
+    encoder: SpeechEncoder, out: Path, *, trained: Trained | None = None, teacher: bool = False
 ) -> None:
     """Write config, weights, feature extractor, code and model card.
 
     Args:
         encoder: to be written.
         out: a folder that does not exist yet.
-        run: whose newest checkpoint it is; its data, settings and measurements go into the card.
+        trained: where it comes from; data, settings and measurements of the run go into the card.
         teacher: it is the moving average, which no evaluation measures.
 
     Raises:
@@ -36,19 +35,14 @@ def save_huggingface(
         ImportError: safetensors is absent.
     """
     refuse_existing(out)
-    safetensors = require("safetensors.torch", extra="export")
     with written_aside(out) as aside:
         aside.mkdir()
-        tensors = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in encoder.state_dict().items()
-        }
-        safetensors.save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
+        save_tensors(aside / "model.safetensors", encoder.state_dict(), {"format": "pt"})
         write_json(aside / "config.json", _config(encoder))
         write_json(aside / "preprocessor_config.json", _preprocessor())
         for name in _CODE:
             shutil.copy(Path(__file__).with_name(name), aside / name)
-        write_text(aside / "README.md", _card(encoder, run, teacher=teacher))
+        write_text(aside / "README.md", _card(encoder, trained, teacher=teacher))
 
 
 def _config(encoder: SpeechEncoder) -> dict[str, Any]:
@@ -75,7 +69,7 @@ def _preprocessor() -> dict[str, Any]:
     }
 
 
-def _card(encoder: SpeechEncoder, run: Path | None, *, teacher: bool) -> str:
+def _card(encoder: SpeechEncoder, trained: Trained | None, *, teacher: bool) -> str:
     """The model card, every figure read from the run."""
     config = encoder.encoder.config
     n_parameters = sum(p.numel() for p in encoder.parameters())
@@ -104,15 +98,15 @@ def _card(encoder: SpeechEncoder, run: Path | None, *, teacher: bool) -> str:
         "It needs the package `gmm_jepa`.",
         "",
     ]
-    if run is not None:
-        lines += _provenance(RunFolder(run), teacher=teacher)
+    if trained is not None:
+        lines += _provenance(trained, teacher=teacher)
     return "\n".join(lines)
 
 
-def _provenance(folder: RunFolder, *, teacher: bool) -> list[str]:
+def _provenance(trained: Trained, *, teacher: bool) -> list[str]:
     """What the run was trained on, how, and what was measured."""
+    folder, step = trained.folder, trained.step
     sources, recipe = folder.read()
-    step, _ = checkpoint.steps(folder.checkpoints)[-1]
     lines = [
         "## Training",
         "",

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gmm_jepa.errors import InputError, first_line, require
+from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
 from gmm_jepa.gmm.estimator import GaussianMixture
 from gmm_jepa.gmm.kmeans import KMeans
 from gmm_jepa.ops import Mixture
+from gmm_jepa.tensor_files import read_state, read_tensors, save_tensors
 
 FORMAT_VERSION = 1
 # The published code adds this to the stored covariances whenever it computes posteriors.
@@ -218,10 +217,7 @@ def _fitted(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> 
 
 def _published(path: str | os.PathLike[str], names: tuple[str, ...], what: str) -> list[np.ndarray]:
     """Entries of a published file, float64; nothing is unpickled but tensors and plain values."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a published {what} ({first_line(error)})") from error
+    content = read_state(path, f"not a published {what}")
     missing = [name for name in names if not isinstance(content, dict) or name not in content]
     if missing:
         raise InputError(f"{path}: not a published {what}, no {missing[0]!r}")
@@ -235,7 +231,6 @@ def _save(
     description: dict[str, Any],
     front_end: LogMelSpec | None,
 ) -> None:
-    safetensors = require("safetensors.torch", extra="train")
     n_features = arrays[kind.tensors[-1]].shape[1]
     if front_end is not None and front_end.n_mels != n_features:
         raise InputError(
@@ -253,7 +248,7 @@ def _save(
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with written_aside(Path(path)) as aside:
-        aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+        save_tensors(aside, tensors, metadata)
 
 
 def _load(
@@ -267,6 +262,8 @@ def _load(
         raise InputError(
             f"{path}: format version {metadata.get('format_version')}, expected {FORMAT_VERSION}"
         )
+    if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()):
+        raise InputError(f"{path}: damaged, its tensors are not of float32 or float64")
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     if set(arrays) != set(kind.tensors) or metadata.get("sha256") != _hash(
         arrays, kind.tensors, metadata.get(kind.name, "")
@@ -279,24 +276,6 @@ def _load(
         found = "names no front end" if stored_spec is None else f"has {stored_spec.describe()}"
         raise InputError(f"{path}: {found}; expected {front_end.describe()}")
     return arrays, description, stored_spec
-
-
-def read_tensors(
-    path: str | os.PathLike[str], refusal: str
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, in memory of their own.
-
-    Raises:
-        InputError: the file cannot be read; the message has `refusal` and the reason.
-        ImportError: safetensors is absent.
-    """
-    safetensors = require("safetensors", extra="train")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), tensors
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: {refusal} ({first_line(error)})") from error
 
 
 def _hash(arrays: dict[str, np.ndarray], tensors: tuple[str, ...], text: str) -> str:

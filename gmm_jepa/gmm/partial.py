@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from gmm_jepa.errors import InputError, require
+from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
-from gmm_jepa.gmm.files import read_tensors
 from gmm_jepa.ops import EMStatistics, Mixture
+from gmm_jepa.tensor_files import read_tensors, save_tensors
 
 FORMAT = "gmm-jepa-partial-fit"
 
@@ -26,10 +27,10 @@ class PartialFit:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.identity = json.loads(json.dumps(identity))
+        self._began = time.perf_counter() - seconds_in(path)
 
     def save(self, result: EMResult, averages: EMStatistics | None = None) -> None:
         """Replace the file by this state."""
-        safetensors = require("safetensors.torch", extra="train")
         assert result.reseeds is not None
         tensors = {**result.mixture._asdict(), "reseeds": result.reseeds}
         for name, average in ({} if averages is None else averages._asdict()).items():
@@ -44,10 +45,10 @@ class PartialFit:
             "format": FORMAT,
             "identity": json.dumps(self.identity),
             "course": json.dumps(course),
+            "seconds": repr(time.perf_counter() - self._began),
         }
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with written_aside(self.path) as aside:
-            aside.write_bytes(safetensors.save(tensors, metadata=metadata))
+            save_tensors(aside, tensors, metadata)
 
     def load(self) -> tuple[EMResult, EMStatistics | None] | None:
         """The state that `save` left; None if there is no file.
@@ -75,3 +76,11 @@ class PartialFit:
             **json.loads(metadata["course"]),
         )
         return result, None if averages[0] is None else EMStatistics(*averages)
+
+
+def seconds_in(path: Path) -> float:
+    """Seconds that the fit in a file was worked on; 0 where there is none, or it does not say."""
+    try:
+        return float(read_tensors(path, "damaged")[0]["seconds"])
+    except (InputError, KeyError):
+        return 0.0

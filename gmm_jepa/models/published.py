@@ -9,7 +9,6 @@ block, is stored once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.files import read_json
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.jepa import JepaModel
 from gmm_jepa.models.layouts import LAYOUTS, Layout, layout_of
+from gmm_jepa.tensor_files import read_state
 
 _BIAS = "rel_pos_bias."
 
@@ -62,12 +63,7 @@ def read_states(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it holds anything but tensors and plain values.
     """
-    try:
-        states = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{checkpoint}: no such file") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged or unsafe file
-        raise InputError(f"{checkpoint}: not readable ({str(error).splitlines()[0]})") from None
+    states = read_state(checkpoint, "not readable")
     if not isinstance(states, dict):
         raise InputError(f"{checkpoint}: expected a dictionary, got {type(states).__name__}")
     return states
@@ -182,12 +178,7 @@ def from_published(
 
 
 def _read_settings(config: str | Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(config).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{config}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"{config}: not JSON ({error})") from None
+    settings = read_json(Path(config))
     kind = settings.get("kind") if isinstance(settings, dict) else None
     if kind not in LAYOUTS:
         raise InputError(f"{config}: expected kind {' or '.join(LAYOUTS)}, got {kind!r}")

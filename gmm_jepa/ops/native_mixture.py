@@ -1,4 +1,4 @@
-"""The native module's kernels of mixtures on CPUs, and of EM on CUDA devices; see `gmm_jepa.ops.native`."""
+"""The native module's kernels of mixtures on CPUs, and of EM on CUDA; see `gmm_jepa.ops.native`."""
 
 from __future__ import annotations
 

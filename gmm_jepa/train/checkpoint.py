@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import written_aside
+from gmm_jepa.tensor_files import read_state, save_state, save_tensors
 
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
@@ -37,7 +37,7 @@ def save(
     with written_aside(folder) as aside:
         aside.mkdir()
         save_weights(aside, weights)
-        torch.save(state, aside / STATE)
+        save_state(aside / STATE, state)
     for _, old in steps(root)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -61,9 +61,7 @@ def newest(root: Path, *, after: int = 0) -> Path | None:
 
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``model.safetensors`` into a folder that is written aside."""
-    safetensors = require("safetensors.torch", extra="train")
-    held = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
-    safetensors.save_file(held, str(folder / WEIGHTS))
+    save_tensors(folder / WEIGHTS, weights)
 
 
 def load_weights(
@@ -100,10 +98,4 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is absent or damaged.
     """
-    path = folder / STATE
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {_ADVICE}") from None
+    return read_state(folder / STATE, f"damaged; {_ADVICE}")

@@ -11,6 +11,7 @@ from gmm_jepa import locks
 from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
+from gmm_jepa.train.checkpoint import steps
 from gmm_jepa.train.distributed import Processes
 
 _FREE = (
@@ -78,8 +79,7 @@ class RunFolder:
         write_json(self.config, wanted)
 
     def _has_results(self) -> bool:
-        made = (self.mixture, self.kmeans, self.checkpoints)
-        return any(path.exists() for path in made)
+        return self.mixture.exists() or self.kmeans.exists() or bool(steps(self.checkpoints))
 
     def read(self) -> tuple[Sources, Recipe]:
         """Audio and recipe of the run that is here.

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gmm_jepa.cli import main
-from gmm_jepa.labelling import newest_model
 from gmm_jepa.train.folder import RunFolder
+from gmm_jepa.train.trained import newest
 from tests.audio import write_corpus
 
 SMALL = ["--preset", "smoke", "--train.steps", "4", "--data.workers", "0"]
@@ -50,7 +50,7 @@ def test_posteriors_of_a_head_on_the_predictor(run_of, manifest, tmp_path):
     folder = RunFolder(run)
     _, recipe = folder.read()
     assert recipe.objective.head_input == "predictor"
-    model = newest_model(folder, recipe)
+    model = newest(folder, recipe).model()
     for entry in json.loads((tmp_path / "out" / "index.json").read_text())["utterances"][:3]:
         arrays = np.load(tmp_path / "out" / entry["features"])
         with torch.no_grad():

@@ -256,6 +256,7 @@ def run_programs(tmp_path, monkeypatch):
         (f"print({BAR!r}); raise SystemExit({job.STOPPED})", jobs.StoppedError, "was stopped"),
         ("import os; os.kill(os.getpid(), 15)", jobs.StoppedError, "was stopped"),
         (f"print({BAR!r}); import os; os.kill(os.getpid(), 9)", ChildProcessError, "by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 40)", ChildProcessError, "by signal 40"),
         (f"import sys; sys.exit('boom\\r{BAR}')", ChildProcessError, "see log.txt there: boom"),
         ("raise SystemExit(1)", ChildProcessError, "see log.txt there: nothing was said"),
         (f"print('bad.wav: bad'); print({BAR!r}); raise SystemExit(2)", InputError, "wav: bad"),

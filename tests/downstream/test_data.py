@@ -59,7 +59,7 @@ def test_three_files_are_three_parts(manifest_of):
     assert found.answers[:3] == ("ONE TWO", "THREE", "IT'S")
 
 
-def test_the_same_audio_is_in_one_part_only(manifest_of):
+def test_the_same_audio_is_in_one_part_only(manifest_of, tmp_path):
     parts = ((0, "a"), (4, "b"), (3, "c"))
     paths = [[manifest_of("asr", 4, name, first=first)] for first, name in parts]
     said = r"c\.jsonl, line 1: the same audio in test as in train, .*a\.jsonl, line 4"
@@ -69,8 +69,23 @@ def test_the_same_audio_is_in_one_part_only(manifest_of):
     def cut(_i, line):
         line |= {"offset": 0.1, "duration": 0.2}
 
-    paths[2] = [manifest_of("asr", 4, "c", cut, first=3)]  # another part of a file is other audio
-    data.read_parts(*paths, "asr", "text")
+    paths[2] = [manifest_of("asr", 4, "c", cut, first=3)]
+    with pytest.raises(InputError, match=said):  # of which the other part has the whole
+        data.read_parts(*paths, "asr", "text")
+
+    def first_tenth(_i, line):
+        line |= {"offset": 0.0, "duration": 0.1}
+
+    paths[:2] = [[manifest_of("asr", 4, n, first_tenth, first=i)] for i, n in parts[:2]]
+    data.read_parts(*paths, "asr", "text")  # another part of a file is other audio
+
+    paths[2] = [manifest_of("asr", 4, "c", first=3)]
+    linked = tmp_path / "linked.wav"
+    line = json.loads(paths[2][0].read_text().splitlines()[0])
+    linked.symlink_to(tmp_path / line["audio_filepath"])
+    paths[2][0].write_text(json.dumps(line | {"audio_filepath": str(linked)}) + "\n")
+    with pytest.raises(InputError, match=said):  # by another name
+        data.read_parts(*paths, "asr", "text")
 
     twice = manifest_of("er", 8, "twice")
     twice.write_text(2 * twice.read_text())

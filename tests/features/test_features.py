@@ -140,6 +140,15 @@ def test_gradient_reaches_the_waveform():
     assert (waveform.grad[10:] != 0).any()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16])
+def test_lengths_of_any_integers(dtype):
+    waveform, lengths = np.random.default_rng(0).standard_normal((2, 700)), [200, 10]
+    found = log_mel(waveform, np.array(lengths, dtype))
+    np.testing.assert_array_equal(found, log_mel(waveform, np.array(lengths)))
+    with pytest.raises(InputError, match=r"lengths_samples\[1\]: expected 0 to 8, got 9"):
+        log_mel(waveform[:, :8], np.array([8, 9], dtype))
+
+
 def test_user_errors():
     with pytest.raises(InputError, match=r"waveform: expected \(S,\) or \(B, S\)"):
         log_mel(torch.zeros(1, 1, 100))
@@ -149,6 +158,8 @@ def test_user_errors():
         log_mel(torch.zeros(2, 100), torch.tensor([100, 101]))
     with pytest.raises(InputError, match=r"lengths_samples: expected \(2,\) whole numbers"):
         log_mel(torch.zeros(2, 100), torch.tensor([100.0, 50.0]))
+    with pytest.raises(InputError, match=r"lengths_samples: expected \(2,\) whole numbers"):
+        log_mel(torch.zeros(2, 100), torch.tensor([True, False]))
     with pytest.raises(InputError, match="shift_samples"):
         log_mel(torch.zeros(100), shift_samples=-1)
     with pytest.raises(TypeError, match="waveform: expected a tensor or an array, got list"):

@@ -1,5 +1,6 @@
 import dataclasses
 import multiprocessing
+import threading
 import time
 
 import pytest
@@ -28,9 +29,10 @@ def test_settings_may_be_mended_until_there_is_a_result(tmp_path):
     mended = dataclasses.replace(recipe, seed=7)
     (folder.root / "audio.json").write_text("{}")
     (folder.root / "gmm.safetensors.partial").write_text("")
+    folder.checkpoints.mkdir()  # of a first one that could not be written
     folder.open(SOURCES, mended)
     assert folder.read() == (SOURCES, mended)
-    assert [path.name for path in folder.root.iterdir()] == ["config.json"]
+    assert {path.name for path in folder.root.iterdir()} == {"config.json", "checkpoints"}
 
 
 def test_settings_that_do_not_bind_may_change_at_any_time(tmp_path):
@@ -58,7 +60,7 @@ def test_other_settings_are_refused_naming_what_differs(tmp_path):
     folder = RunFolder(tmp_path / "run")
     recipe = PRESETS["cpu"]()
     folder.open(SOURCES, recipe)
-    folder.checkpoints.mkdir()
+    (folder.checkpoints / "step_00000005").mkdir(parents=True)
     other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=7))
     with pytest.raises(InputError, match=r"recipe\.train\.steps: there \d+, here 7"):
         folder.open(SOURCES, other)
@@ -124,6 +126,40 @@ def test_a_folder_that_stays_empty_goes_again(tmp_path):
     with pytest.raises(KeyboardInterrupt), held(tmp_path / "run", peers):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_that_was_there_stays(tmp_path):
+    with held(tmp_path, Processes(rank=0, world_size=1, device="cpu")):
+        pass
+    assert tmp_path.is_dir()
+
+
+def test_a_folder_that_comes_and_goes_has_one_holder(tmp_path):
+    """Each of three threads makes it, locks it and removes it again."""
+    peers, root = Processes(rank=0, world_size=1, device="cpu"), tmp_path / "run"
+    inside, errors, n_held = [], [], []
+
+    def hold() -> None:
+        for _ in range(1000):
+            try:
+                with held(root, peers):
+                    inside.append(1)
+                    n_held.append(1)
+                    if len(inside) != 1 or not root.is_dir():
+                        errors.append("held twice, or gone")
+                    inside.pop()
+            except InputError as error:
+                if "another process works here" not in str(error):
+                    errors.append(str(error))
+
+    threads = [threading.Thread(target=hold) for _ in "123"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert n_held
+    assert not root.exists() or not list(root.iterdir())
 
 
 def test_what_is_no_folder_is_named(tmp_path):
