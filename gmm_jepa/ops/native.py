@@ -8,7 +8,9 @@ operators run on torch alone. ``GMM_JEPA_CUDA_EM=0`` leaves its CUDA part out.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ except ImportError as error:
     _why_absent = str(error)
 
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
+_SOURCES = (".h", ".cpp", ".cuh", ".cu")
 _PF_FORKNOEXEC = 0x40  # of Linux, include/linux/sched.h
 
 # Every call names the set it runs with, or a mixture prepared for one; the empty name is the best.
@@ -149,6 +152,21 @@ def matrix_of(x: Tensor) -> tuple[int, int, int, int, int]:
     return (x.data_ptr(), *x.shape, *x.stride())
 
 
+def _warn_if_stale() -> None:
+    """Where its sources lie beside the package, they may be newer than the module."""
+    sources = Path(__file__).parents[2] / "csrc"
+    if multiprocessing.parent_process() is not None or not sources.is_dir():
+        return
+    built_s = Path(_native.__file__).stat().st_mtime
+    files = (path for path in sources.rglob("*") if path.suffix in _SOURCES)
+    if any(path.stat().st_mtime > built_s for path in files):
+        warnings.warn(
+            "gmm_jepa: the native module is older than csrc/, build it again: make native",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _was_forked() -> bool:
     """Whether this process was forked and no program was started in it, as far as Linux tells."""
     try:
@@ -182,4 +200,5 @@ def _share_threads() -> None:
 
 
 if _native is not None:
+    _warn_if_stale()
     _share_threads()

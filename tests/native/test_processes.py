@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,3 +113,15 @@ call(2)
 os._exit(0 if values.all() else 3)
 """
     assert run_alone(code) == 0
+
+
+def test_a_module_older_than_its_sources_is_told(monkeypatch, tmp_path):
+    module = tmp_path / "_native.so"
+    module.touch()
+    monkeypatch.setattr(native, "_native", SimpleNamespace(__file__=str(module)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native._warn_if_stale()
+    os.utime(module, (0, 0))
+    with pytest.warns(RuntimeWarning, match="make native"):
+        native._warn_if_stale()
