@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bench import floors
 from bench.cases import Case
 from bench.shapes import Shape
 from gmm_jepa import flops
@@ -38,7 +39,7 @@ def self_attention(shape: Shape, device: str) -> Case:
     module = SelfAttention(D, H, 0.0)
     module.bias = bias
     table = bias.table(T).detach()
-    work = 3.0 * 2 * B * T * 4 * D * D + flops.attention(B, H, T, D // H).flops
+    work = 3.0 * 2 * B * T * 4 * D * D + floors.attention(B, H, T, D // H).flops
     return _part("self_attention", module, (x,), work, lambda x: module(x, None, bias, table))
 
 
@@ -93,6 +94,6 @@ def _part(
         return max(float((a - b).norm() / b.norm()) for a, b in pairs) / TOLERANCE
 
     least_bytes = 4.0 * sum(leaf.numel() for leaf in leaves)
-    work = flops.Work(n_flops, least_bytes)
+    work = floors.Work(n_flops, least_bytes)
     name = f"{name} of the small conformer + gradient"
     return Case(name, "bf16", run, {"torch": composed}, error, work, "bfloat16")

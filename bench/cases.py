@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import floors
 from bench.shapes import Shape
-from gmm_jepa import LogMelSpec, flops, ops
+from gmm_jepa import LogMelSpec, ops
 from gmm_jepa.ops.mixture import Quadratic, quadratic, row_chunks
 
 Run = Callable[[], object]
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     peers: dict[str, Run]
     check: Callable[[], float]
     """largest error against float64, in units of what the contract allows: at most 1"""
-    work: flops.Work
+    work: floors.Work
     products: str
     """the unit its products run on; a key of `bench.peaks.Peaks.flops_per_s`"""
     with_gradient: tuple[Tensor, ...] = ()
@@ -98,7 +99,7 @@ def log_mel(shape: Shape, device: str, out_dtype: torch.dtype = torch.float32) -
         return float((error / torch.where(expected > math.log(1e-5), allowed, 1e-2)).max())
 
     on_cuda = device == "cuda"
-    work = flops.log_mel(shape.frames, out_bytes=out_dtype.itemsize, folds=2 if on_cuda else 0)
+    work = floors.log_mel(shape.frames, out_bytes=out_dtype.itemsize, folds=2 if on_cuda else 0)
     peers = {"torchaudio": lambda: torch.log(transform(waveform) + spec.floor).mT}
     products = "float16 in three" if on_cuda else "float32"
     return Case("log_mel", f"f32 -> {short_name(out_dtype)}", run, peers, check, work, products)
@@ -135,7 +136,7 @@ def gmm_posterior(shape: Shape, device: str, out_dtype: torch.dtype = torch.floa
     if device == "cpu":
         peer, data = scikit_learn(mixture), frames.numpy()
         peers["scikit-learn"] = lambda: peer.predict_proba(data)
-    work = flops.gmm_posterior(
+    work = floors.gmm_posterior(
         shape.frames, shape.components, shape.features, out_bytes=out_dtype.itemsize
     )
     products = "float16 in three" if device == "cuda" else "bfloat16"  # the CPU may screen in it
@@ -157,7 +158,7 @@ def gmm_posterior_exact(shape: Shape, device: str) -> Case:
 
     peers = {"torch": lambda: chunked_posterior(frames, form, torch.float32)}
     on_cuda = device == "cuda"  # the direct form; the CPU may screen in bfloat16
-    count = flops.gmm_posterior_direct if on_cuda else flops.gmm_posterior
+    count = floors.gmm_posterior_direct if on_cuda else floors.gmm_posterior
     work = count(shape.frames, shape.components, shape.features)
     products = "float32" if on_cuda else "bfloat16"
     return Case("gmm_posterior exact", "f32", run, peers, check, work, products)
@@ -180,7 +181,7 @@ def gmm_log_likelihood(shape: Shape, device: str) -> Case:
         error = run()[:CHECKED_ROWS].double().cpu() - expected
         return float((error.abs() / (5e-3 + 1e-7 * expected.abs())).max())
 
-    work = flops.gmm_posterior(shape.frames, shape.components, shape.features, out_bytes=0)
+    work = floors.gmm_posterior(shape.frames, shape.components, shape.features, out_bytes=0)
     products = "float16 in three" if device == "cuda" else "bfloat16"
     return Case("gmm_log_likelihood", "f32", run, {"torch": plain}, check, work, products)
 
@@ -202,7 +203,7 @@ def gmm_argmax(shape: Shape, device: str) -> Case:
         return float((run()[0][:CHECKED_ROWS].double().cpu() - expected).abs().max()) / 1e-5
 
     on_cuda = device == "cuda"  # the direct form
-    count = flops.gmm_posterior_direct if on_cuda else flops.gmm_posterior
+    count = floors.gmm_posterior_direct if on_cuda else floors.gmm_posterior
     work = count(shape.frames, shape.components, shape.features, out_bytes=0)
     products = "float32" if on_cuda else "bfloat16"
     return Case("gmm_argmax", "f32", run, {"torch": plain}, check, work, products)
@@ -249,7 +250,7 @@ def em_statistics(shape: Shape, device: str) -> Case:
     if device == "cpu":
         peer, data = scikit_learn(mixture), frames.numpy()
         peers["scikit-learn"] = lambda: peer._m_step(data, peer._e_step(data)[1])
-    work = flops.em_iteration(shape.frames, shape.components, shape.features, candidates=10)
+    work = floors.em_iteration(shape.frames, shape.components, shape.features, candidates=10)
     return Case("em_statistics", "f32 -> f64", run, peers, check, work, "bfloat16")
 
 
@@ -271,7 +272,7 @@ def ema_update(shape: Shape, device: str) -> Case:
 
     n = 16 * size[0] * size[1]
     run = lambda: ops.ema_update(ours, student, 0.996)  # noqa: E731
-    return Case("ema_update", "f32", run, {"torch": plain}, check, flops.ema_update(n), "float32")
+    return Case("ema_update", "f32", run, {"torch": plain}, check, floors.ema_update(n), "float32")
 
 
 def short_name(dtype: torch.dtype) -> str:

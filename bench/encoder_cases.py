@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import floors
 from bench.cases import Case, Run, short_name
 from bench.shapes import Shape
-from gmm_jepa import flops, ops
+from gmm_jepa import ops
 from gmm_jepa.models.attention import attention_with_bias
 from gmm_jepa.models.daam import DensityAttention
 from gmm_jepa.models.frontend import ResidualBlock, Snake
@@ -96,7 +97,7 @@ def residual_unit(shape: Shape, device: str) -> Case:
             _distance(run()[1:], by_torch()[1:]) / 1e-3,
             _error(lambda: run()[1:], lambda: by_torch()[1:], 1e-2),
         ),
-        flops.residual_unit(B * T, C),
+        floors.residual_unit(B * T, C),
         "float32",
     )
 
@@ -118,7 +119,7 @@ def density_attention(shape: Shape, device: str) -> Case:
         run,
         {"torch": peer},
         lambda: _error(run, peer, 1e-3),
-        flops.density_attention(B * T, C),
+        floors.density_attention(B * T, C),
         "float32",
     )
 
@@ -141,9 +142,9 @@ def snake(shape: Shape, device: str) -> Case:
     )
 
 
-def _work_of_snake(n_values: int, value_bytes: int) -> flops.Work:
+def _work_of_snake(n_values: int, value_bytes: int) -> floors.Work:
     """About 20 and 30 operations a value; x and y, then x, the gradient and that of x."""
-    return flops.Work(50.0 * n_values, 5.0 * value_bytes * n_values)
+    return floors.Work(50.0 * n_values, 5.0 * value_bytes * n_values)
 
 
 def layer(
@@ -174,12 +175,12 @@ def layer(
 
     peers: dict[str, Run] = {"torch": composed}
     if isinstance(module, ResidualBlock):
-        least = flops.residual_unit(B * T, C)
-        work = flops.Work(least.flops, least.bytes * dtype.itemsize / 4)
+        least = floors.residual_unit(B * T, C)
+        work = floors.Work(least.flops, least.bytes * dtype.itemsize / 4)
         peers |= _other_schedules(run, C)
     elif isinstance(module, DensityAttention):
-        least = flops.density_attention(B * T, C)
-        work = flops.Work(least.flops, least.bytes * dtype.itemsize / 4)
+        least = floors.density_attention(B * T, C)
+        work = floors.Work(least.flops, least.bytes * dtype.itemsize / 4)
     else:
         work = _work_of_snake(B * T * C, dtype.itemsize)
     name = f"{name} C={C} + gradient"
@@ -243,7 +244,7 @@ def strided_conv(shape: Shape, device: str, dtype: torch.dtype = torch.float32) 
     n_in, n_out = B * T * C, grad.numel()
     # three products; x and y, then x, the gradient and that of x
     values = dtype.itemsize * (3.0 * n_in + 2.0 * n_out)
-    work = flops.Work(3 * 2.0 * n_out * 2 * stride * C, values)
+    work = floors.Work(3 * 2.0 * n_out * 2 * stride * C, values)
     single = "tf32" if device == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
     allowed = 1e-3 if dtype == torch.float32 and single == "float32" else 5e-2
     return Case(
@@ -269,7 +270,7 @@ def linear(shape: Shape, device: str) -> Case:
     run = _through(lambda: ops.linear(*leaves), leaves, grad)
     peer = _through(lambda: F.linear(*leaves), leaves, grad)
     # three products; each of the three matrices is read twice and the first two's gradients written
-    work = flops.Work(3 * 2.0 * N * K * 4 * K, 4.0 * (3 * N * K + 3 * 4 * K * K + 2 * N * 4 * K))
+    work = floors.Work(3 * 2.0 * N * K * 4 * K, 4.0 * (3 * N * K + 3 * 4 * K * K + 2 * N * 4 * K))
     return Case(
         "linear + gradient",
         "f32",
@@ -305,7 +306,7 @@ def gated_bias_attention(
         side(ours, dropout_p),
         {"torch": side(peer, dropout_p)},
         lambda: _error(side(ours, 0.0), side(peer, 0.0), allowed),
-        flops.attention(B, HEADS, T, HEAD_DIM, value_bytes=dtype.itemsize),
+        floors.attention(B, HEADS, T, HEAD_DIM, value_bytes=dtype.itemsize),
         "float32" if dtype == torch.float32 else "bfloat16",
     )
 
@@ -335,7 +336,7 @@ def depthwise_conv(shape: Shape, device: str, dtype: torch.dtype = torch.float32
     run = _through(lambda: ops.depthwise_conv(*leaves), leaves, grad)
     by_torch = _through(peer, leaves, grad)
     # three passes of a multiply-add a tap; x and y, then x, the gradient and that of x
-    work = flops.Work(3 * 2.0 * TAPS * B * T * C, 5.0 * dtype.itemsize * B * T * C)
+    work = floors.Work(3 * 2.0 * TAPS * B * T * C, 5.0 * dtype.itemsize * B * T * C)
     return Case(
         "depthwise_conv + gradient",
         short_name(dtype),
@@ -365,6 +366,6 @@ def dropout(shape: Shape, device: str) -> Case:
         run,
         {"torch": _through(lambda: F.dropout(x, DROPOUT), leaves, grad)},
         check,
-        flops.dropout(x.numel()),
+        floors.dropout(x.numel()),
         "float32",
     )

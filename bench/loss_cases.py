@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import floors
 from bench.cases import Case, Run, frames_of, mixture_of, short_name
 from bench.shapes import Shape
-from gmm_jepa import flops, ops
+from gmm_jepa import ops
 from gmm_jepa.ops.mixture import quadratic
 
 
@@ -50,7 +51,7 @@ def masked_kl(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> 
         return F.kl_div(log_q, target, reduction="batchmean")
 
     run = _backward(lambda: ops.masked_kl(logits, frames, weights, mixture).loss)
-    work = flops.masked_kl(len(rows), shape.components, shape.features, logit_bytes=dtype.itemsize)
+    work = floors.masked_kl(len(rows), shape.components, shape.features, logit_bytes=dtype.itemsize)
     products = "float16 in three" if device == "cuda" else "float32"
     allowed = 2e-3 if dtype == torch.float32 else 2e-2
     return Case(
@@ -90,7 +91,7 @@ def masked_kl_ensemble(shape: Shape, device: str, dtype: torch.dtype = torch.flo
         run,
         {"torch": peer},
         lambda: _gradient_error(run, logits, peer) / (2e-3 if dtype == torch.float32 else 2e-2),
-        flops.masked_kl(*sizes, logit_bytes=dtype.itemsize, n_mixtures=2),
+        floors.masked_kl(*sizes, logit_bytes=dtype.itemsize, n_mixtures=2),
         "float16 in three" if device == "cuda" else "float32",
         (logits,),
     )
@@ -117,7 +118,7 @@ def masked_kl_targets(shape: Shape, device: str, dtype: torch.dtype = torch.floa
         {"torch": peer},
         # bf16 targets do not sum to 1: the peer's gradient does not know
         lambda: _gradient_error(run, logits, peer) / (1e-4 if dtype == torch.float32 else 1e-2),
-        flops.masked_kl_targets(len(rows), shape.components, in_bytes=dtype.itemsize),
+        floors.masked_kl_targets(len(rows), shape.components, in_bytes=dtype.itemsize),
         "float32",
         (logits,),
     )
@@ -138,7 +139,7 @@ def masked_cross_entropy(shape: Shape, device: str, dtype: torch.dtype = torch.f
         run,
         {"torch": peer},
         lambda: _gradient_error(run, logits, peer) / (1e-4 if dtype == torch.float32 else 1e-2),
-        flops.masked_cross_entropy(len(rows), shape.components, in_bytes=dtype.itemsize),
+        floors.masked_cross_entropy(len(rows), shape.components, in_bytes=dtype.itemsize),
         "float32",
         (logits,),
     )
@@ -159,7 +160,7 @@ def masked_mse(shape: Shape, device: str, dtype: torch.dtype = torch.float32) ->
         run,
         {"torch": peer},
         lambda: _gradient_error(run, prediction, peer) / (1e-5 if dtype == torch.float32 else 1e-2),
-        flops.masked_mse(len(rows), shape.channels, in_bytes=dtype.itemsize),
+        floors.masked_mse(len(rows), shape.channels, in_bytes=dtype.itemsize),
         "float32",
         (prediction,),
     )

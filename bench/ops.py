@@ -5,7 +5,7 @@
 Correctness comes first: an op that is further from float64 than its contract allows is not timed,
 and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80; on CPUs
 each is settled before (`bench.records.settle`), which ``--seconds`` does not count.
-Gradients are cleared before every run. Floors are `gmm_jepa.flops` over `bench.peaks`; blank where
+Gradients are cleared before every run. Floors are `bench.floors` over `bench.peaks`; blank where
 no peak is known. ``--tune`` times other tiles of the mixture kernels instead (CUDA only), see
 `bench.tune`.
 
