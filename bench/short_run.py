@@ -26,9 +26,9 @@ from gmm_jepa.calibration import SyntheticCorpus
 from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.distributed import Processes, processes
 from gmm_jepa.pipeline import open_run
 from gmm_jepa.presets import PRESETS
-from gmm_jepa.train.distributed import Processes, processes
 from gmm_jepa.train.metrics import read_metrics
 
 LOG_EVERY = 5

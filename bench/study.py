@@ -27,9 +27,9 @@ from gmm_jepa.compare.jobs import StoppedError, run_all
 from gmm_jepa.compare.plan import Planned, plan, prepare
 from gmm_jepa.compare.results import flat, run_numbers
 from gmm_jepa.config import Recipe, Sources
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.presets import PRESETS, SYSTEMS, preset
-from gmm_jepa.train.distributed import processes
 from gmm_jepa.train.metrics import read_metrics
 
 NAME = "study"

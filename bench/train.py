@@ -36,12 +36,12 @@ from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
+from gmm_jepa.distributed import Processes
 from gmm_jepa.models import export_published
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.ops import fused
 from gmm_jepa.presets import PRESETS
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.precision import bf16_slowdown
 from gmm_jepa.train.profile import op_lines
 from gmm_jepa.train.state import TrainState

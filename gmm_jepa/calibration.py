@@ -23,12 +23,12 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.buckets import QUANTUM_SAMPLES
 from gmm_jepa.data.loader import make_loader
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
 from gmm_jepa.gmm import GaussianMixture, KMeans
 from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.timing import device_name, matrix_rate, timed
 from gmm_jepa.train.trainer import batch_plan, training_step

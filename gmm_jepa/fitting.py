@@ -21,6 +21,7 @@ from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.data.windows import WindowStream
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.gmm.em import EMResult, expectation_maximisation
@@ -30,7 +31,6 @@ from gmm_jepa.gmm.stepwise import stepwise_em, stepwise_start
 from gmm_jepa.gmm.stream import FrameStream
 from gmm_jepa.ops import EMStatistics, Mixture, gmm_log_likelihood
 from gmm_jepa.progress import Bar
-from gmm_jepa.train.distributed import Processes
 
 SEED_FRAMES = 65_536
 """Frames, drawn uniformly from all, from which the means of a mixture are seeded."""
@@ -192,8 +192,7 @@ class _Fit:
         kept, heldout = np.arange(len(corpus)), np.arange(0)
         if fraction > 0 and len(corpus) > 1:
             kept, heldout = hold_out(corpus, fraction=fraction, by="utterance", seed=seed)
-        stream = {"rejects": rejects, "seed": seed, "device": peers.device}
-        stream |= {"rank": peers.rank, "world_size": peers.world_size}
+        stream = {"rejects": rejects, "seed": seed, **peers.share}
         max_s, spec = recipe.mixture.max_fit_s, recipe.front_end
         part = corpus if not len(heldout) else corpus.select(kept)
         self.frames = LogMelStream(part, spec, max_s=max_s, **stream)
@@ -230,7 +229,7 @@ class _Fit:
             tol=config.tol,
             max_iter=config.max_iter,
             variance_floor=config.variance_floor,
-            all_reduce=self.sum,
+            all_reduce=self.peers.add_each,
             resume=begun,
             on_result=lambda result: watch(result, config.max_iter, self.n_frames),
         )
@@ -258,13 +257,9 @@ class _Fit:
             n_frames=self.n_frames,
             kappa=self.settings.step_exponent,
             variance_floor=self.recipe.mixture.variance_floor,
-            all_reduce=self.sum,
+            all_reduce=self.peers.add_each,
             on_result=on_result,
         )
-
-    def sum(self, statistics: EMStatistics) -> EMStatistics:
-        """Over the processes."""
-        return EMStatistics(*(self.peers.add(part) for part in statistics))
 
     def heldout_log_likelihood(self, mixture: Mixture) -> float | None:
         """Nats a frame of the audio held out; None if there is none."""

@@ -24,6 +24,7 @@ from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.windows import WindowStream
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.fitting import (
@@ -41,7 +42,6 @@ from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.objectives.targets import layer_frames
 from gmm_jepa.progress import Bar
 from gmm_jepa.train import checkpoint
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.trained import at_step
 
@@ -113,8 +113,7 @@ class Labeller:
                 self.recipe.front_end,
                 rejects=self.rejects,
                 max_s=PREFLIGHT_S,
-                rank=self.peers.rank,
-                world_size=self.peers.world_size,
+                **self.peers.share,
             )
             refuse_degenerate(given, sample, self.peers)
             self._share_rejects()
@@ -171,19 +170,15 @@ class Labeller:
             rejects=self.rejects,
             max_s=min(recipe.mixture.max_fit_s, corpus.total_s / 2),
             seed=recipe.seed + number,
-            rank=peers.rank,
-            world_size=peers.world_size,
-            device=peers.device,
+            **peers.share,
         )
         return self._fit(other, frames)
 
     def _centroids(self, corpus: Corpus) -> KMeans:
         """k-means on log-mel frames."""
+        spec, max_s = self.recipe.front_end, self.recipe.mixture.max_fit_s
         options = {"seed": self.recipe.seed, "rejects": self.rejects}
-        share = {"rank": self.peers.rank, "world_size": self.peers.world_size}
-        spec, device = self.recipe.front_end, self.peers.device
-        max_s = self.recipe.mixture.max_fit_s
-        frames = LogMelStream(corpus, spec, max_s=max_s, device=device, **options, **share)
+        frames = LogMelStream(corpus, spec, max_s=max_s, **options, **self.peers.share)
         start = LogMelStream(corpus, spec, max_s=SEED_S, **options)
         return self._fit(self._kmeans(), frames, start)
 
@@ -216,17 +211,15 @@ class Labeller:
         return Labels((fitted,), encoder=encoder, layer=layer)
 
     def _layer_stream(self, corpus: Corpus, encoder: Encoder, *, whole: bool) -> LayerStream:
-        peers, config = self.peers, self.recipe.mixture
+        peers = self.peers if whole else self.peers.alone()
         return LayerStream(
             encoder,
             self.recipe.objective.relabel_layer,
             corpus,
             rejects=self.rejects,
-            max_s=config.max_fit_s if whole else SEED_S,
+            max_s=self.recipe.mixture.max_fit_s if whole else SEED_S,
             seed=self.recipe.seed,
-            rank=peers.rank if whole else 0,
-            world_size=peers.world_size if whole else 1,
-            device=peers.device,
+            **peers.share,
         )
 
     def _kmeans(self) -> KMeans:
@@ -250,7 +243,7 @@ class Labeller:
             return estimator.fit(
                 frames,
                 on_iteration=lambda done, _: bar(done, config.max_iter),
-                all_reduce=lambda sums: type(sums)(*(peers.add(part) for part in sums)),
+                all_reduce=peers.add_each,
                 start_frames=start_frames,
             )
 

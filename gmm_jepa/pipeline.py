@@ -15,6 +15,7 @@ from gmm_jepa.config import Recipe, Sources
 from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.split import hold_out
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
@@ -23,7 +24,6 @@ from gmm_jepa.labelling import Labeller
 from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.progress import Bar, Stages
 from gmm_jepa.train import checkpoint
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.trained import newest

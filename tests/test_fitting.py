@@ -17,6 +17,7 @@ import torch
 from gmm_jepa.cli import main
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.fitting import FitReport, FitSettings, fit_mixture
 from gmm_jepa.gmm import GaussianMixture
@@ -25,7 +26,6 @@ from gmm_jepa.gmm.partial import seconds_in
 from gmm_jepa.gmm.stepwise import statistics_of
 from gmm_jepa.ops import EMStatistics
 from gmm_jepa.presets import preset
-from gmm_jepa.train.distributed import processes
 from tests.audio import write_corpus
 
 METHODS = {

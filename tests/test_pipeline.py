@@ -11,11 +11,11 @@ from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.data.windows import draw_utterances
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec, log_mel_frames
 from gmm_jepa.pipeline import open_run
 from gmm_jepa.presets import PRESETS
-from gmm_jepa.train.distributed import processes
 from tests.audio import write_corpus
 
 

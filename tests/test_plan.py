@@ -18,13 +18,13 @@ from gmm_jepa.cli.plan import memory_warning
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.memory import memory_of, sharded
 from gmm_jepa.ops.fused import composed
 from gmm_jepa.plan import DEVICES, Assumptions, make_plan
 from gmm_jepa.presets import SYSTEMS, preset
 from gmm_jepa.train import timing
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.trainer import batch_plan, train

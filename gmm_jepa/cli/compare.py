@@ -17,9 +17,9 @@ from gmm_jepa.compare import page
 from gmm_jepa.compare.jobs import StoppedError, run_all
 from gmm_jepa.compare.plan import Planned, plan, prepare
 from gmm_jepa.config import Recipe, System
+from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json
-from gmm_jepa.train.distributed import processes, refuse_torchrun
 
 
 @dataclass(frozen=True, kw_only=True)

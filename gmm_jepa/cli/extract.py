@@ -15,12 +15,12 @@ from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.extract import Extractor
 from gmm_jepa.files import write_json, written_aside
 from gmm_jepa.progress import track
 from gmm_jepa.tensor_files import save_tensors
-from gmm_jepa.train.distributed import processes, refuse_torchrun
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.trained import newest
 

@@ -13,10 +13,10 @@ from gmm_jepa.cli.parse import PresetName, parse
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import Reject, RejectLog
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import refuse_existing
 from gmm_jepa.fitting import FitSettings, fit_mixture
-from gmm_jepa.train.distributed import processes
 
 
 @dataclass(frozen=True, kw_only=True)

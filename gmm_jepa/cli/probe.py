@@ -12,6 +12,7 @@ import tyro
 
 from gmm_jepa.cli.parse import last_value, parse
 from gmm_jepa.cli.table import format_table
+from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.downstream import data, sweep
 from gmm_jepa.downstream.folders import KINDS, write_manifests
 from gmm_jepa.downstream.report import summary_rows, write_report
@@ -25,7 +26,6 @@ from gmm_jepa.downstream.settings import (
 from gmm_jepa.downstream.tasks import task_for
 from gmm_jepa.downstream.upstreams import LogMel, Upstream, open_upstream
 from gmm_jepa.errors import InputError
-from gmm_jepa.train.distributed import processes, refuse_torchrun
 
 _HELP = """usage: gmm-jepa probe asr|er|sf|manifest [OPTIONS]
 

@@ -13,10 +13,10 @@ from gmm_jepa.cli import EXIT_STOPPED
 from gmm_jepa.cli.parse import ModelName, PresetName, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.config import Recipe, Sources
+from gmm_jepa.distributed import Processes, processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.report import summary_rows
 from gmm_jepa.pipeline import Audio, Run, open_run
-from gmm_jepa.train.distributed import Processes, processes
 from gmm_jepa.train.folder import RunFolder, held
 
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 
 from gmm_jepa.compare.plan import add_seconds
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.labelling import label_seconds
 from gmm_jepa.pipeline import Run
-from gmm_jepa.train.distributed import processes
 from gmm_jepa.train.folder import RunFolder, held
 
 BAD_INPUT, STOPPED = 2, 3

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gmm_jepa.config import Recipe, Sources, to_dict
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.labelling import label_seconds
 from gmm_jepa.pipeline import Run, open_run
 from gmm_jepa.train import checkpoint
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 
 SECONDS = "seconds.json"

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gmm_jepa import ops
+from gmm_jepa.distributed import Processes
 from gmm_jepa.models import EncoderOutput, JepaModel
 from gmm_jepa.objectives.batch import Losses, MaskedBatch
 from gmm_jepa.objectives.online import OnlineTargets
 from gmm_jepa.objectives.schedules import Schedule
-from gmm_jepa.objectives.targets import Peers, Targets
+from gmm_jepa.objectives.targets import Targets
 
 METER_ROWS = 4096
 """Frames of a micro-batch on which the collapse meters are taken at most, evenly drawn."""
@@ -70,7 +71,7 @@ class JepaTerm(nn.Module):
             )
         return TermLoss(self.weight * error, {"jepa": error.detach()})
 
-    def after_step(self, schedule: Schedule, peers: Peers) -> None:
+    def after_step(self, schedule: Schedule, peers: Processes) -> None:
         """Nothing changes."""
 
     def state(self) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ class ClusterTerm(nn.Module):
             clusters=logits.detach().argmax(dim=-1),
         )
 
-    def after_step(self, schedule: Schedule, peers: Peers) -> None:
+    def after_step(self, schedule: Schedule, peers: Processes) -> None:
         """Targets that follow the training move on."""
         self.targets.after_step(schedule, peers)
 
@@ -196,7 +197,7 @@ class MaskedPrediction(nn.Module):
             frames["teacher"] = rows_of(heard.taught.output, rows)
         return {name: values.detach() for name, values in frames.items()}
 
-    def after_step(self, schedule: Schedule, peers: Peers) -> None:
+    def after_step(self, schedule: Schedule, peers: Processes) -> None:
         """Move what follows the training by averages; nothing here has a gradient.
 
         Args:

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmm_jepa import ops
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.em import maximisation
 from gmm_jepa.models import Encoder, EncoderOutput
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.meters import embedding_meters
 from gmm_jepa.objectives.schedules import Schedule
-from gmm_jepa.objectives.targets import LayerFrames, Peers, SoftMixture, Targets, layer_frames
+from gmm_jepa.objectives.targets import LayerFrames, SoftMixture, Targets, layer_frames
 
 _STATE = ("counts", "first", "second", "log_weights", "means", "variances")
 
@@ -102,7 +103,7 @@ class OnlineTargets(nn.Module):
         )
 
     @torch.no_grad()
-    def after_step(self, schedule: Schedule, peers: Peers) -> None:
+    def after_step(self, schedule: Schedule, peers: Processes) -> None:
         """Choose a layer, seed, or move the mixture: whatever is due."""
         seed, switch = self.steps(schedule.n_steps)
         if self._heard is None:
@@ -118,7 +119,7 @@ class OnlineTargets(nn.Module):
                 )
         elif self._batch is not None:
             online = schedule.step >= switch
-            self._move(ops.EMStatistics(*(peers.add(part) for part in self._batch)), online)
+            self._move(peers.add_each(self._batch), online)
             if schedule.step == switch - 1:
                 self._maximise()
         self._batch = self._heard = None
@@ -127,7 +128,7 @@ class OnlineTargets(nn.Module):
     def _is_seeded(self) -> bool:
         return self.n_seeded == self.n_clusters
 
-    def _choose_layer(self, peers: Peers) -> int:
+    def _choose_layer(self, peers: Processes) -> int:
         """The block of highest effective rank, mean over the processes."""
         taught, rows = self._heard
         ranks = [
@@ -136,7 +137,7 @@ class OnlineTargets(nn.Module):
         ]
         return 1 + int(peers.add(torch.stack(ranks)).argmax())
 
-    def _seed(self, peers: Peers) -> None:
+    def _seed(self, peers: Processes) -> None:
         """Take frames of this step as centroids, evenly drawn; every process offers a share."""
         taught, rows = self._heard
         frames = _rows(taught, self.layer, rows).double()

@@ -15,20 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmm_jepa import ops
+from gmm_jepa.distributed import Processes
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.models import Encoder, EncoderOutput
 from gmm_jepa.objectives.batch import MaskedBatch
 from gmm_jepa.objectives.schedules import Schedule
-
-
-class Peers(Protocol):
-    """This process among its peers, see `gmm_jepa.train.distributed.Processes`."""
-
-    rank: int
-    world_size: int
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
 
 
 class Clusters(Protocol):
@@ -248,7 +239,7 @@ class Targets(nn.Module):
         rows = frames.flatten(0, 1).index_select(0, batch.anchored_rows)
         return self.clusters.loss(logits, rows, batch.anchored_weights)
 
-    def after_step(self, schedule: Schedule, peers: Peers) -> None:
+    def after_step(self, schedule: Schedule, peers: Processes) -> None:
         """Nothing changes."""
 
     def state(self) -> dict[str, Tensor]:

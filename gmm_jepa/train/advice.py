@@ -9,7 +9,7 @@ import torch
 
 from gmm_jepa.config import DataConfig, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
-from gmm_jepa.train.distributed import Processes
+from gmm_jepa.distributed import Processes
 from gmm_jepa.train.precision import bf16_slowdown
 
 WAITS_TOO_LONG = 0.05

@@ -9,10 +9,10 @@ from typing import Any
 
 from gmm_jepa import locks
 from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
 from gmm_jepa.train.checkpoint import steps
-from gmm_jepa.train.distributed import Processes
 
 _FREE = (
     "recipe.data.workers",

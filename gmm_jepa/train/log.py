@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gmm_jepa.config import DataConfig, Recipe
+from gmm_jepa.distributed import Processes
 from gmm_jepa.progress import tqdm_bar
 from gmm_jepa.train.advice import on_waiting, share_of_cores
 from gmm_jepa.train.alarm import Alarm
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import MetricsLog
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError, require
 from gmm_jepa.files import write_text
 from gmm_jepa.objectives.batch import Losses
 from gmm_jepa.objectives.meters import embedding_meters, usage_entropy
-from gmm_jepa.train.distributed import Processes
 
 MAX_BAD_STEPS = 10
 

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gmm_jepa.config import TrainConfig
+from gmm_jepa.distributed import Processes
 from gmm_jepa.models import JepaModel
 from gmm_jepa.models.encoder import Encoder
 from gmm_jepa.objectives.masked_prediction import MaskedPrediction
-from gmm_jepa.train.distributed import Processes
 
 
 class Shards:

@@ -11,13 +11,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from gmm_jepa.config import Recipe, TrainConfig
+from gmm_jepa.distributed import Processes
 from gmm_jepa.objectives.build import Labels, build_objective, initial_model
 from gmm_jepa.objectives.schedules import Schedule
 from gmm_jepa.ops.lists import total_norm
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.compile import compile_networks
 from gmm_jepa.train.copies import Copies
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import Meters
 from gmm_jepa.train.sharding import Shards
 

@@ -18,11 +18,11 @@ from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
+from gmm_jepa.distributed import Processes
 from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
 from gmm_jepa.train.advice import before_training, on_batches
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.log import training_log
 from gmm_jepa.train.profile import StepProfile

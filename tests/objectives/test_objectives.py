@@ -10,6 +10,7 @@ import torch
 
 from gmm_jepa import ops
 from gmm_jepa.config import Recipe
+from gmm_jepa.distributed import Processes
 from gmm_jepa.features import log_mel
 from gmm_jepa.gmm import GaussianMixture, KMeans
 from gmm_jepa.models import build_encoder
@@ -27,7 +28,6 @@ from gmm_jepa.objectives.targets import (
     layer_frames,
 )
 from gmm_jepa.presets import SYSTEMS, preset
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
 from tests.audio import babble
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from gmm_jepa.calibration import synthetic_labels
 from gmm_jepa.cli import main
+from gmm_jepa.distributed import Processes
 from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.presets import preset
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
 
 _init, _destroy = dist.init_process_group, dist.destroy_process_group

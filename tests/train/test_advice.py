@@ -8,8 +8,8 @@ import torch
 
 from gmm_jepa.config import DataConfig, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
+from gmm_jepa.distributed import Processes
 from gmm_jepa.train import advice
-from gmm_jepa.train.distributed import Processes
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 
 from gmm_jepa.calibration import SyntheticCorpus
 from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.distributed import Processes
 from gmm_jepa.fitting import FitReport, FitSettings, fit_mixture
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.presets import preset
-from gmm_jepa.train.distributed import Processes
 
 RECIPE = preset("smoke")
 RECIPE = replace(RECIPE, mixture=replace(RECIPE.mixture, n_components=12, max_iter=5, tol=0.0))

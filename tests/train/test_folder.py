@@ -6,10 +6,10 @@ import time
 import pytest
 
 from gmm_jepa.config import Sources
+from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json, written_aside
 from gmm_jepa.presets import PRESETS
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.folder import RunFolder, held
 
 SOURCES = Sources(audio=("somewhere",))

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gmm_jepa.calibration import synthetic_labels
 from gmm_jepa.cli import main
 from gmm_jepa.config import Recipe
+from gmm_jepa.distributed import Processes
 from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.objectives.schedules import schedule_at
 from gmm_jepa.presets import preset
@@ -27,7 +28,6 @@ from gmm_jepa.train import compile as compiling
 from gmm_jepa.train import sharding
 from gmm_jepa.train import state as state_of_training
 from gmm_jepa.train.checkpoint import load_state, newest
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.state import TrainState
 from tests.audio import write_corpus

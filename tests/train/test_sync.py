@@ -10,9 +10,9 @@ import torch
 from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.loader import make_loader
+from gmm_jepa.distributed import Processes
 from gmm_jepa.objectives.prepare import MaskAndDisturb
 from gmm_jepa.presets import preset
-from gmm_jepa.train.distributed import Processes
 from gmm_jepa.train.state import TrainState
 from gmm_jepa.train.trainer import batch_plan, training_step
 

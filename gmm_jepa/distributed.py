@@ -18,6 +18,7 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 
 Item = TypeVar("Item")
+Tensors = TypeVar("Tensors", bound=tuple)
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """For how long processes wait for each other. They read their shares of the audio before they meet,
@@ -40,6 +41,11 @@ class Processes:
         """True in the one process that writes files and shows progress."""
         return self.rank == 0
 
+    @property
+    def share(self) -> dict[str, Any]:
+        """What tells a stream of audio its part of the work."""
+        return {"rank": self.rank, "world_size": self.world_size, "device": self.device}
+
     def alone(self) -> Processes:
         """This process for work that its peers take no part in."""
         return Processes(rank=0, world_size=1, device=self.device)
@@ -51,6 +57,10 @@ class Processes:
             dist.all_reduce(summed)
             tensor.copy_(summed)
         return tensor
+
+    def add_each(self, tensors: Tensors) -> Tensors:
+        """A named tuple of tensors, each summed as `add` does."""
+        return type(tensors)(*map(self.add, tensors))
 
     def any(self, flag: bool) -> bool:
         """True everywhere if `flag` is true anywhere."""
