@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,7 +89,7 @@ def test_a_training_step_of_the_default_conformer():
 
 @pytest.mark.parametrize("daam", [False, True])
 def test_against_pytorchs_counter(daam):
-    config = ConformerConfig(**{**SMALL.to_dict(), "daam": daam})
+    config = dataclasses.replace(SMALL, daam=daam)
     model, waveform = JepaModel(config, 24).eval(), torch.randn(2, 8000)
     n_frames = config.n_frames(8000)
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -136,7 +138,7 @@ def test_a_step_has_only_the_networks_of_its_system():
 
 def test_backward_is_twice_forward():
     """One tap: the counter takes the backward pass of a depthwise convolution for a full one."""
-    config = ConformerConfig(**{**SMALL.to_dict(), "conv_kernel": 1})
+    config = dataclasses.replace(SMALL, conv_kernel=1)
     model, waveform = JepaModel(config, 24).eval(), torch.randn(2, 8000)
     math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math_attention, FlopCounterMode(display=False) as counter:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.padding import Count, stage_length
@@ -95,18 +94,6 @@ class ConformerConfig:
         for stride in self.strides:
             n_samples = stage_length(n_samples, stride)
         return n_samples
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON-able values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ConformerConfig:
-        """Inverse of `to_dict`; unknown fields are refused by name."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise InputError(f"conformer config: unknown fields {', '.join(unknown)}")
-        return cls(**values)
 
 
 def _require(config: ConformerConfig, name: str, holds: bool, expected: str) -> None:

@@ -10,7 +10,7 @@ block, is stored once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def published_config(model: JepaModel) -> dict[str, Any]:
     Settings the published code has no name for appear under ours where they differ from it.
     """
     layout = layout_of(model)
-    ours, default = model.config.to_dict(), layout.config().to_dict()
+    ours, default = _as_json(model.config), _as_json(layout.config())
     named = layout.config_names
     known = {theirs: ours[name] for name, theirs in named.items()}
     other = {
@@ -106,6 +106,10 @@ def published_config(model: JepaModel) -> dict[str, Any]:
         if k not in named and k not in layout.fixed and v != default[k]
     }
     return {"kind": layout.kind, **known, layout.n_clusters: model.n_clusters, **other}
+
+
+def _as_json(config: EncoderConfig) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def config_from_published(settings: Mapping[str, Any]) -> EncoderConfig:

@@ -7,10 +7,8 @@ average behind the gate take real frames alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,18 +103,6 @@ class TransformerConfig:
         for kernel, stride in zip(KERNELS, STRIDES):
             n_samples = conv_length(n_samples, kernel, stride=stride)
         return n_samples
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON-able values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Inverse of `to_dict`; unknown fields are refused by name."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise InputError(f"transformer config: unknown fields {', '.join(unknown)}")
-        return cls(**values)
 
 
 class ConvolutionStack(nn.Module):

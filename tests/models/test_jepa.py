@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.models import ConformerConfig, ConformerEncoder, JepaModel
+from gmm_jepa.models import ConformerEncoder, JepaModel
 
 from .small import FULL, SMALL, ragged_batch, shake
 
@@ -145,9 +145,3 @@ def test_refusals() -> None:
 def test_config_refusals(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(SMALL, **change)
-
-
-def test_config_as_a_dictionary() -> None:
-    assert ConformerConfig.from_dict(FULL.to_dict()) == FULL
-    with pytest.raises(InputError, match="unknown fields colour"):
-        ConformerConfig.from_dict({"colour": 1})
