@@ -230,14 +230,10 @@ def synthetic_labels(recipe: Recipe) -> Labels:
     means = rng.normal(-5.0, 3.0, (K, D))
     if objective.labels == "kmeans":
         kmeans = KMeans(n_clusters=K)
-        kmeans.cluster_centers_ = means.astype(np.float32)
-        kmeans.n_features_in_ = D
+        kmeans.set_centers(means, np.zeros(K))
         return Labels((kmeans,))
-    mixture = GaussianMixture(n_components=K)
-    mixture.weights_ = np.full(K, 1.0 / K)
-    mixture.means_ = means
-    mixture.covariances_ = rng.uniform(0.5, 2.0, (K, D))
-    mixture.n_features_in_ = D
+    variances = rng.uniform(0.5, 2.0, (K, D))
+    mixture = GaussianMixture.from_parameters(np.full(K, 1.0 / K), means, variances)
     return Labels((mixture,) * max(1, len(objective.ensemble)))
 
 

@@ -172,7 +172,7 @@ class GaussianMixture(DensityMixin, _OnEngine):
         return engine.sample(n_samples)
 
     def _engine(self) -> gmm.GaussianMixture:
-        """Of the present parameters."""
+        """Of the present parameters, in their memory: to copy and check them costs a short call."""
         engine = gmm.GaussianMixture(len(self.weights_))
         engine.weights_ = np.asarray(self.weights_)
         engine.means_ = np.asarray(self.means_)

@@ -86,6 +86,36 @@ class GaussianMixture(SklearnProtocol):
         self.precisions_init = precisions_init
         self.random_state = random_state
 
+    @classmethod
+    def from_parameters(
+        cls, weights: np.ndarray, means: np.ndarray, covariances: np.ndarray
+    ) -> GaussianMixture:
+        """A mixture that was fitted elsewhere, such as by scikit-learn with ``"diag"``.
+
+        Args:
+            weights: (K,), 0 or more.
+            means: (K, D).
+            covariances: (K, D) variances, above 0.
+
+        Raises:
+            InputError: shapes disagree, or a value is out of range.
+        """
+        w, m, v = (np.array(a, dtype=np.float64) for a in (weights, means, covariances))
+        if m.ndim != 2 or w.shape != m.shape[:1] or v.shape != m.shape:
+            raise InputError(
+                "weights, means, covariances: expected (K,), (K, D) and (K, D), got "
+                f"{w.shape}, {m.shape} and {v.shape}"
+            )
+        if not (np.isfinite(m).all() and np.isfinite(v).all() and np.isfinite(w).all()):
+            raise InputError("weights, means, covariances: expected finite values")
+        if (w < 0.0).any() or (v <= 0.0).any():
+            raise InputError("weights, covariances: expected 0 or more, and above 0")
+        mixture = cls(len(w))
+        with np.errstate(divide="ignore"):
+            mixture._set_mixture(Mixture(*map(torch.from_numpy, (np.log(w), m, v))))
+        mixture.weights_ = w  # as given, not through a logarithm and back
+        return mixture
+
     def fit(
         self,
         X: Frames | Batches,

@@ -17,7 +17,6 @@ from gmm_jepa.files import written_aside
 from gmm_jepa.gmm.em import EMResult
 from gmm_jepa.gmm.estimator import GaussianMixture
 from gmm_jepa.gmm.kmeans import KMeans
-from gmm_jepa.ops import Mixture
 from gmm_jepa.tensor_files import read_state, read_tensors, save_tensors
 
 FORMAT_VERSION = 1
@@ -92,7 +91,7 @@ def load_mixture(
         ImportError: safetensors is absent.
     """
     arrays, description, stored_spec = _load(path, MIXTURE, front_end)
-    gm = _fitted(arrays["weights"], arrays["means"], arrays["covariances"])
+    gm = GaussianMixture.from_parameters(*(arrays[name] for name in MIXTURE.tensors))
     for name in ("tol", "max_iter", "variance_floor", "n_init_frames", "random_state"):
         setattr(gm, name, description[name])
     gm._set_course(
@@ -198,21 +197,12 @@ def load_published(path: str | os.PathLike[str]) -> GaussianMixture:
         InputError: the file is missing, damaged or of another layout.
     """
     weights, means, covariances = _published(path, MIXTURE.tensors, "mixture")
-    if means.ndim != 2 or covariances.shape != means.shape or weights.shape != means.shape[:1]:
-        raise InputError(
-            f"{path}: expected weights (K,), means (K, D), covariances (K, D), got "
-            f"{weights.shape}, {means.shape}, {covariances.shape}"
+    try:
+        return GaussianMixture.from_parameters(
+            weights, means, covariances + PUBLISHED_VARIANCE_OFFSET
         )
-    return _fitted(weights, means, covariances + PUBLISHED_VARIANCE_OFFSET)
-
-
-def _fitted(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> GaussianMixture:
-    gm = GaussianMixture(means.shape[0])
-    with np.errstate(divide="ignore"):
-        parameters = (np.log(weights), means, covariances)
-    gm._set_mixture(Mixture(*(torch.from_numpy(np.array(p)) for p in parameters)))
-    gm.weights_ = weights  # as stored, not through a logarithm and back
-    return gm
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _published(path: str | os.PathLike[str], names: tuple[str, ...], what: str) -> list[np.ndarray]:

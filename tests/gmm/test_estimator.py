@@ -183,3 +183,24 @@ def test_a_default_device_is_not_the_device_of_arrays(blobs):
     with torch.device("meta"):
         again = GaussianMixture(3, random_state=0).fit(blobs)
         np.testing.assert_array_equal(again.predict_proba(np.asarray(blobs)), expected)
+
+
+def test_a_mixture_from_elsewhere(blobs):
+    from sklearn.mixture import GaussianMixture as Peer
+
+    peer = Peer(3, covariance_type="diag", random_state=0).fit(blobs)
+    parameters = (peer.weights_, peer.means_, peer.covariances_)
+    ours = GaussianMixture.from_parameters(*parameters)
+    frames = np.asarray(blobs, np.float64)
+    np.testing.assert_allclose(ours.predict_proba(frames), peer.predict_proba(frames), atol=1e-6)
+    np.testing.assert_allclose(ours.score_samples(frames), peer.score_samples(frames), rtol=1e-6)
+    for name, given in zip(("weights_", "means_", "covariances_"), parameters):
+        np.testing.assert_array_equal(getattr(ours, name), given)
+    weights, means, variances = parameters
+    with pytest.raises(InputError, match=r"got \(3,\), \(3, \d+\) and \(3,\)"):
+        GaussianMixture.from_parameters(weights, means, weights)
+    for wrong in ((-weights, means, variances), (weights, means, 0.0 * variances)):
+        with pytest.raises(InputError, match="expected 0 or more, and above 0"):
+            GaussianMixture.from_parameters(*wrong)
+    with pytest.raises(InputError, match="finite"):
+        GaussianMixture.from_parameters(weights, np.nan * means, variances)
