@@ -25,7 +25,8 @@ import soundfile
 from bench.records import RESULTS, append, quantiles, surroundings
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
-from gmm_jepa.data.corpus import Corpus, open_corpus
+from gmm_jepa.data.base import Corpus
+from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.loader import Prepare, RankView, make_loader
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.rejects import RejectLog

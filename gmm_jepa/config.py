@@ -14,12 +14,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
-from gmm_jepa.errors import InputError
+from gmm_jepa.errors import InputError, check
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.models.build import EncoderConfig
 from gmm_jepa.models.config import ConformerConfig
 from gmm_jepa.models.transformer import TransformerConfig
-from gmm_jepa.objective_config import ObjectiveConfig, check
+from gmm_jepa.objective_config import ObjectiveConfig
 
 ENCODERS = {"conformer": ConformerConfig, "transformer": TransformerConfig}
 """Names of the kinds of encoders in ``config.json``."""

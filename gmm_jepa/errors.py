@@ -13,6 +13,16 @@ class InputError(ValueError):
     """
 
 
+def check(condition: bool, message: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        InputError: with the message, where the condition does not hold.
+    """
+    if not condition:
+        raise InputError(message)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its kind where there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

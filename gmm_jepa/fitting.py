@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.special import entr
 
 from gmm_jepa.config import Recipe
-from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.data.split import hold_out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.config import Iteration, Recipe
-from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.frames import LogMelStream
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.windows import WindowStream

@@ -6,17 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gmm_jepa.errors import InputError
-
-
-def check(condition: bool, message: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        InputError: with the message, where the condition does not hold.
-    """
-    if not condition:
-        raise InputError(message)
+from gmm_jepa.errors import check
 
 
 @dataclass(frozen=True, kw_only=True)

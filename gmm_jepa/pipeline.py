@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from gmm_jepa.config import Recipe, Sources
-from gmm_jepa.data.corpus import Corpus, find_readable, open_corpus
+from gmm_jepa.data.base import Corpus
+from gmm_jepa.data.corpus import find_readable, open_corpus
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.split import hold_out
 from gmm_jepa.distributed import Processes

@@ -18,8 +18,6 @@ from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.workers import map_in_order
 from gmm_jepa.errors import InputError
 
-__all__ = ["Corpus", "find_readable", "open_corpus", "validate_corpus"]
-
 
 def open_corpus(
     sources: Sequence[str | Path] | str | Path,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.windows import Window, WindowStream, read_ahead
 from gmm_jepa.features import LogMelSpec, log_mel, log_mel_frames
 

@@ -41,8 +41,6 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.files import written_aside
 from gmm_jepa.locks import held
 
-__all__ = ["PackedCorpus", "pack_corpus"]
-
 
 def pack_corpus(
     corpus: Corpus,

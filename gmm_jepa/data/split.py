@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.errors import InputError
 
 MIN_SPEAKERS = 4

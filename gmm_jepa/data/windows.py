@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
-from gmm_jepa.data.corpus import Corpus
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.rejects import RejectLog
 
 WINDOW_S = 60.0

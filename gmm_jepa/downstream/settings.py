@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from gmm_jepa.objective_config import check
+from gmm_jepa.errors import check
 
 TaskName = Literal["asr", "er", "sf"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)

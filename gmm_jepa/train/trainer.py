@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from gmm_jepa.config import Iteration, Recipe, TrainConfig
+from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.batches import BatchPlan
-from gmm_jepa.data.corpus import Corpus
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.distributed import Processes

@@ -19,8 +19,8 @@ import pytest
 from gmm_jepa.data import pack as pack_module
 from gmm_jepa.data import packed as packed_module
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
-from gmm_jepa.data.pack import PackedCorpus, pack_corpus
-from gmm_jepa.data.packed import to_int16
+from gmm_jepa.data.pack import pack_corpus
+from gmm_jepa.data.packed import PackedCorpus, to_int16
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
 from gmm_jepa.locks import held
