@@ -54,8 +54,8 @@ class SpeechEncoder(nn.Module):
         """Encode.
 
         Args:
-            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1], tensor or array; float64 is taken
-                as float32.
+            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1], tensor or array; taken in the dtype
+                of the weights.
             lengths: (B,) samples of each row, 0 to S; None: all are real. Padding never changes a
                 result.
 
@@ -63,7 +63,8 @@ class SpeechEncoder(nn.Module):
             InputError: shapes or lengths do not fit, or the waveform is not of floats.
         """
         rows = torch.as_tensor(waveform)
-        rows = rows.float() if rows.dtype == torch.float64 else rows
+        if rows.is_floating_point():
+            rows = rows.to(next(self.parameters()).dtype)
         rows = rows[None] if rows.dim() == 1 else rows
         if lengths is not None:
             lengths = torch.as_tensor(lengths)

@@ -91,8 +91,8 @@ class Labeller:
             )
         )
 
-    def take_mixture(self, path: Path, corpus: Corpus) -> None:
-        """Use a mixture that was fitted before, instead of fitting one on `corpus`.
+    def given_mixture(self, path: Path) -> GaussianMixture:
+        """A mixture that was fitted before.
 
         Raises:
             InputError: it does not fit the recipe, which may have no use for one, or the run has
@@ -101,13 +101,21 @@ class Labeller:
         objective = self.recipe.objective
         if not objective.anchored or objective.labels == "kmeans":
             raise InputError("gmm: this system learns no mixture")
-        self._n_shared = self.rejects.count
         given = self._load(path)
-        if self.peers.of_main(self.folder.mixture.exists):
+        if self.folder.mixture.exists():
             own = self._load(self.folder.mixture)
             if not np.array_equal(own.means_, given.means_):
                 raise InputError(f"gmm: this run has a mixture already, other than {path}")
-        else:
+        return given
+
+    def take_mixture(self, given: GaussianMixture, corpus: Corpus) -> None:
+        """Use `given_mixture` instead of fitting one on `corpus`.
+
+        Raises:
+            InputError: it tells nothing of the audio.
+        """
+        self._n_shared = self.rejects.count
+        if self.peers.of_main(lambda: not self.folder.mixture.exists()):
             sample = LogMelStream(
                 corpus,
                 self.recipe.front_end,

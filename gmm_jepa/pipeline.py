@@ -21,6 +21,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.evaluation import Evaluation, evaluate
 from gmm_jepa.evaluate.report import write_report
 from gmm_jepa.files import read_json, write_json
+from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.labelling import Labeller
 from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.progress import Bar, Stages
@@ -67,6 +68,9 @@ class Run:
         Raises:
             InputError: nothing usable, too much unusable, or audio other than the run began with.
         """
+        for path in self.sources.heldout_audio:  # told before the other audio is read
+            if not Path(path).exists():
+                raise InputError(f"heldout_audio: {path}: no such file or folder")
         train_part = self._usable("audio", self.sources.audio, self.sources.weights)
         if self.sources.heldout_audio:
             return Audio(
@@ -112,8 +116,9 @@ class Run:
         seen = self.peers.of_main(lambda: read_json(remembered))
         if seen["fingerprint"] != corpus.fingerprint:
             raise InputError(
-                f"{name}: its content changed since this run began; "
-                "start a new run in another folder"
+                f"{name}: its content changed since this run began, when it had "
+                f"{seen['utterances']:,} utterances of {seen['seconds']:,.1f} s; now "
+                f"{len(corpus):,} of {corpus.total_s:,.1f} s: start a new run in another folder"
             )
         self.rejects.extend(Reject(*fields) for fields in seen["rejects"])
         good = np.ones(len(corpus), dtype=bool)
@@ -142,13 +147,21 @@ class Run:
         steps_done = self.peers.of_main(self._steps_done)
         return self._labeller.labels(corpus, self.recipe.iteration_at(steps_done))
 
-    def take_mixture(self, path: Path, corpus: Corpus) -> None:
-        """Use a mixture that was fitted before, instead of fitting one on `corpus`.
+    def given_mixture(self, path: Path) -> GaussianMixture:
+        """A mixture that was fitted before.
 
         Raises:
             InputError: it does not fit the recipe, or the run has another one.
         """
-        self._labeller.take_mixture(path, corpus)
+        return self._labeller.given_mixture(path)
+
+    def take_mixture(self, given: GaussianMixture, corpus: Corpus) -> None:
+        """Use it, instead of fitting one on `corpus`.
+
+        Raises:
+            InputError: it tells nothing of the audio.
+        """
+        self._labeller.take_mixture(given, corpus)
 
     def train(self, corpus: Corpus, *, profile: Path | None = None) -> TrainOutcome:
         """Train to the recipe's last step, or go on from the newest checkpoint.

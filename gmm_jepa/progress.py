@@ -50,7 +50,7 @@ class Stages:
         """Move to `done` of `total` in `stage`; a new stage closes the bar before it."""
         if self._bar is None or stage != self._stage:
             self.__exit__()
-            self._bar, self._stage = Bar(stage, "item"), stage
+            self._bar, self._stage = Bar(stage, ""), stage
         self._bar(done, total)
 
     def __enter__(self) -> Stages:
@@ -61,6 +61,7 @@ class Stages:
             self._bar.__exit__()
 
 
-def tqdm_bar(*arguments: Any, **options: Any) -> Any:
+def tqdm_bar(*arguments: Any, unit: str, **options: Any) -> Any:
     """A tqdm bar as the others, for callers that need all it can do."""
-    return require("tqdm", extra="train").tqdm(*arguments, dynamic_ncols=True, **options)
+    tqdm = require("tqdm", extra="train").tqdm
+    return tqdm(*arguments, unit=unit and f" {unit}", dynamic_ncols=True, **options)

@@ -6,6 +6,7 @@ a full disk is an `OSError` here.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -49,6 +50,8 @@ def read_tensors(
         ImportError: safetensors is absent.
     """
     safetensors = require("safetensors", extra="train")
+    if Path(path).is_dir():
+        raise InputError(f"{path}: {refusal} (a folder)")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -84,5 +87,8 @@ def read_state(path: str | PathLike[str], refusal: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged or unsafe file
+    except pickle.UnpicklingError:  # torch's words are advice on how to unpickle it all the same
+        reason = "not of tensors and plain values alone; nothing was unpickled"
+        raise InputError(f"{path}: {refusal} ({reason})") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
         raise InputError(f"{path}: {refusal} ({first_line(error)})") from None

@@ -188,6 +188,8 @@ def test_encoders_from_a_model_file(tmp_path: Path):
         encoder = gmm_jepa.load_encoder(tmp_path / "m.safetensors", teacher=teacher)
         got = encoder(waveform, lengths).last_hidden_state
         assert torch.equal(got, expected.eval()(waveform, lengths).output)
+        wide = encoder.double()(waveform, lengths).last_hidden_state
+        torch.testing.assert_close(wide.float(), got, rtol=1e-3, atol=1e-4)
     save_model(tmp_path / "n.safetensors", JepaModel(FULL, 5, predicts=False))
     with pytest.raises(InputError, match="without a teacher"):
         gmm_jepa.load_encoder(tmp_path / "n.safetensors", teacher=True)

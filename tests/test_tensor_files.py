@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -59,3 +61,13 @@ def test_what_is_damaged_is_named(tmp_path):
     for read in (read_tensors, read_state):
         with pytest.raises(InputError, match="file: of no use "):
             read(path, "of no use")
+
+
+def test_what_would_run_code_is_not_unpickled(tmp_path):
+    for content in (b"", b"garbage", pickle.dumps(pathlib.PurePath("a"))):
+        (tmp_path / "file.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"file\.pt: of no use ") as raised:
+            read_state(tmp_path / "file.pt", "of no use")
+        assert "weights_only" not in str(raised.value)
+        assert "\x1b" not in str(raised.value)
+        assert len(str(raised.value).splitlines()) == 1

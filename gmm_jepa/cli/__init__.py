@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError) as error:
         return _fail(str(error), EXIT_FAILED)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported yet
+            advice = "a smaller --data.batch-s, --train.accumulate or --train.checkpoint-blocks"
+            return _fail(f"out of memory; {advice} takes less ({error})", EXIT_FAILED)
         if "DataLoader worker" not in str(error):
             raise
         reason = "a decoding process died; out of memory? Try fewer: --data.workers 0"

@@ -85,9 +85,11 @@ def main(command: str, arguments: Sequence[str]) -> int:
     sources = options.sources()
     with processes() as peers, held(options.out, peers):
         run = open_run(options.out, sources, options.recipe, peers)
+        path = options.gmm if isinstance(options, TrainOptions) else None
+        given = None if path is None else run.given_mixture(path)  # before all audio is read
         audio = run.audio()
-        if isinstance(options, TrainOptions) and options.gmm is not None:
-            run.take_mixture(options.gmm, audio.train)
+        if given is not None:
+            run.take_mixture(given, audio.train)
         outcome = run.train(audio.train, profile=options.profile)
         if not outcome.finished:
             _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")

@@ -64,7 +64,7 @@ def run_all(
 
     Raises:
         InputError: one of them met a user's mistake.
-        StoppedError: one of them was asked to stop.
+        StoppedError: this or one of them was asked to stop.
         ChildProcessError: one of them failed.
     """
     waiting = [p for p in planned if not p.is_done]
@@ -139,6 +139,8 @@ def _stopped_gently(running: list[_Job]) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        raise StoppedError("the comparison was stopped") from None
     finally:
         for job in running:
             job.process.terminate()

@@ -8,6 +8,7 @@ torch's global random state is not touched.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -143,6 +144,7 @@ def map_in_order(
     )
     results = _started(loader)
     processes = getattr(results, "_workers", [])
+    _open.append(results)
     try:
         while True:
             try:
@@ -158,14 +160,9 @@ def map_in_order(
                 _raise(result)
             yield result
     finally:
-        shut_down = getattr(results, "_shutdown_workers", None)
-        if shut_down is not None:
-            try:
-                with suppress(RuntimeError):  # a worker that dies now is not missed
-                    shut_down()
-            finally:  # a second Ctrl-C may end that early, and SIGTERM does not reach them
-                for worker in processes:
-                    worker.kill()
+        if results in _open:  # else the process ends
+            _open.remove(results)
+            _shut_down(results)
 
 
 def _started(loader: DataLoader) -> Iterator[Any]:
@@ -216,6 +213,34 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shut_down(results: Iterator[Any]) -> None:
+    """End the workers of a loader's results, if it has any."""
+    shut_down = getattr(results, "_shutdown_workers", None)
+    if shut_down is None:
+        return
+    try:
+        with suppress(RuntimeError):  # a worker that dies now is not missed
+            shut_down()
+    finally:  # a second Ctrl-C may end that early, and SIGTERM does not reach them
+        for worker in results._workers:
+            worker.kill()
+
+
+_open: list[Iterator[Any]] = []
+"""Results that may still come."""
+
+
+@atexit.register
+def _shut_all_down() -> None:
+    """The traceback of what nobody caught holds an iterator open.
+
+    Last come, first served: then multiprocessing asks its children to end by SIGTERM, which they do
+    not hear, and waits for them.
+    """
+    while _open:
+        _shut_down(_open.pop())
 
 
 def _as_it_is(item: object) -> object:

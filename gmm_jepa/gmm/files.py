@@ -263,7 +263,9 @@ def _load(
     stored = description["front_end"]
     stored_spec = None if stored is None else LogMelSpec.from_dict(stored)
     if front_end is not None and stored_spec != front_end:
-        found = "names no front end" if stored_spec is None else f"has {stored_spec.describe()}"
+        found = "names no front end (its `save` takes one)"
+        if stored_spec is not None:
+            found = f"has {stored_spec.describe()}"
         raise InputError(f"{path}: {found}; expected {front_end.describe()}")
     return arrays, description, stored_spec
 

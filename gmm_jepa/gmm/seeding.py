@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ CHOICE_FRAMES = 16
 def generators(random_state: int | None) -> Iterator[np.random.Generator]:
     """One for the sample, one for the choice among it: so processes with unlike many frames, which
     draw unlike often for the sample, choose alike."""
+    if not (random_state is None or (isinstance(random_state, Integral) and random_state >= 0)):
+        raise InputError(
+            f"random_state: expected a whole number from 0 or None, got {random_state!r}; the "
+            "estimators of gmm_jepa.sklearn take generators, too"
+        )
     return map(np.random.default_rng, np.random.SeedSequence(random_state).spawn(2))
 
 

@@ -22,6 +22,7 @@ _FREE = (
     "recipe.train.keep_checkpoints",
     "recipe.train.tensorboard",
     "recipe.train.alarm",
+    "recipe.train.log_every",
     "recipe.evaluate.",
 )
 """Settings that may change when a run goes on: the trained model does not depend on them."""
@@ -93,8 +94,8 @@ class RunFolder:
         if not isinstance(values, dict) or set(values) != {"sources", "recipe"}:
             raise InputError(f"{self.config}: not the config of a run")
         return (
-            from_dict(Sources, values["sources"], where="sources"),
-            from_dict(Recipe, values["recipe"], where="recipe"),
+            from_dict(Sources, values["sources"], where=f"{self.config}: sources"),
+            from_dict(Recipe, values["recipe"], where=f"{self.config}: recipe"),
         )
 
 

@@ -90,6 +90,7 @@ def train(
     unread: list[Reject] = []
     n_rejects_before = rejects.count
     with (
+        contextlib.closing(batches),
         training_log(folder, start, recipe, peers) as log,
         _stop_signal() as stop_asked,
         _profile_of(profile, recipe, peers) as profiler,

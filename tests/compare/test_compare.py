@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.study import override
-from gmm_jepa.cli import main
+from gmm_jepa.cli import EXIT_STOPPED, main
 from gmm_jepa.compare import job, jobs, page, plan, results
 from gmm_jepa.config import Sources
 from gmm_jepa.distributed import processes
@@ -338,7 +338,7 @@ def test_sigterm_stops_the_jobs_at_a_checkpoint(manifest, tmp_path):
             time.sleep(0.2)
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == EXIT_STOPPED
     size = (root / "metrics.jsonl").stat().st_size
     assert list((root / "checkpoints").iterdir())
     time.sleep(0.5)

@@ -127,3 +127,19 @@ def test_a_process_that_the_system_refuses_is_told(monkeypatch):
     with pytest.raises(InputError, match=r"^loader worker 1 of 2 .*unavailable.*fewer workers"):
         list(map_in_order(abs, range(4), workers=2, start_method="fork"))
     assert multiprocessing.active_children() == []
+
+
+def test_what_nobody_catches_ends_the_process(tmp_path):
+    """Its traceback holds the iterator, and with it the workers, which do not hear SIGTERM."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gmm_jepa.data.workers import map_in_order\n"
+        "def read(results):\n"
+        "    for result in results:\n"
+        "        raise ValueError('nobody catches this')\n"
+        "read(map_in_order(abs, range(1000), workers=2))\n"
+    )
+    words = [sys.executable, str(script)]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "ValueError: nobody catches this"

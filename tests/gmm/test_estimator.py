@@ -204,3 +204,9 @@ def test_a_mixture_from_elsewhere(blobs):
             GaussianMixture.from_parameters(*wrong)
     with pytest.raises(InputError, match="finite"):
         GaussianMixture.from_parameters(weights, np.nan * means, variances)
+
+
+def test_a_generator_is_no_seed(blobs):
+    for wrong in (np.random.RandomState(0), -1, 0.5):
+        with pytest.raises(InputError, match=r"random_state: expected a whole number.*sklearn"):
+            GaussianMixture(3, random_state=wrong).fit(blobs)
