@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
+from gmm_jepa.data.manifest import bad_phones
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.packed import PackedCorpus, is_pack
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import OPTION, RejectLog, check_fraction
 from gmm_jepa.data.synthesis import Content, synthesize
 from gmm_jepa.progress import Bar
 
@@ -22,7 +24,7 @@ class ValidateOptions:
     audio: tuple[str, ...]
     """Folders of audio, JSONL manifests, audio files or packed corpora."""
     rejects: Path = Path("rejects.jsonl")
-    """Where unusable files and lines are listed, with the reason."""
+    """Where unusable files and lines are listed, with the reason; an earlier list is replaced."""
     workers: int = 2
     """Decoding processes."""
     max_bad_fraction: float = 0.01
@@ -68,30 +70,43 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 def _validate(arguments: Sequence[str]) -> int:
     options = parse(ValidateOptions, "validate", arguments)
-    rejects = RejectLog(options.rejects)
+    check_fraction(options.max_bad_fraction)
+    rejects = RejectLog(options.rejects, anew=True)
     corpus = open_corpus(options.audio, rejects=rejects)
-    n_found = len(corpus) + rejects.count
+    rejects.drop_earlier()
+    n_found = len(corpus) + rejects.n_given
     for source in options.audio:
         if is_pack(Path(source)):
             PackedCorpus(source).verify()
     with Bar("reading audio", "utterance") as progress:
         usable = validate_corpus(corpus, rejects, workers=options.workers, progress=progress)
     print(f"{len(usable)} of {n_found} usable, {usable.total_s / 3600:.3f} h")
-    print(rejects.summary())
-    rejects.check(n_found, options.max_bad_fraction)
+    warning = bad_phones(usable.entry(i) for i in range(len(usable)))
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    _conclude(rejects, n_found, rejects.n_given, options.max_bad_fraction)
     return 0
+
+
+def _conclude(rejects: RejectLog, n_found: int, n_bad: int, max_bad_fraction: float) -> None:
+    """Tell of the rejects; `n_bad` counts one as often as its source was given."""
+    often = f"; counted {n_bad} times, as often as listed" if n_bad > rejects.count else ""
+    print(rejects.summary() + often)
+    rejects.check(n_found, max_bad_fraction, n_bad=n_bad, option=OPTION)
 
 
 def _pack(arguments: Sequence[str]) -> int:
     options = parse(PackOptions, "pack", arguments)
-    rejects = RejectLog(options.out.with_name(options.out.name + ".rejects.jsonl"))
-    corpus = open_corpus(options.audio, rejects=rejects)
-    n_found = len(corpus) + rejects.count
+    check_fraction(options.max_bad_fraction)
+    rejects = RejectLog(options.out.with_name(options.out.name + ".rejects.jsonl"), anew=True)
+    found = RejectLog()  # the file of a pack that is refused stays
+    corpus = open_corpus(options.audio, rejects=found)
+    n_found = len(corpus) + found.n_given
     with Bar("packing", "utterance") as progress:
         packed = pack_corpus(
             corpus,
             options.out,
-            rejects=rejects,
+            rejects=found,
             shard_s=options.shard_s,
             workers=options.workers,
             progress=progress,
@@ -99,8 +114,9 @@ def _pack(arguments: Sequence[str]) -> int:
     print(f"{options.out}: {len(packed)} utterances, {packed.total_s / 3600:.3f} h")
     if packed.n_clipped_samples:
         print(f"{packed.n_clipped_samples} samples beyond full scale were clipped")
-    print(rejects.summary())
-    rejects.check(n_found, options.max_bad_fraction)
+    rejects.extend(found)
+    rejects.drop_earlier()
+    _conclude(rejects, n_found, found.n_given, options.max_bad_fraction)
     return 0
 
 

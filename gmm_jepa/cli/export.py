@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.encoder import load_encoder
-from gmm_jepa.errors import InputError
+from gmm_jepa.errors import InputError, require
 from gmm_jepa.export.graph import save_onnx, save_program, to_program
 from gmm_jepa.export.huggingface import save_huggingface
 from gmm_jepa.files import refuse_existing
@@ -39,6 +39,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
         raise InputError("export: expected --hf, --onnx or --torch-export")
     for path in filter(None, (options.hf, options.onnx, options.torch_export)):
         refuse_existing(path)
+    if options.onnx:  # before the slow part
+        for package in ("onnx", "onnxscript"):
+            require(package, extra="export")
     trained, folder = None, RunFolder(options.source)
     if folder.config.exists():
         _, recipe = folder.read()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,15 +15,22 @@ import torch
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError
 from gmm_jepa.data.corpus import open_corpus
-from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.data.rejects import OPTION, RejectLog, check_fraction
 from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.extract import Extractor
-from gmm_jepa.files import write_json, written_aside
+from gmm_jepa.files import write_json, write_text, written_aside
+from gmm_jepa.locks import held
 from gmm_jepa.progress import track
 from gmm_jepa.tensor_files import save_tensors
+from gmm_jepa.train import checkpoint
 from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.trained import newest
+from gmm_jepa.train.trained import Trained, at_step, newest
+
+INDEX, REJECTS = "index.json", "rejects.jsonl"
+UNFINISHED = "unfinished"
+"""A file that lies beside the features until the index is written."""
+_FEATURES = re.compile(r"\d{7,}_[A-Za-z0-9._-]*\.(npz|safetensors)(\.part)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +43,11 @@ class ExtractOptions:
     """
 
     run: Path
-    """Folder of a trained run."""
+    """Folder of a trained run (its newest checkpoint), or one of its checkpoints."""
     audio: tuple[str, ...]
     """Folders of audio, JSONL manifests, audio files or packed corpora."""
     out: Path
-    """Folder for the features; made if absent."""
+    """Folder for the features; made if absent. What an unfinished start left is made again."""
     layers: tuple[int, ...] = ()
     """Hidden layers to add: 0 is the projected front end, i the output of block i."""
     clusters: bool = False
@@ -53,23 +61,36 @@ class ExtractOptions:
 def main(command: str, arguments: Sequence[str]) -> int:
     """Entry point."""
     options = parse(ExtractOptions, command, arguments)
+    check_fraction(options.max_bad_fraction)
     refuse_torchrun("extract runs in one process")
-    if (options.out / "index.json").exists():
-        raise InputError(f"{options.out} holds features already; give another folder")
-    folder = RunFolder(options.run)
-    _, recipe = folder.read()
+    _refuse_other(options.out)
+    trained = _trained(options.run)
     with processes() as peers:
-        model = newest(folder, recipe).model().to(peers.device)
+        model = trained.model().to(peers.device)
     extract = Extractor(
         model,
         layers=options.layers,
         clusters=options.clusters,
-        head_input=recipe.objective.head_input,
+        head_input=trained.recipe.objective.head_input,
     )
-    rejects = RejectLog(options.out / "rejects.jsonl")
+    with _begun(options.out):
+        _extract(options, extract)
+    return 0
+
+
+def _extract(options: ExtractOptions, extract: Extractor) -> None:
+    """Write the features, and the index last."""
+    model = extract.model
+    rejects = RejectLog(options.out / REJECTS, anew=True)
     corpus = open_corpus(options.audio, rejects=rejects)
-    n_found = len(corpus) + rejects.count
-    rejects.check(n_found, options.max_bad_fraction)
+    rejects.drop_earlier()
+    n_found = len(corpus) + rejects.n_given
+
+    def check_rejects() -> None:
+        n_bad = rejects.n_given
+        rejects.check(n_found, options.max_bad_fraction, n_bad=n_bad, option=OPTION)
+
+    check_rejects()
     index: list[dict[str, object]] = []
     for i in track(range(len(corpus)), "extracting", "utterance"):
         entry = corpus.entry(i)
@@ -77,7 +98,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
             waveform = corpus.read(i)
         except AudioError as error:
             rejects.add(corpus.reject(i, error))
-            rejects.check(n_found, options.max_bad_fraction)
+            check_rejects()
             continue
         arrays = extract(waveform)
         name = f"{i:07d}_{_safe(str(entry['id']))}.{options.format}"
@@ -86,7 +107,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if not index:
         raise InputError(f"audio: none of {len(corpus)} utterances could be read")
     write_json(
-        options.out / "index.json",
+        options.out / INDEX,
         {
             "run": str(options.run),
             "frames_per_s": SAMPLE_RATE_HZ / model.online.hop_samples,
@@ -96,7 +117,54 @@ def main(command: str, arguments: Sequence[str]) -> int:
     )
     print(f"{options.out}: features of {len(index)} utterances")
     print(rejects.summary())
-    return 0
+
+
+def _trained(path: Path) -> Trained:
+    """The newest checkpoint of a run folder, or the one that lies at the path."""
+    folder = RunFolder(path)
+    if folder.config.exists() or not (path / checkpoint.WEIGHTS).exists():
+        return newest(folder, folder.read()[1])
+    path = path.resolve()
+    folder = RunFolder(path.parent.parent)
+    for step, found in checkpoint.steps(folder.checkpoints):
+        if found == path:
+            return at_step(folder, folder.read()[1], step)
+    raise InputError(f"{path}: expected a run folder or one of its checkpoints")
+
+
+def _refuse_other(out: Path) -> None:
+    """Raise `InputError` where the folder holds features, or what no extraction left there."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if INDEX in names:
+        raise InputError(f"{out} holds features already; give another folder")
+    ours = {name for name in names if UNFINISHED in names and _FEATURES.fullmatch(name)}
+    others = sorted(names - ours - {UNFINISHED, REJECTS, f"{INDEX}.part", f"{UNFINISHED}.part"})
+    if others:
+        raise InputError(
+            f"{out} is not empty and holds no features ({others[0]}, ...): give another folder"
+        )
+
+
+@contextmanager
+def _begun(out: Path) -> Iterator[None]:
+    """Hold the folder, empty of features; unless all goes well, it is left so."""
+    with held(out):
+        _refuse_other(out)
+        _clear(out)
+        write_text(out / UNFINISHED, "")
+        try:
+            yield
+        finally:
+            _clear(out)
+
+
+def _clear(out: Path) -> None:
+    """Remove features that no index tells of, and last the sign of an unfinished start."""
+    if not (out / INDEX).exists():
+        for path in out.iterdir():
+            if _FEATURES.fullmatch(path.name):
+                path.unlink()
+    (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def _safe(name: str) -> str:

@@ -35,7 +35,7 @@ class FitOptions:
     preset: PresetName = "cpu"
     """Settings to start from; any of them can be overridden below."""
     rejects: Path | None = None
-    """Where unusable audio is listed; default: beside the mixture."""
+    """Where unusable audio is listed; default: OUT.rejects.jsonl. An earlier list is replaced."""
     fit: Annotated[FitSettings, tyro.conf.arg(name="")] = field(default_factory=FitSettings)
     """How it is fitted."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -48,14 +48,16 @@ def main(command: str, arguments: Sequence[str]) -> int:
     recipe = options.recipe
     refuse_existing(options.out)
     with processes() as peers:
-        path = options.rejects or options.out.with_name("rejects.jsonl")
-        rejects = RejectLog(path if peers.is_main else None)
+        path = options.rejects or options.out.with_name(options.out.name + ".rejects.jsonl")
+        partial = options.out.with_name(options.out.name + ".partial")
+        is_new = not partial.exists()  # else the fit goes on, and so does its list
+        rejects = RejectLog(path if peers.is_main else None, anew=is_new)
         corpus = open_corpus(options.audio, rejects=rejects)
+        rejects.drop_earlier()
         if len(corpus) == 0:
             raise InputError(f"audio: nothing usable; {rejects.summary()}")
         n_found = len(corpus) + rejects.count
         rejects.check(n_found, recipe.data.max_bad_fraction)
-        partial = options.out.with_name(options.out.name + ".partial")
         mixture = fit_mixture(
             corpus, recipe, rejects, peers, options.fit, partial=partial, on_report=print
         )

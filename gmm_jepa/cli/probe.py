@@ -25,7 +25,7 @@ from gmm_jepa.downstream.settings import (
 )
 from gmm_jepa.downstream.tasks import task_for
 from gmm_jepa.downstream.upstreams import LogMel, Upstream, open_upstream
-from gmm_jepa.errors import InputError
+from gmm_jepa.errors import InputError, require
 
 _HELP = """usage: gmm-jepa probe asr|er|sf|manifest [OPTIONS]
 
@@ -110,6 +110,8 @@ def _probe(name: TaskName, options: Any) -> int:
     refuse_torchrun("probe runs in one process")
     if not options.upstream and not options.controls:
         raise InputError("upstream: nothing to probe")
+    for module in ("matplotlib", "PIL"):  # the report comes last
+        require(module, extra="train")
     labelled = _read(name, options)
     task = task_for(name, labelled)
     upstreams = _upstreams(options)

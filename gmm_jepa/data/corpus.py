@@ -29,7 +29,7 @@ def open_corpus(
 
     Only headers are read, and none where a manifest gives durations. What cannot be used goes to
     `rejects`; whether that is too much is the caller's to ask
-    (``rejects.check(len(corpus) + rejects.count, max_bad_fraction)``).
+    (``rejects.check(len(corpus) + rejects.n_given, max_bad_fraction, n_bad=rejects.n_given)``).
 
     Args:
         sources: one or several; utterances keep their order.

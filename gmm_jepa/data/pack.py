@@ -66,8 +66,8 @@ def pack_corpus(
         progress: called with utterances done and in all, after each.
 
     Raises:
-        InputError: `out_dir` holds something else, another process packs there, or nothing could
-            be read.
+        InputError: `out_dir` holds something else or a pack of other audio or settings, another
+            process packs there, or nothing could be read.
     """
     if not shard_s > 0:
         raise InputError(f"shard_s must be positive, got {shard_s}")
@@ -79,15 +79,16 @@ def pack_corpus(
         "shard_s": shard_s,
     }
     with held(folder):
-        if not _finished(folder, plan):
+        if _finished(folder, plan):
+            lines = (folder / REJECTS).read_text().splitlines()
+            rejects.extend(Reject(**json.loads(line)) for line in lines)
+        else:
             _begin(folder, plan)
             starts = _shard_starts(corpus.durations_samples, shard_s)
             records = _write_shards(corpus, folder, starts, workers, progress)
             rejects.extend(Reject(**reject) for record in records for reject in record["rejects"])
             _finish(corpus, folder, plan, records)
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-    for line in (folder / REJECTS).read_text().splitlines():
-        rejects.add(Reject(**json.loads(line)))
     packed = PackedCorpus(folder)
     if packed.n_clipped_samples:
         warnings.warn(
@@ -115,18 +116,25 @@ def _begin(folder: Path, plan: dict) -> None:
         return
     found = [item.name for item in folder.iterdir()] if folder.is_dir() else []
     if set(found) - {PARTIAL}:
-        raise InputError(f"out_dir {folder} is not empty and holds no pack ({found[0]}, ...)")
+        raise InputError(
+            f"{folder} is not empty and holds no pack ({found[0]}, ...): give another folder"
+        )
     (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
     _write(plan_path, _json(plan))
 
 
 def _refuse_other(folder: Path, found: dict, plan: dict) -> None:
-    differing = [key for key, value in plan.items() if found.get(key) != value]
+    differing = [
+        "the audio differs"
+        if key == "source_fingerprint"
+        else f"{key} is {found.get(key)}, here {value}"
+        for key, value in plan.items()
+        if found.get(key) != value
+    ]
     if differing:
-        key = differing[0]
         raise InputError(
-            f"out_dir {folder} holds a pack of something else: its {key} is {found.get(key)}, "
-            f"here it is {plan[key]}"
+            f"{folder} holds a pack made of other audio or settings ({'; '.join(differing)}): "
+            "give another folder"
         )
 
 

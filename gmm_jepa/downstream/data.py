@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,8 @@ class Labelled:
     """One, or as many as there are groups to be tested in turn."""
     key: str
     """Of the answers in the manifests."""
+    split_by: str | None = None
+    """Key by whose values one manifest was cut; None: by nothing or utterance, or given so."""
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +112,8 @@ def read_split(
     """
     corpus = open_manifest(path)
     groups = group_numbers(corpus, by)
-    return _labelled(corpus, task, key, (split(groups, corpus, by, dev, test, seed),))
+    labelled = _labelled(corpus, task, key, (split(groups, corpus, by, dev, test, seed),))
+    return labelled if by == "utterance" else replace(labelled, split_by=by)
 
 
 def read_folds(path: Path, task: TaskName, key: str, *, by: str, seed: int) -> Labelled:

@@ -20,7 +20,7 @@ from gmm_jepa.downstream.vocabulary import (
     Vocabulary,
     slot_types,
 )
-from gmm_jepa.errors import InputError
+from gmm_jepa.errors import InputError, require
 
 
 class Task(ABC):
@@ -104,6 +104,7 @@ class Recognition(CtcTask):
     higher_is_better = False
 
     def __init__(self) -> None:
+        require("jiwer", extra="probe")  # the scores need it, and they come last
         self.vocabulary = CharacterVocabulary()
 
     def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -168,6 +169,7 @@ def task_for(name: TaskName, data: Labelled) -> Task:
 
     Raises:
         InputError: there is only one class or no slot, or one occurs outside the train part only.
+        ImportError: a package that the scores need is absent.
     """
     if name == "asr":
         return Recognition()
@@ -183,8 +185,9 @@ def task_for(name: TaskName, data: Labelled) -> Task:
         learnt = {data.answers[i] for i in fold.train}
         for i in (*fold.dev, *fold.test):
             if data.answers[i] not in learnt:
+                together = f", as each {data.split_by} is in one part: try --split-by utterance"
                 raise InputError(
                     f"{place(data.corpus, i)}: class {data.answers[i]!r} does not occur in the "
-                    "train part"
+                    f"train part{together if data.split_by else ''}"
                 )
     return Classification(classes)

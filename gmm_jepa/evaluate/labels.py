@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gmm_jepa.data.manifest import bad_phones, phone_segments
 from gmm_jepa.evaluate.embed import FrameTable, Utterance
 
 MOST_TEXTS = 50
@@ -48,21 +50,6 @@ class ProbeData:
     classes: list[str]
 
 
-def phone_segments(
-    entry: dict[str, Any],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]] | None:
-    """Starts, ends (s) and symbols of an entry's ``phones``; None where absent or malformed."""
-    phones = entry.get("phones")
-    if not phones:
-        return None
-    try:
-        ordered = sorted((float(start), float(end), str(symbol)) for start, end, symbol in phones)
-    except (TypeError, ValueError):
-        return None
-    starts, ends, symbols = zip(*ordered)
-    return np.array(starts), np.array(ends), list(symbols)
-
-
 def frame_phones(entry: dict[str, Any], centres_s: NDArray[np.float64]) -> list[str | None]:
     """The phone whose segment [start, end) holds each frame's centre; None between segments."""
     segments = phone_segments(entry)
@@ -86,7 +73,11 @@ def find_tasks(utterances: Sequence[Utterance], *, seed: int) -> list[Task]:
       one utterance in four of every speaker.
 
     Either may test on audio that pretraining heard, without labels; `Task.split` says on how much.
+    Malformed phones are told of on standard error.
     """
+    warning = bad_phones(utterance.entry for utterance in utterances)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     tasks = []
     for name in ("phones", "text", "label", "speaker"):
         labels = [_label(utterance, name) for utterance in utterances]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import soundfile
 
 from gmm_jepa.cli import COMMANDS, SPINS, main
+from gmm_jepa.evaluate.embed import Utterance
+from gmm_jepa.evaluate.labels import find_tasks
 from gmm_jepa.gmm import GaussianMixture
 from tests.audio import babble, write_corpus
 
@@ -248,6 +251,68 @@ def test_validate_lists_rejects_and_its_exit_code_tells(tmp_path, capsys):
     assert "20 of 26 usable" in capsys.readouterr().out
     assert len(rejects.read_text().splitlines()) == 6
     assert main([*words, "--max-bad-fraction", "0.3"]) == 0
+    assert len(rejects.read_text().splitlines()) == 6
+    capsys.readouterr()
+    assert main([*words, "--audio", str(manifest), str(manifest)]) == 2
+    captured = capsys.readouterr()
+    assert "40 of 52 usable" in captured.out
+    assert "counted 12 times, as often as listed" in captured.out
+    assert "12 of 52 inputs are bad, more than --max-bad-fraction 0.01 allows" in captured.err
+    good = write_corpus(tmp_path / "good", 2)
+    assert main([*words[:2], str(good), *words[3:]]) == 0
+    assert not rejects.exists()
+
+
+def test_lists_of_rejects_begin_anew(tmp_path, capsys):
+    """But for a list of another pack, and one of a fit that goes on."""
+    bad, good = write_bad_inputs(tmp_path / "bad"), write_corpus(tmp_path / "good", 3)
+    pack = ["pack", "--out", str(tmp_path / "pack"), "--max-bad-fraction", "1", "--workers", "0"]
+    assert main([*pack, "--audio", str(bad)]) == 0
+    listed = tmp_path / "pack.rejects.jsonl"
+    before = listed.read_bytes()
+    assert len(before.splitlines()) == 6
+    assert main([*pack, "--audio", str(good)]) == 2
+    assert "made of other audio or settings (the audio differs)" in one_line_error(capsys)
+    assert listed.read_bytes() == before
+    shutil.rmtree(tmp_path / "pack")
+    assert main([*pack, "--audio", str(good)]) == 0
+    assert not listed.exists()
+
+    fit = ["fit-gmm", "--out", str(tmp_path / "gmm.safetensors"), *SMALL[:4]]
+    listed = tmp_path / "gmm.safetensors.rejects.jsonl"
+    listed.write_bytes(before)
+    assert main([*fit, "--audio", str(good), "--mixture.max-iter", "2"]) == 0
+    assert not listed.exists()
+    listed.write_bytes(before)
+    (tmp_path / "gmm.safetensors").unlink()
+    (tmp_path / "gmm.safetensors.partial").write_text("of a fit")
+    main([*fit, "--audio", str(good)])
+    assert listed.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words", [["validate"], ["pack", "--out", "{out}"], ["extract", "--run", "x", "--out", "{out}"]]
+)
+def test_a_share_that_is_none_is_refused_before_audio_is_read(words, tmp_path, capsys):
+    words = [word.replace("{out}", str(tmp_path / "out")) for word in words]
+    assert main([*words, "--audio", "nowhere", "--max-bad-fraction", "2"]) == 2
+    assert "--max-bad-fraction: expected between 0 and 1, got 2.0" in one_line_error(capsys)
+
+
+def test_malformed_phones_are_told_of(tmp_path, capsys):
+    manifest = write_corpus(tmp_path / "audio", 6)
+    phones = [[[0, 1]], [[1, 0, "a"]], "abc"]
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["phones"] = phones[i] if i < 3 else [[0, 0.3, "a"], [0.3, 0.6, "b"]]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "warning: phones of 3 utterances are not [start_s, end_s, symbol]: left out"
+    rejects = str(tmp_path / "rejects.jsonl")
+    assert main(["validate", "--audio", str(manifest), "--rejects", rejects, "--workers", "0"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    sample = [Utterance(np.zeros(9, np.float32), line, False) for line in lines]
+    find_tasks(sample, seed=0)
+    assert capsys.readouterr().err == said + "\n"
 
 
 def test_doctor_tells_versions_devices_and_backends(capsys):

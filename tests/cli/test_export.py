@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,15 @@ def test_of_another_checkpoint_than_was_evaluated(run, tmp_path):
     assert "3 of 4 steps" in card
     assert "accuracy" not in card
     assert "These weights were not evaluated." in card
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript"])
+def test_a_missing_package_is_told_of_before_anything_is_traced(
+    module, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("gmm_jepa.cli.export.load_encoder", lambda *_args, **_kwargs: 1 / 0)
+    words = ["export", "--source", str(run), "--hf", str(tmp_path / "hf")]
+    assert main([*words, "--onnx", str(tmp_path / "a.onnx")]) == 1
+    assert f"{module} is needed here: pip install" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

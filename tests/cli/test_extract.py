@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gmm_jepa.cli import extract as extract_module
 from gmm_jepa.cli import main
+from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.trained import newest
 from tests.audio import write_corpus
@@ -102,3 +105,68 @@ def test_several_processes_are_refused(headless, manifest, tmp_path, capsys, mon
     assert extract(headless, manifest, tmp_path / "out") == 2
     assert "start it without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_a_run(headless, manifest, tmp_path, capsys):
+    (checkpoint,) = (headless / "checkpoints").iterdir()
+    assert extract(headless, manifest, tmp_path / "run") == 0
+    assert extract(checkpoint, manifest, tmp_path / "checkpoint") == 0
+    for path in (tmp_path / "run").glob("*.npz"):
+        found = np.load(tmp_path / "checkpoint" / path.name)
+        np.testing.assert_array_equal(np.load(path)["output"], found["output"])
+    copied = tmp_path / "elsewhere" / "step_00000004"
+    shutil.copytree(checkpoint, copied)
+    assert extract(copied, manifest, tmp_path / "out") == 2
+    assert "expected a run folder or one of its checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
+def test_a_start_that_fails_leaves_no_features(headless, manifest, tmp_path, failure, monkeypatch):
+    out = tmp_path / "out"
+    n_written = 0
+
+    def fail(path, arrays, write=extract_module._write):
+        nonlocal n_written
+        n_written += 1
+        assert (out / "unfinished").exists()
+        if n_written > 3:
+            raise failure
+        write(path, arrays)
+
+    monkeypatch.setattr(extract_module, "_write", fail)
+    assert extract(headless, manifest, out) == (130 if failure is KeyboardInterrupt else 1)
+    assert n_written == 4
+    assert not out.exists()
+
+
+def test_what_a_killed_start_left_is_not_mixed_in(headless, manifest, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("unfinished", "0000000_other.npz", "0000099_b.safetensors", "0000003_x.npz.part"):
+        (out / name).touch()
+    assert extract(headless, manifest, out) == 0
+    index = json.loads((out / "index.json").read_text())
+    named = {entry["features"] for entry in index["utterances"]}
+    assert {path.name for path in out.iterdir()} == named | {"index.json"}
+
+
+@pytest.mark.parametrize("names", [["0000000_a.npz"], ["notes.txt"], ["unfinished", "notes.txt"]])
+def test_a_folder_with_something_else_is_refused(headless, manifest, tmp_path, names, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in names:
+        (out / name).touch()
+    assert extract(headless, manifest, out) == 2
+    assert f"holds no features ({names[-1]}, ...): give another folder" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+
+
+def test_an_error_after_the_index_loses_no_features(headless, manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(RejectLog, "summary", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        extract(headless, manifest, out)
+    index = json.loads((out / "index.json").read_text())
+    assert all((out / entry["features"]).exists() for entry in index["utterances"])
+    assert not (out / "unfinished").exists()

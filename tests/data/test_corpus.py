@@ -9,7 +9,7 @@ import pytest
 
 from gmm_jepa.data.audio import AudioError, read_audio
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
-from gmm_jepa.data.manifest import ManifestCorpus
+from gmm_jepa.data.manifest import ManifestCorpus, bad_phones, phone_segments
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
 
@@ -305,3 +305,27 @@ def test_real_speech(shared):
     good = validate_corpus(corpus.select(np.arange(0, len(corpus), 10)), log)
     assert len(good) == 189
     assert log.count == 0
+
+
+@pytest.mark.parametrize(
+    "phones",
+    [
+        "abc",
+        ["123"],
+        [[0, 1]],
+        [[1, 0, "a"]],
+        [[0, 1, "a"], [1, 2]],
+        [[0, 1, None]],
+        [[0, 1, ""]],
+        [[0, 1, ["a"]]],
+        [[0, float("nan"), "a"]],
+        [[0, 10**400, "a"]],
+        {"a": 1},
+        3,
+    ],
+)
+def test_malformed_phones_are_counted(phones):
+    assert phone_segments({"phones": phones}) is None
+    entries = [{"phones": phones}, {"phones": [[0, 1, "a"], [1, 1.5, 7]]}, {"phones": []}, {}]
+    assert bad_phones(entries).startswith("phones of 1 utterance are not [start_s, end_s, symbol]")
+    assert bad_phones(entries[1:]) is None

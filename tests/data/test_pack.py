@@ -224,9 +224,9 @@ def test_damage_is_found(labelled, tmp_path):
 def test_other_contents_are_not_overwritten(labelled, tmp_path):
     pack_corpus(labelled.select([0, 1]), tmp_path / "pack", rejects=RejectLog())
     before = content(tmp_path / "pack")
-    with pytest.raises(InputError, match="a pack of something else: its source_fingerprint"):
+    with pytest.raises(InputError, match=r"of other audio or settings \(the audio differs\): give"):
         pack_corpus(labelled, tmp_path / "pack", rejects=RejectLog())
-    with pytest.raises(InputError, match="a pack of something else: its shard_s"):
+    with pytest.raises(InputError, match=r"shard_s is 3600\.0, here 9\): give another folder"):
         pack_corpus(labelled.select([0, 1]), tmp_path / "pack", rejects=RejectLog(), shard_s=9)
     assert content(tmp_path / "pack") == before
     with pytest.raises(InputError, match="not empty"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gmm_jepa.data.rejects import Reject, RejectLog
+from gmm_jepa.data.rejects import OPTION, Reject, RejectLog, check_fraction
 from gmm_jepa.errors import InputError
 
 
@@ -51,7 +51,11 @@ def test_check_names_counts_and_file(tmp_path):
     log.check(100, 0.01)
     with pytest.raises(InputError, match=r"1 of 99 inputs are bad.*0\.01.*rejects\.jsonl"):
         log.check(99, 0.01)
-    with pytest.raises(InputError, match="max_bad_fraction"):
+    with pytest.raises(InputError, match=r"more than --data\.max-bad-fraction 0\.01 allows"):
+        log.check(99, 0.01)
+    with pytest.raises(InputError, match=r"more than --max-bad-fraction 0\.01 allows"):
+        log.check(99, 0.01, option=OPTION)
+    with pytest.raises(InputError, match=r"--data\.max-bad-fraction: expected between 0 and 1"):
         log.check(99, 1.5)
 
 
@@ -68,3 +72,45 @@ def test_a_limit_that_is_passed_comes_with_one_that_is_not():
     with pytest.raises(InputError, match=r"0\.01 allows \(0\.218 would\)"):
         log.check(23, 0.01)
     log.check(23, 0.218)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
+def test_what_is_no_share_is_refused(share):
+    with pytest.raises(InputError, match="--max-bad-fraction: expected between 0 and 1, got"):
+        check_fraction(share)
+
+
+def test_a_file_begun_anew_tells_of_its_own_log_only(tmp_path):
+    path = tmp_path / "rejects.jsonl"
+    RejectLog(path).extend([Reject("a.wav", None, "missing"), Reject("b.wav", None, "missing")])
+    log = RejectLog(path, anew=True)
+    assert len(lines(path)) == 2  # until it has something to tell
+    log.add(Reject("b.wav", None, "truncated"))
+    log.add(Reject("c.wav", None, "missing"))
+    log.drop_earlier()
+    assert [(line["file"], line["reason"]) for line in lines(path)] == [
+        ("b.wav", "truncated"),
+        ("c.wav", "missing"),
+    ]
+    RejectLog(path, anew=True).drop_earlier()
+    assert not path.exists()
+
+
+def test_only_a_list_of_rejects_is_begun_anew(tmp_path):
+    path = tmp_path / "rejects.jsonl"
+    for text in ('{"audio_filepath": "a.wav"}\n', '{"file": "a", "line": 1}\n', "notes", "[1]\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="something else than rejects"):
+            RejectLog(path, anew=True)
+        assert path.read_text() == text
+    path.write_text("")
+    RejectLog(path).add(Reject("a.wav", None, "missing"))
+    path.write_text(path.read_text() + '{"file": "cut sh')
+    RejectLog(path, anew=True).drop_earlier()
+    assert not path.exists()
+
+
+def test_given_often_is_counted_beside_distinct(tmp_path):
+    log = RejectLog()
+    log.extend(2 * [Reject("a.wav", None, "missing"), Reject("b.wav", None, "missing")])
+    assert (log.count, log.n_given) == (2, 4)

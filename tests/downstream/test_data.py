@@ -142,3 +142,16 @@ def test_bad_files_are_named(manifest_of, tmp_path):
     few = manifest_of("asr", 2, "few")
     with pytest.raises(InputError, match="three values of 'speaker'"):
         data.read_split(few, "asr", "text", by="speaker", **SHARES)
+
+
+def test_a_class_that_goes_with_the_key_of_the_split_has_a_way_out(manifest_of):
+    path = manifest_of("er")
+    found = data.read_split(path, "er", "speaker", by="speaker", **SHARES)
+    with pytest.raises(
+        InputError, match=r"train part, as each speaker .*: try --split-by utterance"
+    ):
+        task_for("er", found)
+    rare = manifest_of("er", 12, "rare", lambda i, line: line.update(label=f"{i}"))
+    found = data.read_split(rare, "er", "label", by="utterance", **SHARES)
+    with pytest.raises(InputError, match=r"does not occur in the train part$"):
+        task_for("er", found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,4 +245,15 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, said, manifest_of, t
     out, asr = tmp_path / "out", manifest_of("asr")
     assert main(["probe", *(word.format(out=out, asr=asr) for word in arguments)]) == 2
     assert said in error_of(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("module", ["jiwer", "matplotlib"])
+def test_a_missing_package_is_told_of_before_anything_is_done(
+    module, manifest_of, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    out = tmp_path / "out"
+    assert main(words("asr", out, "--data", manifest_of("asr"))) == 1
+    assert f"{module} is needed here: pip install" in error_of(capsys)
     assert not out.exists()
