@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
+OUT    ?= bench/results
 
 .PHONY: help setup demo demo-long demo-probes bench-train bench-data bench-pytest test native native-sanitize ptxas lint format bench clean
 
@@ -16,10 +17,12 @@ help:
 	@echo "make native-sanitize  its C++ under sanitizers"
 	@echo "make ptxas      registers, spills and shared memory of the CUDA kernels (needs nvcc)"
 	@echo "make lint       style and format checks"
-	@echo "make bench      measurements beside peers, appended to bench/results/"
-	@echo "make bench-train  the training step beside the published recipe in plain PyTorch"
-	@echo "make bench-data   how fast audio is fed, from flac and from a packed corpus"
-	@echo "make bench-pytest  the ops under pytest-benchmark"
+	@echo "make bench      measurements beside peers (half an hour or more)"
+	@echo "make bench-train  the training step beside the published recipe in plain PyTorch (minutes)"
+	@echo "make bench-data   how fast audio is fed, from flac and from a packed corpus (minutes)"
+	@echo "make bench-pytest  the ops under pytest-benchmark, printed only"
+	@echo "                all of these but bench-pytest, and ptxas, append JSON lines to bench/results,"
+	@echo "                which git tracks; to another folder: OUT=folder make bench"
 	@echo "make setup      only the virtual environment in $(VENV)"
 
 setup: $(VENV)/.complete
@@ -62,9 +65,9 @@ native-sanitize:
 	@$(PYTHON) csrc/sanitize/build.py build/sanitize
 	@build/sanitize/main
 
-# The CUDA kernels for sm_90a, without a GPU; appended to bench/results/ptxas.jsonl.
+# The CUDA kernels for sm_90a, without a GPU; appended to ptxas.jsonl in OUT.
 ptxas:
-	@$(PYTHON) -m bench.ptxas
+	@$(PYTHON) -m bench.ptxas --out "$(OUT)"
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -74,17 +77,22 @@ format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# On one thread of a busy machine: the small shape 3 minutes, em_vs_sklearn 2.5, native 5; of the
+# paper's shape 7 of 24 ops took 6 minutes, and the others take longer. On CPUs each op takes about
+# --seconds, its check, warm-ups and settling on top, and never less than seven runs of each side.
+# Quick: python -m bench.ops --shapes small --out FOLDER
 bench: setup
-	@$(BIN)/python -m bench.ops --shapes small paper --seconds 1
-	@$(BIN)/python -m bench.em_vs_sklearn
-	@$(BIN)/python -m bench.native
+	@$(BIN)/python -m bench.ops --shapes small paper --seconds 1 --out "$(OUT)"
+	@$(BIN)/python -m bench.em_vs_sklearn --out "$(OUT)"
+	@$(BIN)/python -m bench.native --out "$(OUT)"
 
 bench-train: setup
-	@$(BIN)/python -m bench.train --preset cpu --precision fp32 bf16
-	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --precision fp32 bf16 --repeats 3
+	@$(BIN)/python -m bench.train --preset cpu --precision fp32 bf16 --out "$(OUT)"
+	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --precision fp32 bf16 --repeats 3 \
+		--out "$(OUT)"
 
 bench-data: setup
-	@$(BIN)/python -m bench.feed
+	@$(BIN)/python -m bench.feed --out "$(OUT)"
 
 bench-pytest: setup
 	@$(BIN)/python -m pytest bench --benchmark-only

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import re
 import shutil
@@ -47,10 +46,9 @@ from gmm_jepa.kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.records import commit
+from bench.records import RESULTS, append, commit
 
 TARGET = GPUTarget("cuda", 90, 32)
-RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
 N, K, D, C = 4096, 1024, 80, 512  # rows do not change what is compiled
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -345,17 +343,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="compile the cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     print(f"{'case':44} {'kernel':36} regs  spills (bytes)  shared (KiB)  wgmma  warps")
     for cases in REGISTRY:
         for case, launch in cases().items():
             if options.only in case:
                 for kernel in compiled_by(launch):
-                    record(case, kernel, append=not options.dry)
+                    record(case, kernel, None if options.dry else options.out)
 
 
-def record(case: str, kernel, *, append: bool) -> None:
-    """Print one compiled kernel's needs and append them to the results."""
+def record(case: str, kernel, out: Path | None) -> None:
+    """Print one compiled kernel's needs and, where there is a folder, append them in it."""
     line = {
         "case": case,
         "kernel": kernel.metadata.name,
@@ -376,10 +375,8 @@ def record(case: str, kernel, *, append: bool) -> None:
         f"{line['shared_bytes'] / 1024:12.1f}  {line['wgmma']:5}  {line['warps']:5}",
         flush=True,
     )
-    if append:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    if out is not None:
+        append("compile", line, out)
 
 
 if __name__ == "__main__":

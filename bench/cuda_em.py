@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.records import RESULTS, append, surroundings, take_turns
+from bench.records import RESULTS, append, need_device, surroundings, take_turns
 from gmm_jepa import ops
 from gmm_jepa.ops import Mixture, em, native, native_mixture
 
@@ -73,10 +73,11 @@ def kernels_ns_per_frame(call: Callable[[], object], n_frames: int) -> dict[str,
 def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=1 << 23)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--frames", type=int, default=1 << 23, help="drawn from a mixture")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    need_device("cuda")
     K, D = 1024, 80
     frames, mixture = drawn(options.frames, K, D)
     narrow = Mixture(*(p.float() for p in mixture))

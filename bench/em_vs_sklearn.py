@@ -5,8 +5,9 @@
 Correctness first: both fit from the same start, and the parameters must agree within 1e-3.
 An iteration's time is the difference between fits of six and of one iteration, over five, so
 that neither side's start-up counts. Both sides alternate; medians, p20 and p80 of `--repeats`.
-Frames are log-mel of ``../shared/speech`` where it lies beside the repository, otherwise drawn
-from a mixture. Prints one JSON line and appends it to ``bench/results/em_vs_sklearn.jsonl``.
+Frames are log-mel of the audio that ``--corpus`` names, or of ``../shared/speech/arctic.jsonl``
+where that lies beside the repository, otherwise drawn from a mixture. Prints which, and one JSON
+line, which is appended to ``bench/results/em_vs_sklearn.jsonl``.
 """
 
 from __future__ import annotations
@@ -25,29 +26,65 @@ from sklearn.mixture import GaussianMixture as Peer
 
 from bench.records import REPOSITORY, RESULTS, append, surroundings
 from gmm_jepa import GaussianMixture, log_mel
+from gmm_jepa.data.corpus import open_corpus
+from gmm_jepa.data.rejects import RejectLog
+from gmm_jepa.errors import InputError
 
 FLOOR = 1e-9  # below every variance here, so that it never acts; scikit-learn's reg_covar is 0
 ITERATIONS = 5
+SPEECH = REPOSITORY.parent / "shared" / "speech" / "arctic.jsonl"
 
 
-def speech_frames(n_frames: int) -> tuple[np.ndarray, str]:
-    """(n_frames, 80) float32, and where they come from."""
-    folder = REPOSITORY.parent / "shared" / "speech"
-    if not folder.is_dir():
-        random = np.random.default_rng(0)
-        means = 3.0 * random.standard_normal((200, 80)) - 4.0
-        labels = random.integers(200, size=n_frames)
-        return (means[labels] + random.standard_normal((n_frames, 80))).astype("float32"), "drawn"
-    import soundfile
+def add_frames(parser: argparse.ArgumentParser) -> None:
+    """The options that `frames_of` takes."""
+    parser.add_argument("--frames", type=int, default=20_000, help="of speech, or drawn")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=SPEECH if SPEECH.exists() else None,
+        help="speech: audio, a manifest or a packed corpus; default: ../shared/speech/arctic.jsonl "
+        "beside the repository; where that is absent frames are drawn from a mixture",
+    )
 
+
+def frames_of(options: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """(frames, 80) float32, and "speech" or "drawn", which is printed.
+
+    Raises:
+        SystemExit: the corpus cannot be opened, or has not so many frames.
+    """
+    n_frames, corpus = options.frames, options.corpus
+    if corpus is None:
+        print(f"frames: {n_frames:,}, drawn from a mixture; --corpus takes speech", flush=True)
+        return drawn_frames(n_frames), "drawn"
+    try:
+        frames = speech_frames(n_frames, corpus)
+    except InputError as error:
+        raise SystemExit(f"--corpus: {error}") from None
+    if len(frames) < n_frames:
+        raise SystemExit(f"--frames: expected {len(frames)} or less, which {corpus.name} has")
+    print(f"frames: {n_frames:,} of speech, {corpus.name}", flush=True)
+    return frames, "speech"
+
+
+def drawn_frames(n_frames: int) -> np.ndarray:
+    """(n_frames, 80) float32 around 200 means."""
+    random = np.random.default_rng(0)
+    means = 3.0 * random.standard_normal((200, 80)) - 4.0
+    labels = random.integers(200, size=n_frames)
+    return (means[labels] + random.standard_normal((n_frames, 80))).astype("float32")
+
+
+def speech_frames(n_frames: int, path: Path) -> np.ndarray:
+    """(n_frames, 80) float32 of a corpus from its beginning, or fewer where it has no more."""
+    corpus = open_corpus(path, rejects=RejectLog())
     frames, total = [], 0
-    for line in (folder / "arctic.jsonl").read_text().splitlines():
-        path = folder / json.loads(line)["audio_filepath"]
-        frames.append(log_mel(soundfile.read(path, dtype="float32")[0]))
+    for i in range(len(corpus)):
+        frames.append(log_mel(corpus.read(i, 0, int(corpus.durations_samples[i]))))
         total += len(frames[-1])
         if total >= n_frames:
             break
-    return np.concatenate(frames)[:n_frames], "speech"
+    return np.concatenate(frames)[:n_frames]
 
 
 def start_of(frames: np.ndarray, K: int) -> dict[str, np.ndarray]:
@@ -145,7 +182,7 @@ def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--components", type=int, default=256, help="K")
-    parser.add_argument("--frames", type=int, default=20_000, help="of real speech")
+    add_frames(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -154,7 +191,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     from threadpoolctl import threadpool_limits
 
-    frames, source = speech_frames(arguments.frames)
+    frames, source = frames_of(arguments)
     with threadpool_limits(arguments.threads):
         differences = check(frames, arguments.components)
         measured = measure(frames, arguments.components, arguments.repeats)

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.records import append, peak_bytes, surroundings
+from bench.records import RESULTS, append, peak_bytes, surroundings
 from gmm_jepa.gmm import GaussianMixture
 
 K, D = 1024, 80
@@ -51,9 +52,12 @@ def measure(n_frames: int, iterations: int) -> dict[str, float]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, nargs="+", default=[100_000, 10_000_000])
-    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[100_000, 10_000_000], help="of each fit"
+    )
+    parser.add_argument("--iterations", type=int, default=2, help="of EM")
     parser.add_argument("--here", action="store_true", help="one size, as JSON, in this process")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     if arguments.here:
         print(json.dumps(measure(arguments.frames[0], arguments.iterations)))
@@ -63,7 +67,8 @@ def main() -> None:
         command += ["--iterations", str(arguments.iterations)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         line = json.loads(done.stdout)
-        append("fit_memory", {"name": "fit_memory", "K": K, "D": D, **surroundings(), **line})
+        line = {"name": "fit_memory", "K": K, "D": D, **surroundings(), **line}
+        append("fit_memory", line, arguments.out)
         print(
             f"{n_frames:>12,} frames: {line['beyond_data_bytes'] / 2**20:.0f} MiB beyond the data, "
             f"{line['seconds']:.1f} s for {arguments.iterations} iterations and the start"

@@ -4,25 +4,31 @@
 
 FlexAttention has no backward pass on CPUs. One thread: with two, its compiled kernel with this bias
 ends in "malloc(): unaligned tcache chunk detected" (torch 2.11), alone and without this package.
-Appends to bench/results/flex_attention.jsonl.
+A line is appended to ``bench/results/flex_attention.jsonl``.
 """
 
 from __future__ import annotations
+
+import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.records import append, surroundings, take_turns
+from bench.records import RESULTS, append, surroundings, take_turns
 from gmm_jepa import ops
 from gmm_jepa.models.attention import attention_with_bias
 
 ROWS, HEADS, FRAMES, HEAD_DIM = 4, 32, 200, 16  # the small shape, heads of the default conformer
-REPEATS = 20
 
 
 def main() -> None:
     """Compare, measure and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, ROWS, HEADS, FRAMES, HEAD_DIM).unbind()
@@ -41,11 +47,11 @@ def main() -> None:
         first, *others = (side() for side in sides.values())
         for other in others:
             torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-5)
-        seconds = take_turns(sides, REPEATS)
+        seconds = take_turns(sides, options.repeats)
     for name, taken in seconds.items():
         print(f"{name:24} {1e3 * taken['median']:8.2f} ms")
     shape = {"rows": ROWS, "heads": HEADS, "frames": FRAMES, "head_dim": HEAD_DIM}
-    append("flex_attention", {**shape, "seconds": seconds, **surroundings()})
+    append("flex_attention", {**shape, "seconds": seconds, **surroundings()}, options.out)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m bench.native --threads 2
 
 One EM iteration (sufficient statistics and new parameters, of a mixture that was not seen before),
-posteriors of everything, of a batch and of one utterance, and log-mel frames, on log-mel of speech
-where it lies beside the repository. The mixture is the one after ten iterations from frames of the
-data.
+posteriors of everything, of a batch and of one utterance, and log-mel frames, on log-mel of
+speech, ``--corpus``, or where there is none on frames drawn from a mixture: it prints which. The
+mixture is the one after ten iterations from frames of the data.
 Correctness first; sides in turn, each settled (`bench.records.settle`) before it is timed; median,
 p20 and p80 of `--repeats`, for few frames of means of several calls.
 Chunked torch is `bench.peers.chunked_torch`, float32; "reference" is the operator's own exact
@@ -28,7 +28,7 @@ import torchaudio
 from sklearn.mixture import GaussianMixture as Peer
 from threadpoolctl import threadpool_limits
 
-from bench.em_vs_sklearn import rates, seconds, speech_frames
+from bench.em_vs_sklearn import add_frames, frames_of, rates, seconds
 from bench.peers.chunked_torch import ChunkedMixture
 from bench.records import (
     REST_BESIDE_OTHER_POOLS_S,
@@ -167,15 +167,15 @@ def main() -> None:
     """Check, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--components", type=int, default=1024, help="K")
-    parser.add_argument("--frames", type=int, default=20_000, help="of real speech")
+    add_frames(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--instruction-set", default="")
+    parser.add_argument("--instruction-set", default="", help="default: the best")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     native.use_instruction_set(options.instruction_set)
     torch.set_num_threads(options.threads)
-    frames, source = speech_frames(options.frames)
+    frames, source = frames_of(options)
     frames = torch.from_numpy(frames)
     mixture = fitted(frames, options.components)
     D = frames.shape[1]

@@ -37,6 +37,7 @@ from bench.records import (
     REST_S,
     RESULTS,
     append,
+    need_device,
     settle,
     surroundings,
 )
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tune", action="store_true", help="sweep the mixture kernels' tiles")
     options = parser.parse_args()
+    need_device(options.device)
     if options.tune:
         from bench.tune import sweep
 

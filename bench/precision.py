@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.records import RESULTS, append, surroundings
+from bench.records import RESULTS, append, need_device, surroundings
 from bench.train import Ours
 from gmm_jepa.calibration import SyntheticCorpus
 from gmm_jepa.config import Recipe
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    need_device(options.device)
     recipe = PRESETS[options.preset]()
     segment_s = recipe.data.max_segment_s
     corpus: Corpus = SyntheticCorpus(round(16 * recipe.data.batch_s / segment_s), segment_s)

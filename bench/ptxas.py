@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "bench" / "results" / "ptxas.jsonl"
+RESULTS = REPOSITORY / "bench" / "results"  # not of bench.records: torch is not needed here
 TARGET = "90a"
 FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{TARGET},code=sm_{TARGET}"]
 # What float32 frames of D = 80 meet: one of two screens, and `_again` where the list is full.
@@ -135,6 +135,7 @@ def main() -> int:
     """Compile, print a table, append to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="append nothing to the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     lines = [
         line for source in sorted(REPOSITORY.glob("csrc/cuda/*.cu")) for line in kernels(source)
@@ -149,8 +150,8 @@ def main() -> int:
             f"{shared:10.1f}  {line.get('mma', ''):3}  {line.get('local', ''):5}"
         )
     if not options.dry:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / "ptxas.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line | surroundings()) + "\n" for line in lines)
     spilling = [line for line in lines if line["paper"] and line["spill_store_bytes"]]
     for line in spilling:

@@ -1,21 +1,18 @@
 """Keep the result of a run: its evaluation as one JSON line in ``bench/results/runs.jsonl``.
 
-python bench/record_run.py runs/demo/run --command "make demo" --seconds 303
+python -m bench.record_run runs/demo/run --command "make demo" --seconds 303
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 from pathlib import Path
 
+from bench.records import RESULTS, append, commit
 from gmm_jepa.files import read_json
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
-
-RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 
 
 def record(root: Path, command: str, seconds: float | None) -> dict:
@@ -24,13 +21,10 @@ def record(root: Path, command: str, seconds: float | None) -> dict:
     _, recipe = folder.read()
     found = read_json(folder.evaluation)
     metrics = read_metrics(folder.metrics)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "name": "run",
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": found["versions"],
         "device": "cpu",
         "wall_s": seconds,
@@ -52,10 +46,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run that was evaluated")
     parser.add_argument("--command", required=True, help="the command that made it")
     parser.add_argument("--seconds", type=float, help="wall time of that command")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     line = record(arguments.run, arguments.command, arguments.seconds)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append("runs", line, arguments.out)
 
 
 if __name__ == "__main__":

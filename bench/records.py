@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,17 @@ def commit() -> str | None:
     name = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", ":!bench/results")
     return f"{name}{'+' if changed else ''}" if name else None
+
+
+def need_device(device: str) -> None:
+    """Refuse CUDA where there is none.
+
+    Raises:
+        SystemExit: with code 2, after one line of text.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def peak_bytes() -> int:

@@ -258,13 +258,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME=TRAIN[,HELDOUT]")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--factors", nargs="+", default=list(FACTORS), metavar="FACTOR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--preset", default="cpu", choices=list(PRESETS))
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     try:
-        study(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
+        study(options, options.results)
     except (InputError, StoppedError, ChildProcessError) as error:
         sys.exit(f"study: {error}")
 

@@ -1,16 +1,20 @@
 """Each CUDA kernel once at a tiny, ragged shape, for tools that slow a program down a lot.
 
-compute-sanitizer --tool memcheck python -m bench.tiny
+    compute-sanitizer --tool memcheck python -m bench.tiny
+
+It measures nothing and writes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from unittest import mock
 
 import torch
 
 from bench.cases import mixture_of
+from bench.records import need_device
 from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, ops
 from gmm_jepa.ops import native, native_mixture
@@ -54,7 +58,7 @@ def accumulate(device: str) -> None:
                     raise SystemExit(f"counts sum to {counts.sum()}, not {N}")
 
 
-def main(device: str = "cuda") -> None:
+def run(device: str) -> None:
     """Run them and wait."""
     torch.manual_seed(0)
     spec = LogMelSpec()
@@ -96,6 +100,15 @@ def main(device: str = "cuda") -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = parser.parse_args()
+    need_device(options.device)
+    run(options.device)
 
 
 if __name__ == "__main__":

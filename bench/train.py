@@ -29,7 +29,7 @@ import torch
 
 from bench.peaks import peaks_of
 from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
-from bench.records import RESULTS, append, peak_bytes, surroundings, take_turns
+from bench.records import RESULTS, append, need_device, peak_bytes, surroundings, take_turns
 from gmm_jepa import flops
 from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
 from gmm_jepa.config import Recipe
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--skip-proof", action="store_true", help="measure without the proof")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    need_device(options.device)
     device = torch.device(options.device)
     for precision in options.precision:
         if precision == "bf16" and options.device == "cpu" and bf16_slowdown():

@@ -115,6 +115,43 @@ def test_a_failing_build_is_an_error_where_the_module_is_asked_for(wanted: str, 
     assert "gmm_jepa._native is not built" in done.stderr
 
 
+def test_measurements_say_what_they_take_before_they_measure() -> None:
+    """Every main of bench/ has --help, those that write --out, and one line where CUDA is absent.
+
+    In a process of its own: one of them changes the environment for Triton.
+    """
+    names = [
+        path.stem
+        for path in sorted((REPOSITORY / "bench").glob("*.py"))
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ]
+    assert len(names) > 10
+    code = """
+import contextlib, importlib, io, sys
+for name in sys.argv[1:]:
+    main = importlib.import_module(f"bench.{name}").main
+    for argument in ("--help", "--device=cuda" if name != "cuda_em" else "--frames=8"):
+        text = io.StringIO()
+        if argument == "--device=cuda" and "--device" not in told:
+            continue
+        sys.argv = [name, argument]
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code
+        told = text.getvalue()
+        if argument == "--help":
+            assert code == 0 and ("--out" in told or name == "tiny"), (name, code, told)
+        else:
+            assert code == 2 and told == "no CUDA device\\n", (name, code, told)
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_torch_is_recent_enough() -> None:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     assert (major, minor) >= (2, 11)

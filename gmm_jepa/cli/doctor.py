@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+import gmm_jepa
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.ops import fused, native, triton_gmm
@@ -57,6 +60,7 @@ def versions() -> list[tuple[str, str]]:
     """Name and version of what is installed."""
     rows = [
         ("gmm-jepa", _version("gmm-jepa") or "not installed"),
+        ("  imported from", str(Path(gmm_jepa.__file__).parent)),
         ("python", sys.version.split()[0]),
         ("torch", torch.__version__),
         ("numpy", _version("numpy") or "not installed"),
@@ -98,6 +102,8 @@ def backends() -> list[tuple[str, str]]:
 def _triton_status(kernels: str) -> str:
     if not triton_gmm.available():
         return "off: triton is not installed"
+    if importlib.util.find_spec("gmm_jepa.kernels") is None:
+        return "off: gmm_jepa.kernels is not found: pip install -e ., or run elsewhere"
     if not torch.cuda.is_available():
         return f"off: {_why_no_cuda()}"
     return f"live ({kernels})"

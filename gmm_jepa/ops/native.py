@@ -8,8 +8,10 @@ operators run on torch alone. ``GMM_JEPA_CUDA_EM=0`` leaves its CUDA part out.
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +22,23 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 
+_PACKAGE = Path(__file__).parents[1]
+BARE_CHECKOUT = "this is a checkout without its native module: pip install -e ., or run elsewhere"
+"""Why the module is absent where nobody built it."""
+
+
+def is_bare_checkout() -> bool:
+    """Whether the package lies beside its setup.py, and no native module in it."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    is_built = any(os.path.isfile(_PACKAGE / f"_native{suffix}") for suffix in suffixes)
+    return os.path.isfile(_PACKAGE.parent / "setup.py") and not is_built
+
+
 try:
     from gmm_jepa import _native
 except ImportError as error:
     _native = None
-    _why_absent = str(error)
+    _why_absent = BARE_CHECKOUT if is_bare_checkout() else str(error)
 
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
 _SOURCES = (".h", ".cpp", ".cuh", ".cu")
@@ -177,6 +191,33 @@ def _was_forked() -> bool:
     return bool(flags & _PF_FORKNOEXEC)
 
 
+def _installed_elsewhere() -> str | None:
+    """Folder of another copy of the package that an import from elsewhere would find, or None."""
+    for entry in sys.path:
+        folder = os.path.join(entry, _PACKAGE.name) if isinstance(entry, str) else ""
+        if not os.path.isfile(os.path.join(folder, "__init__.py")):
+            continue
+        try:
+            if not os.path.samefile(folder, _PACKAGE):
+                return folder
+        except OSError:  # it was there a moment ago
+            continue
+    return None
+
+
+def _warn_if_shadowed() -> None:
+    """A checkout in the current folder comes before an installed package, which may be faster."""
+    if multiprocessing.parent_process() is not None or not is_bare_checkout():
+        return
+    installed = _installed_elsewhere()
+    if installed is not None:
+        warnings.warn(
+            f"gmm_jepa: {BARE_CHECKOUT}; it hides the installed package, {installed}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _share_threads() -> None:
     """Let the module run on the threads of torch's own OpenMP runtime, where it is GNU's.
 
@@ -199,6 +240,8 @@ def _share_threads() -> None:
         return
 
 
-if _native is not None:
+if _native is None:
+    _warn_if_shadowed()
+else:
     _warn_if_stale()
     _share_threads()

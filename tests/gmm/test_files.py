@@ -83,7 +83,7 @@ def test_another_front_end_is_refused_and_both_are_shown(fitted, path):
 def test_a_file_without_a_front_end_fits_none(fitted, path):
     save_mixture(path, fitted)
     assert load_mixture(path).front_end_ is None
-    with pytest.raises(InputError, match="names no front end .*; expected log-mel 16000 Hz"):
+    with pytest.raises(InputError, match=r"names no front end .*; expected log-mel 16000 Hz"):
         load_mixture(path, front_end=SPEC)
 
 
