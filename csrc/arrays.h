@@ -1,4 +1,5 @@
-// What the module receives from Python: an address, sizes, and strides in elements.
+// What the module receives from Python: addresses, sizes, and strides in elements; and memory of its
+// own.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +21,14 @@ struct Matrix {
     const T& operator()(int64_t row, int64_t column) const {
         return data[row * stride_row + column * stride_column];
     }
+};
+
+// Of frames (B, T, C), contiguous; C is a multiple of the set's lanes. Rows b have lengths[b] real
+// frames, the first; null: all.
+struct FramesShape {
+    int64_t n_rows, n_frames;
+    int n_channels;
+    const int64_t* lengths;
 };
 
 // Parameters of a diagonal mixture: float64, contiguous.

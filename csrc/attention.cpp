@@ -247,16 +247,18 @@ void over_heads(const AttentionShape& shape, const AttentionInputs& inputs, cons
 
 }  // namespace
 
-void attention(const AttentionShape& shape, const AttentionInputs& inputs, const Dropout& dropout,
-               float* out, float* log_sum, const Kernels& kernels, int n_threads) {
+void gated_bias_attention(const AttentionShape& shape, const AttentionInputs& inputs,
+                          const Dropout& dropout, float* out, float* log_sum,
+                          const Kernels& kernels, int n_threads) {
     over_heads<ForwardHead>(shape, inputs, dropout, kernels, n_threads,
                             [&](ForwardHead& head, int64_t) { head.run(out, log_sum); });
 }
 
-void attention_backward(const AttentionShape& shape, const AttentionInputs& inputs,
-                        const Dropout& dropout, const HeadRows& grad, const HeadRows& out,
-                        const float* log_sum, const AttentionGradients& gradients,
-                        const Kernels& kernels, int n_threads) {
+void gated_bias_attention_backward(const AttentionShape& shape, const AttentionInputs& inputs,
+                                   const Dropout& dropout, const HeadRows& grad,
+                                   const HeadRows& out, const float* log_sum,
+                                   const AttentionGradients& gradients, const Kernels& kernels,
+                                   int n_threads) {
     const int64_t n = 2 * shape.n_frames - 1;
     std::vector<float> shares(shape.n_rows * shape.n_heads * n);
     over_heads<BackwardHead>(shape, inputs, dropout, kernels, n_threads,

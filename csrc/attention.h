@@ -30,18 +30,20 @@ struct AttentionInputs {
 
 // softmax(q k' / sqrt(d) + table[h, j - i] gate[b, h, i]) v to out, and the logarithm of each
 // softmax's sum to log_sum (B, H, T). `out` has the memory of (B, T, H, d), written in full.
-void attention(const AttentionShape& shape, const AttentionInputs& inputs, const Dropout& dropout,
-               float* out, float* log_sum, const Kernels& kernels, int n_threads);
+void gated_bias_attention(const AttentionShape& shape, const AttentionInputs& inputs,
+                          const Dropout& dropout, float* out, float* log_sum,
+                          const Kernels& kernels, int n_threads);
 
 // q, k, v with the memory of (B, T, H, d); table (H, 2 T - 1), gate (B, H, T). Written in full.
 struct AttentionGradients {
     float *q, *k, *v, *table, *gate;
 };
 
-// grad and out are as HeadRows. The same bits for any n_threads, as those of `attention`.
-void attention_backward(const AttentionShape& shape, const AttentionInputs& inputs,
-                        const Dropout& dropout, const HeadRows& grad, const HeadRows& out,
-                        const float* log_sum, const AttentionGradients& gradients,
-                        const Kernels& kernels, int n_threads);
+// grad and out are as HeadRows. The same bits for any n_threads, as those of the output.
+void gated_bias_attention_backward(const AttentionShape& shape, const AttentionInputs& inputs,
+                                   const Dropout& dropout, const HeadRows& grad,
+                                   const HeadRows& out, const float* log_sum,
+                                   const AttentionGradients& gradients, const Kernels& kernels,
+                                   int n_threads);
 
 }  // namespace gmm_jepa

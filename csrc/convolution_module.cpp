@@ -69,8 +69,8 @@ class Module {
                 &gated[first * D_]);
             zero_padding(first, n, &gated[first * D_]);
         });
-        depthwise(taps_shape(), gated.data(), weights_.taps, weights_.taps_bias, convolved_,
-                  kernels_, n_threads_);
+        depthwise_conv(taps_shape(), gated.data(), weights_.taps, weights_.taps_bias, convolved_,
+                       kernels_, n_threads_);
         take_statistics(convolved_, 2);
         each_block([&](int64_t, int64_t first, int n, Scratch& s) {
             each_run(first, n, [&](int64_t row, int64_t at, int count, int) {
@@ -124,8 +124,8 @@ class Module {
 
         // Through the taps.
         Buffer<float> of_gated(size_t(N_) * D_);
-        depthwise_backward(taps_shape(), of_normal.data(), gated.data(), weights_.taps,
-                           {of_gated.data(), out.taps, out.taps_bias}, kernels_, n_threads_);
+        depthwise_conv_backward(taps_shape(), of_normal.data(), gated.data(), weights_.taps,
+                                {of_gated.data(), out.taps, out.taps_bias}, kernels_, n_threads_);
 
         // Through the first map and the norm before it.
         Factor<Word> of_up(kernels_, N_, 2 * D_, false), inputs(kernels_, N_, D_, true);

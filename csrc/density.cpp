@@ -20,7 +20,7 @@ struct Piece {
 
 class Pieces {
   public:
-    Pieces(const DensityShape& shape, int lanes)
+    Pieces(const FramesShape& shape, int lanes)
         : shape_(shape), lanes_(lanes), groups_(shape.n_channels / lanes) {}
 
     int64_t count() const { return shape_.n_rows * kDensityChunks * groups_; }
@@ -69,7 +69,7 @@ class Pieces {
         return shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
     }
 
-    const DensityShape& shape_;
+    const FramesShape& shape_;
     int lanes_, groups_;
 };
 
@@ -83,7 +83,7 @@ DensityParameters parameters_of(const float* offsets, const float* squared_width
 
 }  // namespace
 
-void density_attention(const DensityShape& shape, const float* offsets,
+void density_attention(const FramesShape& shape, const float* offsets,
                        const float* squared_widths, const float* x, float* out,
                        const Kernels& kernels, int n_threads) {
     const Pieces pieces(shape, kernels.lanes);
@@ -96,7 +96,7 @@ void density_attention(const DensityShape& shape, const float* offsets,
     });
 }
 
-void density_attention_backward(const DensityShape& shape, const float* offsets,
+void density_attention_backward(const FramesShape& shape, const float* offsets,
                                 const float* squared_widths, const float* x, const float* grad,
                                 float* grad_x, float* grad_offsets, float* grad_squared_widths,
                                 const Kernels& kernels, int n_threads) {

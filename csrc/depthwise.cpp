@@ -50,14 +50,14 @@ void convolve(const DepthwiseShape& shape, const float* x, const float* weight, 
 
 }  // namespace
 
-void depthwise(const DepthwiseShape& shape, const float* x, const float* weight, const float* bias,
-               float* out, const Kernels& kernels, int n_threads) {
+void depthwise_conv(const DepthwiseShape& shape, const float* x, const float* weight,
+                    const float* bias, float* out, const Kernels& kernels, int n_threads) {
     convolve(shape, x, weight, bias, false, out, kernels, n_threads);
 }
 
-void depthwise_backward(const DepthwiseShape& shape, const float* grad, const float* x,
-                        const float* weight, const DepthwiseGradients& out, const Kernels& kernels,
-                        int n_threads) {
+void depthwise_conv_backward(const DepthwiseShape& shape, const float* grad, const float* x,
+                             const float* weight, const DepthwiseGradients& out,
+                             const Kernels& kernels, int n_threads) {
     convolve(shape, grad, weight, nullptr, true, out.x, kernels, n_threads);
     const int lanes = kernels.lanes, K = shape.n_taps;
     over_vectors(1, shape, lanes, n_threads, [&](int64_t, int64_t c) {

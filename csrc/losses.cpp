@@ -1,6 +1,7 @@
 #include "losses.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
@@ -40,21 +41,22 @@ void masked_kl(const WeightedRows& logits, const float* targets, const int64_t* 
     });
 }
 
-bool masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
+void masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
                           const Kernels& kernels, int n_threads) {
     for (int64_t i = 0; i < logits.n_rows; ++i) {
         if (logits.weights[i] == 0.0f) continue;
-        if (labels[i] < 0 || labels[i] >= logits.n_columns) return false;
+        if (labels[i] < 0 || labels[i] >= logits.n_columns) {
+            throw std::out_of_range("labels: expected 0 to K - 1 where the weight is not 0");
+        }
     }
     over_rows(logits, losses, n_threads, [&](int64_t i, float* gradient, float* scratch) {
         kernels.cross_entropy_row(logits.values + i * logits.stride, labels[i], logits.n_columns,
                                   logits.weights[i], scratch, &losses[i], gradient);
     });
-    return true;
 }
 
-void masked_squared_error(const WeightedRows& predictions, const float* targets, int64_t stride,
-                          RowLoss* losses, const Kernels& kernels, int n_threads) {
+void masked_mse(const WeightedRows& predictions, const float* targets, int64_t stride,
+                RowLoss* losses, const Kernels& kernels, int n_threads) {
     over_rows(predictions, losses, n_threads, [&](int64_t i, float* gradient, float*) {
         losses[i] = {kernels.squared_error_row(predictions.values + i * predictions.stride,
                                                targets + i * stride, predictions.n_columns,

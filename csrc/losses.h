@@ -20,12 +20,13 @@ struct WeightedRows {
 void masked_kl(const WeightedRows& logits, const float* targets, const int64_t* of_row,
                RowLoss* losses, const Kernels& kernels, int n_threads);
 
-// labels (n,), 0 to K - 1 where the weight is not 0. False where one is not; then nothing is done.
-bool masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
+// labels (n,), 0 to K - 1 where the weight is not 0. Throws std::out_of_range where one is not, and has
+// done nothing then.
+void masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
                           const Kernels& kernels, int n_threads);
 
 // targets (n, K), rows `stride` apart; mean over the columns.
-void masked_squared_error(const WeightedRows& predictions, const float* targets, int64_t stride,
-                          RowLoss* losses, const Kernels& kernels, int n_threads);
+void masked_mse(const WeightedRows& predictions, const float* targets, int64_t stride,
+                RowLoss* losses, const Kernels& kernels, int n_threads);
 
 }  // namespace gmm_jepa

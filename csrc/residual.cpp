@@ -221,8 +221,8 @@ class Backward : Residual<Word> {
 
 }  // namespace
 
-void residual_forward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
-                      float* hidden, float* out, const Kernels& kernels, int n_threads) {
+void residual_unit(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
+                   float* hidden, float* out, const Kernels& kernels, int n_threads) {
     const auto run = [&](const auto& forward) {
         forward.run(x, hidden, out, threads_for(shape, n_threads));
     };
@@ -230,9 +230,9 @@ void residual_forward(const ResidualShape& shape, const ResidualWeights& weights
                                 : run(Forward<float>(shape, weights, kernels));
 }
 
-void residual_backward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
-                       const float* hidden, const float* grad, const ResidualGradients& out,
-                       const Kernels& kernels, int n_threads) {
+void residual_unit_backward(const ResidualShape& shape, const ResidualWeights& weights,
+                            const float* x, const float* hidden, const float* grad,
+                            const ResidualGradients& out, const Kernels& kernels, int n_threads) {
     const auto run = [&](const auto& backward) {
         backward.run(x, hidden, grad, out, threads_for(shape, n_threads));
     };

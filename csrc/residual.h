@@ -16,7 +16,8 @@ struct ResidualShape {
     bool narrow;
 };
 
-// Convolutions of three taps, C -> C, as torch has them: weight (C, C, 3) by output, input, tap.
+// Convolutions of three taps, C -> C, as torch has them: weight (C, C, 3) by output, input, tap; of
+// several units, one after the other.
 struct ResidualWeights {
     const float *weight1, *bias1;  // dilated
     const float *weight2, *bias2;
@@ -24,16 +25,16 @@ struct ResidualWeights {
 
 // x (B, T, C), zero beyond a row's length -> out, the same. `hidden` (B, T, C) receives what the
 // first convolution made, for the gradient; may be null. The same bits for any n_threads.
-void residual_forward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
-                      float* hidden, float* out, const Kernels& kernels, int n_threads);
+void residual_unit(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
+                   float* hidden, float* out, const Kernels& kernels, int n_threads);
 
 // Written in full: grad_x (B, T, C) and those of the weights, of the weights' shapes. The same bits
 // for the same n_threads.
 struct ResidualGradients {
     float *x, *weight1, *bias1, *weight2, *bias2;
 };
-void residual_backward(const ResidualShape& shape, const ResidualWeights& weights, const float* x,
-                       const float* hidden, const float* grad, const ResidualGradients& out,
-                       const Kernels& kernels, int n_threads);
+void residual_unit_backward(const ResidualShape& shape, const ResidualWeights& weights,
+                            const float* x, const float* hidden, const float* grad,
+                            const ResidualGradients& out, const Kernels& kernels, int n_threads);
 
 }  // namespace gmm_jepa

@@ -22,7 +22,7 @@ struct Extent {
 template <typename Word>
 class Units {
   public:
-    Units(const ResidualBlockShape& shape, const ResidualBlockWeights& weights, bool turned,
+    Units(const ResidualBlockShape& shape, const ResidualWeights& weights, bool turned,
           const Kernels& kernels)
         : shape_(shape),
           kernels_(kernels),
@@ -132,7 +132,7 @@ class Units {
 };
 
 template <typename Word>
-void forward(const ResidualBlockShape& shape, const ResidualBlockWeights& weights, const float* x,
+void forward(const ResidualBlockShape& shape, const ResidualWeights& weights, const float* x,
              float* out, const Kernels& kernels, int n_threads) {
     const Units<Word> units(shape, weights, false, kernels);
     const int U = units.n_units(), C = shape.n_channels;
@@ -169,7 +169,7 @@ void forward(const ResidualBlockShape& shape, const ResidualBlockWeights& weight
 template <typename Word>
 class Backward {
   public:
-    Backward(const ResidualBlockShape& shape, const ResidualBlockWeights& weights,
+    Backward(const ResidualBlockShape& shape, const ResidualWeights& weights,
              const Kernels& kernels)
         : shape_(shape),
           units_(shape, weights, false, kernels),
@@ -189,7 +189,7 @@ class Backward {
         }
     }
 
-    void run(const float* x, const float* grad, const ResidualBlockGradients& out,
+    void run(const float* x, const float* grad, const ResidualGradients& out,
              int n_threads) const {
         std::vector<std::vector<WeightSums<Word>>> sums(n_threads);
         for (auto& of_thread : sums) {
@@ -290,15 +290,15 @@ class Backward {
 
 }  // namespace
 
-void residual_block(const ResidualBlockShape& shape, const ResidualBlockWeights& weights,
+void residual_block(const ResidualBlockShape& shape, const ResidualWeights& weights,
                     const float* x, float* out, const Kernels& kernels, int n_threads) {
     n_threads = threads_for(shape, n_threads);
     takes_pairs(shape, kernels) ? forward<uint32_t>(shape, weights, x, out, kernels, n_threads)
                                 : forward<float>(shape, weights, x, out, kernels, n_threads);
 }
 
-void residual_block_backward(const ResidualBlockShape& shape, const ResidualBlockWeights& weights,
-                             const float* x, const float* grad, const ResidualBlockGradients& out,
+void residual_block_backward(const ResidualBlockShape& shape, const ResidualWeights& weights,
+                             const float* x, const float* grad, const ResidualGradients& out,
                              const Kernels& kernels, int n_threads) {
     n_threads = threads_for(shape, n_threads);
     takes_pairs(shape, kernels)

@@ -5,13 +5,14 @@
 #include <vector>
 
 #include "kernels.h"
+#include "residual.h"
 
 namespace gmm_jepa {
 
 // Channels for which the module takes units together: their panels are full in every set.
 inline bool takes_together(int n_channels) { return n_channels == 16 || n_channels == 32; }
 
-// As ResidualShape of residual.h, with a dilation for every unit; n_channels as above.
+// As ResidualShape, with a dilation for every unit; n_channels as above.
 struct ResidualBlockShape {
     int64_t n_rows, n_frames;
     int n_channels;
@@ -20,22 +21,14 @@ struct ResidualBlockShape {
     bool narrow;
 };
 
-// Of U units, one after the other: weights (U, C, C, 3), biases (U, C).
-struct ResidualBlockWeights {
-    const float *weight1, *bias1;  // dilated
-    const float *weight2, *bias2;
-};
-
-// x (B, T, C), zero beyond a row's length -> out, the same. The same bits for any n_threads.
-void residual_block(const ResidualBlockShape& shape, const ResidualBlockWeights& weights,
+// Of U units: weights (U, C, C, 3), biases (U, C). x (B, T, C), zero beyond a row's length -> out, the
+// same. The same bits for any n_threads.
+void residual_block(const ResidualBlockShape& shape, const ResidualWeights& weights,
                     const float* x, float* out, const Kernels& kernels, int n_threads);
 
 // Written in full: grad_x (B, T, C) and those of the weights. The same bits for the same n_threads.
-struct ResidualBlockGradients {
-    float *x, *weight1, *bias1, *weight2, *bias2;
-};
-void residual_block_backward(const ResidualBlockShape& shape, const ResidualBlockWeights& weights,
-                             const float* x, const float* grad, const ResidualBlockGradients& out,
+void residual_block_backward(const ResidualBlockShape& shape, const ResidualWeights& weights,
+                             const float* x, const float* grad, const ResidualGradients& out,
                              const Kernels& kernels, int n_threads);
 
 }  // namespace gmm_jepa

@@ -47,8 +47,8 @@ class SelfAttention {
                 }
             }
         });
-        attention(attention_shape(), inputs(), shape_.dropping, kept_.attended, kept_.log_sum,
-                  kernels_, n_threads_);
+        gated_bias_attention(attention_shape(), inputs(), shape_.dropping, kept_.attended,
+                             kept_.log_sum, kernels_, n_threads_);
         each_block([&](int64_t, int64_t first, int n, Scratch& s) {
             const int64_t at = first * D_;
             put_values(kernels_, kept_.attended + at, ptrdiff_t(n) * D_, false, s.rows.data());
@@ -82,10 +82,11 @@ class SelfAttention {
         // Through the attention.
         Buffer<float> of_qkv(size_t(N_) * 3 * D_), of_gate(size_t(N_) * shape_.n_heads);
         float *of_q = &of_qkv[0], *of_k = of_q + N_ * D_, *of_v = of_k + N_ * D_;
-        attention_backward(attention_shape(), inputs(), shape_.dropping,
-                           head_rows(of_attended.data(), D_), head_rows(kept_.attended, D_),
-                           kept_.log_sum, {of_q, of_k, of_v, out.table, of_gate.data()}, kernels_,
-                           n_threads_);
+        gated_bias_attention_backward(attention_shape(), inputs(), shape_.dropping,
+                                      head_rows(of_attended.data(), D_),
+                                      head_rows(kept_.attended, D_), kept_.log_sum,
+                                      {of_q, of_k, of_v, out.table, of_gate.data()}, kernels_,
+                                      n_threads_);
 
         // Through the gates and the first map.
         Factor<Word> of_made(kernels_, N_, 3 * D_, false), made_of(kernels_, N_, D_, true);

@@ -15,7 +15,7 @@ constexpr int kThreadBlocks = 16;
 // Blocks of frames of one row, numbered over all rows.
 class Blocks {
   public:
-    explicit Blocks(const SnakeShape& shape)
+    explicit Blocks(const FramesShape& shape)
         : shape_(shape),
           frames_(std::max<int64_t>(1, kBlockValues / shape.n_channels)),
           a_row_((shape.n_frames + frames_ - 1) / frames_) {}
@@ -39,14 +39,14 @@ class Blocks {
     }
 
   private:
-    const SnakeShape& shape_;
+    const FramesShape& shape_;
     int64_t frames_, a_row_;
 };
 
 }  // namespace
 
 template <typename T>
-void snake(const SnakeShape& shape, const T* x, const float* a, float* out, const Kernels& kernels,
+void snake(const FramesShape& shape, const T* x, const float* a, float* out, const Kernels& kernels,
            int n_threads) {
     const int C = shape.n_channels;
     Blocks(shape).over(n_threads, [&](int64_t, int64_t at, int64_t n_real, int64_t n) {
@@ -61,7 +61,7 @@ void snake(const SnakeShape& shape, const T* x, const float* a, float* out, cons
 }
 
 template <typename T>
-void snake_backward(const SnakeShape& shape, const T* x, const float* a, const float* grad,
+void snake_backward(const FramesShape& shape, const T* x, const float* a, const float* grad,
                     T* grad_x, float* grad_a, const Kernels& kernels, int n_threads) {
     const int C = shape.n_channels;
     const Blocks blocks(shape);
@@ -81,11 +81,11 @@ void snake_backward(const SnakeShape& shape, const T* x, const float* a, const f
     std::copy(sums.begin(), sums.end(), grad_a);
 }
 
-template void snake(const SnakeShape&, const float*, const float*, float*, const Kernels&, int);
-template void snake(const SnakeShape&, const uint16_t*, const float*, float*, const Kernels&, int);
-template void snake_backward(const SnakeShape&, const float*, const float*, const float*, float*,
+template void snake(const FramesShape&, const float*, const float*, float*, const Kernels&, int);
+template void snake(const FramesShape&, const uint16_t*, const float*, float*, const Kernels&, int);
+template void snake_backward(const FramesShape&, const float*, const float*, const float*, float*,
                              float*, const Kernels&, int);
-template void snake_backward(const SnakeShape&, const uint16_t*, const float*, const float*,
+template void snake_backward(const FramesShape&, const uint16_t*, const float*, const float*,
                              uint16_t*, float*, const Kernels&, int);
 
 }  // namespace gmm_jepa

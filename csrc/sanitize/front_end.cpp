@@ -67,14 +67,14 @@ void residual_block_round(const Kernels& kernels, bool narrow) {
                              bias1 = drawn(U * C), bias2 = drawn(U * C);
     const Lengths lengths(B, T);
     const ResidualBlockShape shape{B, T, C, dilations, lengths.data(), narrow};
-    const ResidualBlockWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
+    const ResidualWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
     on_any_threads("residual block", kernels, [&](int threads, Results* to) {
         residual_block(shape, weights, x.data(), to->add(n), kernels, threads);
     });
     const int threads = static_cast<int>(any(1, 4));
     run_twice("gradients of a residual block", kernels, threads, threads, [&](int, Results* to) {
-        const ResidualBlockGradients gradients{to->add(n), to->add(n_weights), to->add(U * C),
-                                               to->add(n_weights), to->add(U * C)};
+        const ResidualGradients gradients{to->add(n), to->add(n_weights), to->add(U * C),
+                                          to->add(n_weights), to->add(U * C)};
         residual_block_backward(shape, weights, x.data(), grad.data(), gradients, kernels, threads);
     });
 }

@@ -193,13 +193,13 @@ void residual_round(const Kernels& kernels) {
                               narrow};
     const ResidualWeights weights{weight1.data(), bias1.data(), weight2.data(), bias2.data()};
     const int threads = static_cast<int>(any(1, 4));
-    residual_forward(shape, weights, x.data(), any(0, 1) ? hidden.data() : nullptr, out.data(),
-                     kernels, threads);
-    residual_forward(shape, weights, x.data(), hidden.data(), out.data(), kernels, threads);
-    residual_backward(shape, weights, x.data(), hidden.data(), grad.data(),
-                      {grad_x.data(), grad_weight1.data(), grad_bias1.data(), grad_weight2.data(),
-                       grad_bias2.data()},
-                      kernels, threads);
+    residual_unit(shape, weights, x.data(), any(0, 1) ? hidden.data() : nullptr, out.data(),
+                  kernels, threads);
+    residual_unit(shape, weights, x.data(), hidden.data(), out.data(), kernels, threads);
+    residual_unit_backward(shape, weights, x.data(), hidden.data(), grad.data(),
+                           {grad_x.data(), grad_weight1.data(), grad_bias1.data(),
+                            grad_weight2.data(), grad_bias2.data()},
+                           kernels, threads);
     demand_finite(out, "residual unit", kernels);
     demand_finite(grad_x, "gradient of a residual unit", kernels);
     for (const auto* gradient : {&grad_weight1, &grad_bias1, &grad_weight2, &grad_bias2}) {
@@ -215,11 +215,12 @@ void depthwise_round(const Kernels& kernels) {
         grad_bias(C, NAN);
     const DepthwiseShape shape{B, T, int(C), int(K)};
     const int threads = static_cast<int>(any(1, 4));
-    depthwise(shape, x.data(), weight.data(), any(0, 1) ? bias.data() : nullptr, out.data(), kernels,
-              threads);
-    depthwise_backward(shape, grad.data(), x.data(), weight.data(),
-                       {grad_x.data(), grad_weight.data(), any(0, 1) ? grad_bias.data() : nullptr},
-                       kernels, threads);
+    depthwise_conv(shape, x.data(), weight.data(), any(0, 1) ? bias.data() : nullptr, out.data(),
+                   kernels, threads);
+    depthwise_conv_backward(
+        shape, grad.data(), x.data(), weight.data(),
+        {grad_x.data(), grad_weight.data(), any(0, 1) ? grad_bias.data() : nullptr}, kernels,
+        threads);
     demand_finite(out, "depthwise convolution", kernels);
     demand_finite(grad_x, "gradient of a depthwise convolution", kernels);
     demand_finite(grad_weight, "gradient of its filters", kernels);
@@ -285,7 +286,7 @@ void snake_round(const Kernels& kernels) {
     std::vector<T> x(n), grad_x(n);
     for (T& value : x) value = static_cast<T>(any(0, 0x7f7f));  // any finite bfloat16
     std::vector<float> out(n, NAN), grad_a(C, NAN);
-    const SnakeShape shape{B, n_frames, int(C), any(0, 1) ? lengths.data() : nullptr};
+    const FramesShape shape{B, n_frames, int(C), any(0, 1) ? lengths.data() : nullptr};
     const int threads = static_cast<int>(any(1, 4));
     snake(shape, x.data(), a.data(), out.data(), kernels, threads);
     snake_backward(shape, x.data(), a.data(), grad.data(), grad_x.data(), grad_a.data(), kernels,
@@ -303,7 +304,7 @@ void density_round(const Kernels& kernels) {
     const std::vector<float> widths(16, 0.7f);
     const float nan = NAN;
     std::vector<float> out(n, nan), grad_x(n, nan), grad_offsets(16, nan), grad_widths(16, nan);
-    const DensityShape shape{B, T, int(C), any(0, 1) ? lengths.data() : nullptr};
+    const FramesShape shape{B, T, int(C), any(0, 1) ? lengths.data() : nullptr};
     const int threads = static_cast<int>(any(1, 4));
     density_attention(shape, offsets.data(), widths.data(), x.data(), out.data(), kernels, threads);
     density_attention_backward(shape, offsets.data(), widths.data(), x.data(), grad.data(),
@@ -329,11 +330,11 @@ void attention_round(const Kernels& kernels) {
     const Dropout dropping{uint64_t(any(0, 1 << 30)), -1000000000, 1.4f, any(0, 1) == 1};
     const HeadRows out_rows{out.data(), T * H * d, d, H * d};  // memory of (B, T, H, d)
     const int threads = static_cast<int>(any(1, 4));
-    attention(shape, inputs, dropping, out.data(), log_sum.data(), kernels, threads);
-    attention_backward(shape, inputs, dropping, rows(grad), out_rows, log_sum.data(),
-                       {grad_q.data(), grad_k.data(), grad_v.data(), grad_table.data(),
-                        grad_gate.data()},
-                       kernels, threads);
+    gated_bias_attention(shape, inputs, dropping, out.data(), log_sum.data(), kernels, threads);
+    gated_bias_attention_backward(shape, inputs, dropping, rows(grad), out_rows, log_sum.data(),
+                                  {grad_q.data(), grad_k.data(), grad_v.data(), grad_table.data(),
+                                   grad_gate.data()},
+                                  kernels, threads);
     demand_finite(out, "attention", kernels);
     for (const auto* gradient : {&grad_q, &grad_k, &grad_v, &grad_table, &grad_gate}) {
         demand_finite(*gradient, "gradient of attention", kernels);
@@ -358,8 +359,8 @@ void loss_round(const Kernels& kernels) {
     const int threads = static_cast<int>(any(1, 4));
     masked_kl(rows, targets.data(), of_row.data(), losses.data(), kernels, threads);
     demand_finite(gradient, "gradient of a KL", kernels);
-    if (!masked_cross_entropy(rows, labels.data(), losses.data(), kernels, threads)) std::exit(1);
-    masked_squared_error(rows, values.data(), stride, losses.data(), kernels, threads);
+    masked_cross_entropy(rows, labels.data(), losses.data(), kernels, threads);
+    masked_mse(rows, values.data(), stride, losses.data(), kernels, threads);
     demand_finite(gradient, "gradient of a loss", kernels);
 }
 

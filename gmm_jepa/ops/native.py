@@ -109,8 +109,8 @@ def is_intel() -> bool:
 
 
 def call(name: str, *arguments: object) -> Any:
-    """A function of the module, on torch's number of threads and the chosen instruction set."""
-    return getattr(_native, name)(*arguments, torch.get_num_threads(), _instruction_set)
+    """A function of the module, with the chosen instruction set on torch's number of threads."""
+    return getattr(_native, name)(*arguments, _instruction_set, torch.get_num_threads())
 
 
 def check(

@@ -55,7 +55,7 @@ def gated_bias_attention(
     inputs = _AttentionInputs(q, k, v, table, gate, key_lengths)
     out, log_sum = _empty(inputs.qkv[0]), inputs.gate.new_empty(gate.shape)
     call(
-        "attention",
+        "gated_bias_attention",
         *inputs.arguments(),
         drawn_by(seed, dropout_p),
         out.data_ptr(),
@@ -107,7 +107,7 @@ def gated_bias_attention_backward(
         inputs.gate.new_empty(gate.shape),
     )
     call(
-        "attention_backward",
+        "gated_bias_attention_backward",
         *inputs.arguments(),
         drawn_by(seed, dropout_p),
         _head_rows(grad),
@@ -192,7 +192,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(wide)
     addresses = [p.data_ptr() for p in parameters] + [0] * (bias is None)
     shape = (*x.shape, weight.shape[-1])
-    call("depthwise", shape, wide.data_ptr(), *addresses, out.data_ptr())
+    call("depthwise_conv", shape, wide.data_ptr(), *addresses, out.data_ptr())
     return out.to(x.dtype)
 
 
@@ -208,7 +208,7 @@ def depthwise_conv_backward(
     d_bias = d_weight.new_empty(x.shape[2] if with_bias else 0)
     addresses = (d_x.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr() if with_bias else 0)
     shape = (*x.shape, weight.shape[-1])
-    call("depthwise_backward", shape, *(t.data_ptr() for t in inputs), addresses)
+    call("depthwise_conv_backward", shape, *(t.data_ptr() for t in inputs), addresses)
     return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 

@@ -143,7 +143,7 @@ def residual_unit(
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
     lengths = lengths_of(lengths_frames, x)
     call(
-        "residual_forward",
+        "residual_unit",
         (*x.shape, dilation, address_of(lengths), narrow),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
@@ -175,7 +175,7 @@ def residual_unit_backward(
     out = tuple(torch.empty_like(t) for t in (x, *parameters))
     lengths = lengths_of(lengths_frames, x)
     call(
-        "residual_backward",
+        "residual_unit_backward",
         (*x.shape, dilation, address_of(lengths), narrow),
         tuple(p.data_ptr() for p in parameters),
         x.data_ptr(),
@@ -307,7 +307,7 @@ def density_attention(
     call(
         "density_attention",
         (*x.shape, address_of(lengths)),
-        tuple(p.data_ptr() for p in parameters),
+        *(p.data_ptr() for p in parameters),
         x.data_ptr(),
         out.data_ptr(),
     )
@@ -334,10 +334,10 @@ def density_attention_backward(
     call(
         "density_attention_backward",
         (*x.shape, address_of(lengths)),
-        tuple(p.data_ptr() for p in parameters),
+        *(p.data_ptr() for p in parameters),
         x.data_ptr(),
         grad.data_ptr(),
-        tuple(o.data_ptr() for o in out),
+        *(o.data_ptr() for o in out),
     )
     return tuple(o.to(t.dtype) for o, t in zip(out, tensors))
 

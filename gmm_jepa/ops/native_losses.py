@@ -25,11 +25,11 @@ class _Rows:
         self.losses = torch.empty(len(rows), 3, dtype=torch.float32)
 
     def arguments(self, part: slice) -> tuple[int, ...]:
-        """Of some of the rows: addresses of values, weights and gradient, n, stride, K."""
+        """Of some of the rows: address of values, n, stride, K, addresses of weights, gradient."""
+        rows, weights = self.rows[part], self.weights[part]
         gradient = self.gradient[part].data_ptr() if self.gradient.numel() else 0
-        n, K = self.rows[part].shape
-        stride = self.rows.stride(0)
-        return (*(t[part].data_ptr() for t in (self.rows, self.weights)), gradient, n, stride, K)
+        n, K = rows.shape
+        return rows.data_ptr(), n, rows.stride(0), K, weights.data_ptr(), gradient
 
     def outputs(self) -> Outputs:
         """Weighted sums of losses, entropies and agreements, and the gradient."""
@@ -132,7 +132,7 @@ def masked_mse(
     rows, target = _Rows(prediction, row_weights, with_gradient), target.float().contiguous()
     check("target", (target,), (prediction.shape,))
     arguments, losses_at = rows.arguments(slice(None)), rows.losses.data_ptr()
-    call("masked_squared_error", arguments, target.data_ptr(), target.stride(0), losses_at)
+    call("masked_mse", arguments, target.data_ptr(), target.stride(0), losses_at)
     loss, _, _, gradient = rows.outputs()
     return loss, gradient
 

@@ -195,7 +195,7 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     mixture = Mixture(*map(torch.from_numpy, (np.zeros(K), means, variance)))
     labels = torch.empty(len(frames), dtype=torch.int64)
     distances = torch.empty(len(frames), dtype=torch.float32)
-    _of_mixture("nearest", frames, mixture, labels.data_ptr(), distances.data_ptr())
+    _of_mixture("kmeans_assign", frames, mixture, labels.data_ptr(), distances.data_ptr())
     return labels, distances
 
 
@@ -218,8 +218,8 @@ def _frames(frames: Tensor) -> Tensor:
 def _screen(mixture: Mixture, instruction_set: str) -> Any:
     """The mixture prepared by the module."""
     parameters = [np.ascontiguousarray(array_of(p), np.float64) for p in mixture]
-    addresses = (*(p.ctypes.data for p in parameters), len(mixture.means))
-    return _native.ScreenedMixture(addresses, mixture.means.shape[1], instruction_set)
+    sizes = mixture.means.shape
+    return _native.ScreenedMixture((*(p.ctypes.data for p in parameters), *sizes), instruction_set)
 
 
 # An iteration of EM has a mixture of its own, whatever the number of batches: to keep more of them

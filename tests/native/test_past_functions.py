@@ -131,3 +131,11 @@ def test_labels_and_lengths_called_past_their_functions(dtype):
 def test_an_average_of_lists_that_do_not_match():
     with pytest.raises(InputError, match="others: expected"):
         torch.ops.gmm_jepa.ema_update(_ones((9,)), _ones((8,)), 0.5)
+
+
+def test_the_module_refuses_a_tuple_with_too_few_fields():
+    weights = (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="expected a tuple of 6, got one of 5"):
+        native.call("residual_unit", (0, 9, 16, 1, 0), weights, 0, 0, 0)
+    with pytest.raises(ValueError, match="expected a tuple of 4, got one of 3"):
+        native.call("residual_unit", (0, 9, 16, 1, 0, False), weights[1:], 0, 0, 0)

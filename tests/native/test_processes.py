@@ -99,7 +99,7 @@ values = out.numpy()
 child = os.fork()
 if child:
     sys.exit(os.waitpid(child, 0)[1])
-call = lambda n: native._native.dropout(x.data_ptr(), len(x), (0, 0.0), out.data_ptr(), n, "")
+call = lambda n: native._native.dropout(x.data_ptr(), len(x), (0, 0.0), out.data_ptr(), "", n)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (60 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
