@@ -14,10 +14,7 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.model_file import load_model
 from gmm_jepa.models import Encoder, JepaModel, load_published
 from gmm_jepa.models.published import read_states
-from gmm_jepa.objectives.build import initial_model
-from gmm_jepa.train import checkpoint
-from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.trained import newest
+from gmm_jepa.train.trained import at_path
 
 
 class EncodedSpeech(NamedTuple):
@@ -109,11 +106,4 @@ def _model(path: Path) -> JepaModel:
         return load_published(path, path.with_name("config.json"))
     if path.suffix == ".safetensors":
         return load_model(path).model
-    if (path / checkpoint.WEIGHTS).exists():  # a checkpoint of a run: RUN/checkpoints/step_...
-        _, recipe = RunFolder(path.parent.parent).read()
-        model = initial_model(recipe)
-        checkpoint.load_weights(path, model)
-        return model
-    folder = RunFolder(path)
-    _, recipe = folder.read()
-    return newest(folder, recipe).model()
+    return at_path(path).model()

@@ -13,7 +13,7 @@ from gmm_jepa.export.graph import save_onnx, save_program, to_program
 from gmm_jepa.export.huggingface import save_huggingface
 from gmm_jepa.files import refuse_existing
 from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.trained import newest
+from gmm_jepa.train.trained import at_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if options.onnx:  # before the slow part
         for package in ("onnx", "onnxscript"):
             require(package, extra="export")
-    trained, folder = None, RunFolder(options.source)
-    if folder.config.exists():
-        _, recipe = folder.read()
-        trained = newest(folder, recipe)
+    is_run = RunFolder(options.source).config.exists()
+    trained = at_path(options.source) if is_run else None
     source = options.source if trained is None else trained.path
     encoder = load_encoder(source, teacher=options.teacher)
     if options.hf is not None:

@@ -23,9 +23,7 @@ from gmm_jepa.files import write_json, write_text, written_aside
 from gmm_jepa.locks import held
 from gmm_jepa.progress import track
 from gmm_jepa.tensor_files import save_tensors
-from gmm_jepa.train import checkpoint
-from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.trained import Trained, at_step, newest
+from gmm_jepa.train.trained import at_path
 
 INDEX, REJECTS = "index.json", "rejects.jsonl"
 UNFINISHED = "unfinished"
@@ -64,7 +62,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     check_fraction(options.max_bad_fraction)
     refuse_torchrun("extract runs in one process")
     _refuse_other(options.out)
-    trained = _trained(options.run)
+    trained = at_path(options.run)
     with processes() as peers:
         model = trained.model().to(peers.device)
     extract = Extractor(
@@ -117,19 +115,6 @@ def _extract(options: ExtractOptions, extract: Extractor) -> None:
     )
     print(f"{options.out}: features of {len(index)} utterances")
     print(rejects.summary())
-
-
-def _trained(path: Path) -> Trained:
-    """The newest checkpoint of a run folder, or the one that lies at the path."""
-    folder = RunFolder(path)
-    if folder.config.exists() or not (path / checkpoint.WEIGHTS).exists():
-        return newest(folder, folder.read()[1])
-    path = path.resolve()
-    folder = RunFolder(path.parent.parent)
-    for step, found in checkpoint.steps(folder.checkpoints):
-        if found == path:
-            return at_step(folder, folder.read()[1], step)
-    raise InputError(f"{path}: expected a run folder or one of its checkpoints")
 
 
 def _refuse_other(out: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -256,17 +257,21 @@ def _refuse_shared(corpus: Corpus, folds: tuple[Fold, ...]) -> None:
             for i in getattr(fold, part).tolist():
                 start_s = float(entries[i].get("offset") or 0.0)
                 pieces.append(_Piece(files[i], start_s, start_s + entries[i]["duration"], part, i))
-        furthest: dict[str, _Piece] = {}  # of the file, by part
-        for piece in sorted(pieces):
-            if furthest and next(iter(furthest.values())).file != piece.file:
-                furthest.clear()
-            for other in furthest.values():
-                if other.part != piece.part and other.stop_s > piece.start_s + SAME_S:
-                    a, b = sorted((piece, other), key=lambda p: PARTS.index(p.part))
-                    raise InputError(
-                        f"{place(corpus, b.utterance)}: the same audio in {b.part} as in "
-                        f"{a.part}, {place(corpus, a.utterance)}"
-                    )
-            own = furthest.get(piece.part)
-            if own is None or piece.stop_s > own.stop_s:
-                furthest[piece.part] = piece
+        for _, of_file in itertools.groupby(sorted(pieces), key=lambda piece: piece.file):
+            _refuse_overlap(corpus, of_file)
+
+
+def _refuse_overlap(corpus: Corpus, pieces: Iterable[_Piece]) -> None:
+    """Of one file, by their starts."""
+    furthest: dict[str, _Piece] = {}  # of each part
+    for piece in pieces:
+        for other in furthest.values():
+            if other.part != piece.part and other.stop_s > piece.start_s + SAME_S:
+                a, b = sorted((piece, other), key=lambda p: PARTS.index(p.part))
+                raise InputError(
+                    f"{place(corpus, b.utterance)}: the same audio in {b.part} as in {a.part}, "
+                    f"{place(corpus, a.utterance)}"
+                )
+        own = furthest.setdefault(piece.part, piece)
+        if piece.stop_s > own.stop_s:
+            furthest[piece.part] = piece

@@ -27,7 +27,7 @@ class PartialFit:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.identity = json.loads(json.dumps(identity))
-        self._began = time.perf_counter() - seconds_in(path)
+        self._began = time.perf_counter()
 
     def save(self, result: EMResult, averages: EMStatistics | None = None) -> None:
         """Replace the file by this state."""
@@ -69,6 +69,7 @@ class PartialFit:
                 f"{self.path}: an unfinished fit with other {', '.join(odd)}; give the same to go "
                 "on with it, or remove the file to begin anew"
             )
+        self._began -= float(metadata.get("seconds", 0.0))
         averages = [tensors.get(f"averages.{name}") for name in EMStatistics._fields]
         result = EMResult(
             Mixture(*(tensors[name] for name in Mixture._fields)),

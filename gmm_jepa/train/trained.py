@@ -61,6 +61,23 @@ def newest(folder: RunFolder, recipe: Recipe) -> Trained:
     return Trained(folder=folder, recipe=recipe, step=step, path=path)
 
 
+def at_path(path: Path) -> Trained:
+    """The newest checkpoint of a run folder, or the one that lies at the path.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = RunFolder(path)
+    if folder.config.exists() or not (path / checkpoint.WEIGHTS).exists():
+        return newest(folder, folder.read()[1])
+    path = path.resolve()
+    folder = RunFolder(path.parent.parent)
+    for step, found in checkpoint.steps(folder.checkpoints):
+        if found == path:
+            return Trained(folder=folder, recipe=folder.read()[1], step=step, path=path)
+    raise InputError(f"{path}: expected a run folder or one of its checkpoints")
+
+
 def at_step(folder: RunFolder, recipe: Recipe, step: int) -> Trained:
     """The checkpoint of a run after `step` steps.
 
