@@ -32,7 +32,8 @@ from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.state import TrainState
 from tests.audio import write_corpus
 from tests.train.commands import cut
-from tests.train.test_sync import alone, floats_read, steps_of
+from tests.train.steps import alone, steps_of
+from tests.train.test_sync import floats_read
 
 SMALL = ["--preset", "smoke", "--train.no-tensorboard", "--mixture.n-components", "8"]
 SMALL += ["--train.steps", "4", "--train.log-every", "1", "--train.checkpoint-every", "2"]
