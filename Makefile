@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 OUT    ?= bench/results
 
-.PHONY: help setup demo demo-long demo-probes bench-train bench-data bench-pytest test native native-sanitize ptxas lint format bench clean
+.PHONY: help setup demo demo-long demo-probes bench-train bench-data bench-pytest test native native-sanitize null-cuda ptxas lint format bench clean
 
 help:
 	@echo "make demo       synthesise speech, fit the mixture, pretrain, evaluate, report (3 to 5 minutes)"
@@ -15,13 +15,14 @@ help:
 	@echo "make test       all tests"
 	@echo "make native     builds the native module again"
 	@echo "make native-sanitize  its C++ under sanitizers"
+	@echo "make null-cuda  what the package does on a GPU, where there is none: tests, host time of a step"
 	@echo "make ptxas      registers, spills and shared memory of the CUDA kernels (needs nvcc)"
 	@echo "make lint       style and format checks"
 	@echo "make bench      measurements beside peers (half an hour or more)"
 	@echo "make bench-train  the training step beside the published recipe in plain PyTorch (minutes)"
 	@echo "make bench-data   how fast audio is fed, from flac and from a packed corpus (minutes)"
 	@echo "make bench-pytest  the ops under pytest-benchmark, printed only"
-	@echo "                all of these but bench-pytest, and ptxas, append JSON lines to bench/results,"
+	@echo "                all of these but bench-pytest, and ptxas and null-cuda, append JSON lines to bench/results,"
 	@echo "                which git tracks; to another folder: OUT=folder make bench"
 	@echo "make setup      only the virtual environment in $(VENV)"
 
@@ -64,6 +65,16 @@ native: setup
 native-sanitize:
 	@$(PYTHON) csrc/sanitize/build.py build/sanitize
 	@build/sanitize/main
+
+# Tests marked gpu with values from the CPU (4 minutes), then what the host does for a training step of
+# a device that takes no time (4 minutes more); appended to host_time.jsonl in OUT. See bench/null_cuda.
+null-cuda: setup
+	@GMM_JEPA_UNPROVEN_KERNELS=1 $(BIN)/python -m bench.null_cuda --values \
+		python -m pytest -n 2 -m gpu tests/train tests/ops
+	@for how in "" "--compile" "--compile --cuda-graphs"; do \
+		GMM_JEPA_UNPROVEN_KERNELS=1 $(BIN)/python -m bench.null_cuda \
+			python -m bench.host_time $$how --out "$(OUT)" || exit 1; \
+	done
 
 # The CUDA kernels for sm_90a, without a GPU; appended to ptxas.jsonl in OUT.
 ptxas:

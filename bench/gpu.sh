@@ -21,6 +21,9 @@
 # beside them, find all in the cache. Compiled code is cached in TRITON_CACHE_DIR and
 # TORCHINDUCTOR_CACHE_DIR where those are set, and otherwise for this run alone.
 #
+# A rehearsal where there is no GPU, of all but the numbers (bench/null_cuda; PATIENCE multiplies the
+# limits of the parts): PATIENCE=6 OUT=folder python -m bench.null_cuda bash bench/gpu.sh
+#
 # Its parts ran on one H200 with 16 cores: environment, native build (20 s), tests (75 s), sanitizer
 # (clean, then without EM), ops and EM by the screen of mma. The training steps and the short
 # training have not run under these limits, nor any of it in this order.
@@ -44,7 +47,7 @@ trap 'rm -rf "$site"' EXIT
 mkdir "$site/gmm_jepa"
 ln -s "$repository"/gmm_jepa/* "$site/gmm_jepa/"
 ln -s "$repository/kernels" "$site/gmm_jepa/kernels"
-export PYTHONPATH="$site:$repository" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$site:$repository${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$site/triton}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$site/inductor}"
 export GMM_JEPA_UNPROVEN_KERNELS="${GMM_JEPA_UNPROVEN_KERNELS:-1}"
@@ -57,7 +60,7 @@ unproven() { [ "$GMM_JEPA_UNPROVEN_KERNELS" = 1 ]; }
 # 450 where nothing is cut off; what matters most comes first.
 failed=0
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
-    local seconds="$1" code=0
+    local seconds="$(($1 * ${PATIENCE:-1}))" code=0
     shift
     timeout "$seconds" "$@" || code=$?
     [ "$code" -ne 124 ] || { echo "stopped after $seconds s"; return 0; }

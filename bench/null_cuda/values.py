@@ -39,6 +39,7 @@ def compute_on_the_host() -> None:
     _in_every_thread()
     _interpret_in_place()
     _talk_by_gloo()
+    _show_values()
 
 
 class HostValues(TorchDispatchMode):
@@ -130,8 +131,6 @@ def _on_host(function: Any, given: Any, *, makes_cuda: bool) -> Any:
 
     arguments, options = tree_map(host, given)
     options = {name: value for name, value in options.items() if name != "pin_memory"}
-    if options.get("generator", 0) is None:
-        del options["generator"]
     wide = function._schema.name.startswith("aten::convolution")
     result = (_widened if wide else _plainly)(function, arguments, options)
     if _returns_what_it_writes(function) and isinstance(result, Tensor):
@@ -228,3 +227,13 @@ def _talk_by_gloo() -> None:
         init("cpu:gloo,cuda:gloo", *arguments, **options)
 
     dist.init_process_group = by_gloo
+
+
+def _show_values() -> None:
+    """Print tensors with what they hold: printing leaves the mode."""
+    show = torch._tensor_str._str
+
+    def shown(tensor: Tensor, **options: Any) -> str:
+        return show(on_host(tensor.detach()) if _is_cuda(tensor) else tensor, **options)
+
+    torch._tensor_str._str = shown
