@@ -21,8 +21,9 @@
 # beside them, find all in the cache. Compiled code is cached in TRITON_CACHE_DIR and
 # TORCHINDUCTOR_CACHE_DIR where those are set, and otherwise for this run alone.
 #
-# A rehearsal where there is no GPU, of all but the numbers (bench/null_cuda; PATIENCE multiplies the
-# limits of the parts): PATIENCE=6 OUT=folder python -m bench.null_cuda bash bench/gpu.sh
+# A rehearsal where there is no GPU (bench/null_cuda; PATIENCE multiplies the limits), where whatever
+# looks at values fails (tests, em, run, a few ops):
+# PATIENCE=6 PARTS="train ops layers" OUT=folder python -m bench.null_cuda bash bench/gpu.sh
 #
 # Its parts ran on one H200 with 16 cores: environment, native build (20 s), tests (75 s), sanitizer
 # (clean, then without EM), ops and EM by the screen of mma. The training steps and the short
@@ -88,7 +89,7 @@ PYTHON
 
 echo "== native module"
 # The same setup.py as an installation's; nvcc, where found, adds the CUDA part.
-if (cd "$repository" && timeout 40 "$python" setup.py --quiet build_ext \
+if (cd "$repository" && timeout "$((40 * ${PATIENCE:-1}))" "$python" setup.py --quiet build_ext \
     --build-lib "$site/native" --build-temp "$site/objects" > "$site/native.log" 2>&1); then
     ln -sf "$site"/native/gmm_jepa/_native*.so "$site/gmm_jepa/" 2> /dev/null || true
 else
@@ -100,7 +101,7 @@ fi
 run_tests() { # name, then what pytest is to run
     local log="$site/$1.log" code=0
     shift
-    timeout 150 "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+    timeout "$((150 * ${PATIENCE:-1}))" "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
         -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
         -p no:cacheprovider -m gpu --tb=short --show-capture=no --durations=2 "$@" > "$log" 2>&1 || code=$?
     # 5: no test selected

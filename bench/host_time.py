@@ -3,10 +3,11 @@
     python -m bench.null_cuda python -m bench.host_time --preset paper
     python -m bench.null_cuda python -m bench.host_time --preset paper --compile --cuda-graphs
 
-A step is never faster than this, however fast the GPU is. It depends on how many operations there
-are and little on how large they are, so the default is few rows of a few seconds. Beside the time:
-kernels and graphs launched, and how often the host waited for the device, which must be never. JSON
-lines go to ``host_time.jsonl``. Convolutions take no cuDNN here and launch two kernels a row, so
+A step is hardly faster than this, however fast the GPU is. What the driver does for a launch, some
+two microseconds, is not in it. It depends on how many operations there are and little on how large
+they are, so the default is few rows of a few seconds. Beside the time: kernels and graphs launched,
+and how often the host waited for the device, which must be never. JSON lines go to
+``host_time.jsonl``. Convolutions take no cuDNN here and launch two kernels a row, so
 GMM_JEPA_UNPROVEN_KERNELS=1, which has few of them, is the better picture.
 """
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     need_device("cuda")
+    counts()
     settings = {"precision": options.precision, "compile": options.compile}
     settings |= {"cuda_graphs": options.cuda_graphs}
     recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, **settings)
@@ -73,6 +75,8 @@ def main() -> None:
     line |= {"shape": {"rows": options.rows, "seconds": options.seconds}}
     line |= {"unproven_kernels": fused.uses_unproven, **found}
     append("host_time", {**line, **surroundings()}, options.out)
+    if found["waits"] or found["impossible"]:
+        raise SystemExit(f"{found['waits']:g} waits, {found['impossible']:g} impossible launches")
 
 
 if __name__ == "__main__":

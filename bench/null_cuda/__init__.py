@@ -12,11 +12,12 @@ come out mean nothing.
 
 With ``--values`` they do: torch's operations run on the CPU, on the device's memory (`values.py`),
 and Triton's kernels in its interpreter. That is the package's own way through CUDA, eager, its
-choices and kernels, two processes too (gloo for NCCL), with the results that a GPU would give.
+choices and kernels, two processes too (gloo for NCCL), with a GPU's results to rounding.
 
 Neither is a GPU. No kernel's machine code runs, so nothing is said of its speed, of races or of
-tensor cores; what torch compiles has no values; the native EM is off, since it holds NVIDIA's
-runtime itself; cuDNN is off, so a convolution launches im2col and a product for each row.
+tensor cores. With values nothing is compiled (torch.compile steps aside), no wait is seen, and
+random numbers are a CPU's. The native EM is off, since it holds NVIDIA's runtime itself; cuDNN is
+off, so a convolution launches im2col and a product for each row.
 
 Needs gcc and a torch built for CUDA, with NVIDIA's headers as pip installs them.
 """

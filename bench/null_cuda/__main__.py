@@ -22,12 +22,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.command:
         parser.error("expected a command")
+    if options.devices < 1:
+        parser.error(f"--devices: expected 1 or more, got {options.devices}")
     try:
         variables = environment(values=options.values, devices=options.devices)
     except CannotBuildError as error:
         raise SystemExit(f"null CUDA: {error}") from error
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables.get('PATH', '')}"
-    os.execvpe(options.command[0], options.command, variables)
+    try:
+        os.execvpe(options.command[0], options.command, variables)
+    except OSError as error:
+        raise SystemExit(f"null CUDA: {options.command[0]}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,19 +19,20 @@ HERE = Path(__file__).parent
 SOURCES = (HERE / "runtime.cpp", HERE / "libraries.cpp")
 PREFIXES = ("__cuda", "cuda", "cublas", "cudnn", "cufft", "cupti", "curand", "cusolver")
 PREFIXES += ("cusparse", "nccl", "nvrtc")
+COMPUTES = re.compile(r"cublas\w*(gemm|gemv|dot|trsm)|cublasLtMatmul$|cufftXtExec", re.IGNORECASE)
 KEPT = HERE.parents[1] / "build" / "null_cuda"
-"""Where libraries are kept, a folder for each state of the sources."""
+"""Where libraries are kept, a folder for each state of the sources and version of torch."""
 
 
 class CannotBuildError(Exception):
-    """Something that it takes is not there."""
+    """Something that it takes is not installed."""
 
 
 def build() -> Path:
-    """The folder of the libraries, built where they are not there yet (6 s).
+    """The folder of the libraries, built where they are not there yet (4 s).
 
     Raises:
-        CannotBuildError: torch is not built for CUDA, or headers, compiler or nm are missing.
+        CannotBuildError: torch is not built for CUDA, or headers, gcc or nm are missing.
     """
     parts = [Path(__file__), HERE / "counts.h", *SOURCES]
     state = hashlib.sha256(b"".join(part.read_bytes() for part in parts))
@@ -38,38 +40,42 @@ def build() -> Path:
     folder = KEPT / state.hexdigest()[:16]
     if not folder.is_dir():
         KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=KEPT) as made:
-            _compile(Path(made))
-            try:
-                Path(made).rename(folder)
-            except OSError:  # another process was faster
-                if not folder.is_dir():
-                    raise
-            Path(made).mkdir(exist_ok=True)  # what the context removes
+        made = Path(tempfile.mkdtemp(dir=KEPT))
+        try:
+            _compile(made)
+            made.chmod(0o755)
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return folder
 
 
 def _compile(folder: Path) -> None:
     headers = _headers()
-    made_up = folder / "made_up.c"
+    made_up, objects = folder / "made_up.c", folder / "made_up.o"
     made_up.write_text(_made_up(_wanted(headers)))
+    _run("gcc", "-c", "-fPIC", "-w", made_up, "-o", objects)
     # Of the compiler's headers ("crt/..."), which pip does not bring with torch, Triton has a copy.
     triton = Path(torch.__file__).parents[1] / "triton/backends/nvidia/include"
-    common = ["-shared", "-fPIC", "-O1", "-w", f"-I{headers}", f"-I{triton}"]
+    flags = ["-shared", "-fPIC", "-O1", "-w", f"-I{headers}", f"-I{triton}"]
     # The driver, which dlopen finds by this name, and NVRTC, which torch opens apart.
     for name in ("libcuda.so.1", f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}"):
-        objects = folder / "made_up.o"
-        _run("gcc", "-c", "-fPIC", "-w", made_up, "-o", objects)
-        _run("g++", *common, *SOURCES, objects, f"-Wl,-soname,{name}", "-ldl", "-o", folder / name)
+        output = ["-Wl,-soname," + name, "-ldl", "-o", folder / name]
+        _run("g++", *flags, *SOURCES, objects, *output)
 
 
 def _headers() -> Path:
     if torch.version.cuda is None:
         raise CannotBuildError(f"torch {torch.__version__} is not built for CUDA")
-    found = list(Path(torch.__file__).parents[1].glob("nvidia/*/include/cuda_runtime_api.h"))
-    if not found:
-        raise CannotBuildError("NVIDIA's headers are not beside torch, as pip installs them")
-    return found[0].parent
+    major, minor = torch.version.cuda.split(".")[:2]
+    wanted = f"#define CUDA_VERSION {1000 * int(major) + 10 * int(minor)}"
+    for header in Path(torch.__file__).parents[1].glob("nvidia/*/include/cuda.h"):
+        if wanted in header.read_text():
+            return header.parent
+    raise CannotBuildError(f"headers of CUDA {torch.version.cuda} are not beside torch")
 
 
 def _wanted(headers: Path) -> set[str]:
@@ -86,7 +92,11 @@ def _wanted(headers: Path) -> set[str]:
 def _made_up(names: set[str]) -> str:
     text = "".join(source.read_text() for source in SOURCES)
     written = set(re.findall(r"^EXPORT [^(]*?(\w+)\(", text, re.MULTILINE))
-    return "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names - written))
+    lines = ["int null_cuda_computed(void);\n"]
+    for name in sorted(names - written):
+        result = "null_cuda_computed()" if COMPUTES.match(name) else "0"
+        lines.append(f"int {name}(void) {{ return {result}; }}\n")
+    return "".join(lines)
 
 
 def _run(*command: str | Path) -> str:
@@ -95,5 +105,5 @@ def _run(*command: str | Path) -> str:
     except FileNotFoundError as error:
         raise CannotBuildError(f"{command[0]} is not installed") from error
     if done.returncode:
-        raise CannotBuildError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"null CUDA: {command[0]} failed: {done.stderr.strip()[-500:]}")
     return done.stdout

@@ -14,7 +14,8 @@ class Counts(NamedTuple):
     graphs: int
     """CUDA graphs launched."""
     waits: int
-    """Of the host for the device."""
+    """Of the host for the device; a copy to pageable memory and what torch waits for after it are
+    two."""
     impossible: int
     """Launches that a device would refuse: an empty grid, a block too large."""
 
@@ -24,6 +25,13 @@ class Counts(NamedTuple):
 
 
 def counts() -> Counts:
-    """All counts; AttributeError in a process without null CUDA."""
+    """All counts.
+
+    Raises:
+        SystemExit: a process without null CUDA.
+    """
     numbers = ctypes.c_int64 * len(Counts._fields)
-    return Counts(*numbers.in_dll(ctypes.CDLL(None), "null_cuda_counts"))
+    try:
+        return Counts(*numbers.in_dll(ctypes.CDLL(None), "null_cuda_counts"))
+    except ValueError:
+        raise SystemExit("counts are null CUDA's: python -m bench.null_cuda COMMAND") from None

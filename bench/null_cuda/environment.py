@@ -23,13 +23,18 @@ def environment(*, values: bool = False, devices: int = 1) -> dict[str, str]:
     """
     libraries = build()
     ours = {
-        "LD_PRELOAD": ":".join(map(str, sorted(libraries.glob("lib*.so*")))),
-        "LD_LIBRARY_PATH": str(libraries),
+        "LD_PRELOAD": _before("LD_PRELOAD", *sorted(libraries.glob("lib*.so*"))),
+        "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", libraries),
         "TRITON_LIBCUDA_PATH": str(libraries),
-        "PYTHONPATH": f"{SITE}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
+        "PYTHONPATH": _before("PYTHONPATH", SITE, REPOSITORY),
         "NULL_CUDA": "values" if values else "launches",
         "NULL_CUDA_DEVICES": str(devices),
         "GMM_JEPA_CUDA_EM": "0",
     }
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {**kept, **ours, **({"TRITON_INTERPRET": "1"} if values else {})}
+
+
+def _before(name: str, *paths: Path) -> str:
+    """Paths, then those that the variable holds."""
+    return ":".join(filter(None, [*map(str, paths), os.environ.get(name)]))

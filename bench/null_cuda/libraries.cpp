@@ -10,12 +10,13 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace {
-
-int multiplied() {
+// What a product or a transform does here: build.py makes them up with this.
+extern "C" int null_cuda_computed() {
     ++null_cuda_counts.launches;
     return 0;
 }
+
+namespace {
 
 // cublasLtMatmulHeuristicResult_t
 struct Heuristic {
@@ -31,13 +32,6 @@ struct Heuristic {
 EXPORT int cublasCreate_v2(void** handle) { return *handle = &null_cuda_counts, 0; }
 EXPORT int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0, 0; }  // on the host
 EXPORT int cublasGetMathMode(void*, int* mode) { return *mode = 0, 0; }
-EXPORT int cublasGemmEx(...) { return multiplied(); }
-EXPORT int cublasGemmStridedBatchedEx(...) { return multiplied(); }
-EXPORT int cublasSgemm_v2(...) { return multiplied(); }
-EXPORT int cublasDgemm_v2(...) { return multiplied(); }
-EXPORT int cublasSgemmStridedBatched(...) { return multiplied(); }
-EXPORT int cublasDgemmStridedBatched(...) { return multiplied(); }
-EXPORT int cublasLtMatmul(...) { return multiplied(); }
 EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int,
                                           Heuristic* found, int* n) {
     return *found = {}, *n = 1, 0;

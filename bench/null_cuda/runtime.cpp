@@ -23,28 +23,56 @@ namespace {
 constexpr size_t kMemory = size_t(139) << 30;
 
 std::atomic<bool> capturing{false};
-std::mutex pinned_lock;
 thread_local int current_device = 0;
 
-// Blocks of pinned memory, address -> bytes. Never destroyed: torch frees memory after main.
-std::map<uintptr_t, size_t>& pinned() {
-    static auto* const blocks = new std::map<uintptr_t, size_t>;
+bool computes_values() {
+    static const bool computes = [] {
+        const char* const given = std::getenv("NULL_CUDA");
+        return given && std::strcmp(given, "values") == 0;
+    }();
+    return computes;
+}
+
+// What was allocated here: address -> bytes, of pinned or of the device's memory. Never destroyed,
+// since torch frees memory after main.
+class Blocks {
+  public:
+    cudaError_t allocate(void** address, size_t bytes) {
+        if (posix_memalign(address, 4096, bytes ? bytes : 1)) return cudaErrorMemoryAllocation;
+        // So that what a kernel forgets to write shows: NaN, -1.
+        if (computes_values()) std::memset(*address, 0xff, bytes);
+        const std::lock_guard<std::mutex> guard(lock_);
+        sizes_[uintptr_t(*address)] = bytes;
+        return cudaSuccess;
+    }
+
+    cudaError_t release(void* address) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        if (sizes_.erase(uintptr_t(address))) std::free(address);
+        return cudaSuccess;
+    }
+
+    bool hold(const void* address) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        auto block = sizes_.upper_bound(uintptr_t(address));
+        if (block == sizes_.begin()) return false;
+        --block;
+        return uintptr_t(address) < block->first + block->second;
+    }
+
+  private:
+    std::mutex lock_;
+    std::map<uintptr_t, size_t> sizes_;
+};
+
+Blocks& pinned() {
+    static auto* const blocks = new Blocks;
     return *blocks;
 }
 
-bool is_pinned(const void* address) {
-    const std::lock_guard<std::mutex> guard(pinned_lock);
-    auto block = pinned().upper_bound(uintptr_t(address));
-    if (block == pinned().begin()) return false;
-    --block;
-    return uintptr_t(address) < block->first + block->second;
-}
-
-// Zeros, in pages that take memory when they are first written.
-void* zeros(size_t bytes) {
-    constexpr size_t kAlignment = 4096;
-    const auto address = uintptr_t(std::calloc(1, bytes + kAlignment));
-    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+Blocks& on_device() {
+    static auto* const blocks = new Blocks;
+    return *blocks;
 }
 
 // Streams, events, graphs, modules, functions: any value that is not null nor given twice.
@@ -89,16 +117,19 @@ int attribute(int which) {
 
 cudaError_t launched(dim3 grid, dim3 block, size_t shared_bytes) {
     ++null_cuda_counts.launches;
-    const bool fits = grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535 &&
-                      block.x && block.y && block.z && block.x * block.y * block.z <= 1024 &&
-                      shared_bytes <= 232448;
-    if (!fits) ++null_cuda_counts.impossible;
-    return cudaSuccess;
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    const bool fits = grid.x && grid.x <= 2147483647u && grid.y && grid.y <= 65535 && grid.z &&
+                      grid.z <= 65535 && threads && threads <= 1024 && block.x <= 1024 &&
+                      block.y <= 1024 && block.z <= 64 && shared_bytes <= 232448;
+    if (fits) return cudaSuccess;
+    ++null_cuda_counts.impossible;
+    return cudaErrorInvalidConfiguration;
 }
 
+// No graph can hold a wait.
 cudaError_t waited() {
     ++null_cuda_counts.waits;
-    return cudaSuccess;
+    return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
 struct Launch {
@@ -114,8 +145,16 @@ thread_local std::vector<Launch> configured;
 EXPORT cudaError_t cudaGetDeviceCount(int* n) { return *n = n_devices(), cudaSuccess; }
 EXPORT cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 EXPORT cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
-EXPORT const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-EXPORT const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+EXPORT const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorMemoryAllocation: return "out of memory";
+        case cudaErrorInvalidConfiguration: return "invalid launch configuration";
+        case cudaErrorStreamCaptureUnsupported: return "a wait while a graph is recorded";
+        default: return "unknown error";
+    }
+}
+EXPORT const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 EXPORT cudaError_t cudaDriverGetVersion(int* version) {
     return *version = CUDA_VERSION, cudaSuccess;
 }
@@ -159,52 +198,49 @@ EXPORT cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int) {
 }
 EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0, cudaSuccess; }
 
-// Memory. What is freed is kept: torch's allocator gives back next to nothing.
+// Memory.
 EXPORT cudaError_t cudaMalloc(void** address, size_t bytes) {
-    *address = zeros(bytes);
-    return *address ? cudaSuccess : cudaErrorMemoryAllocation;
+    return on_device().allocate(address, bytes);
 }
-EXPORT cudaError_t cudaFree(void*) { return cudaSuccess; }
+EXPORT cudaError_t cudaFree(void* address) { return on_device().release(address); }
 EXPORT cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
-    *address = zeros(bytes);
-    const std::lock_guard<std::mutex> guard(pinned_lock);
-    pinned()[uintptr_t(*address)] = bytes;
-    return cudaSuccess;
+    return pinned().allocate(address, bytes);
 }
-EXPORT cudaError_t cudaFreeHost(void* address) {
-    const std::lock_guard<std::mutex> guard(pinned_lock);
-    pinned().erase(uintptr_t(address));
-    return cudaSuccess;
-}
+EXPORT cudaError_t cudaFreeHost(void* address) { return pinned().release(address); }
 EXPORT cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     return *total = kMemory, *free = kMemory - (size_t(1) << 30), cudaSuccess;
 }
 EXPORT cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                                    cudaStream_t) {
-    // To pageable memory it returns once the device is there.
-    if (kind == cudaMemcpyDeviceToHost && !is_pinned(to)) waited();
+    // The device's own work takes no time; what it does not read need not be there.
+    if (kind == cudaMemcpyDeviceToDevice && !computes_values()) return cudaSuccess;
     if (bytes) std::memmove(to, from, bytes);
-    return cudaSuccess;
+    // To pageable memory it returns once the device is there.
+    const bool waits = kind == cudaMemcpyDeviceToHost && !pinned().hold(to);
+    return waits ? waited() : cudaSuccess;
 }
 EXPORT cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
     if (bytes) std::memmove(to, from, bytes);
     return waited();
 }
-EXPORT cudaError_t cudaMemset(void* address, int value, size_t bytes) {
-    return std::memset(address, value, bytes), cudaSuccess;
-}
 EXPORT cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-    return std::memset(address, value, bytes), cudaSuccess;
+    if (computes_values()) std::memset(address, value, bytes);
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaMemset(void* address, int value, size_t bytes) {
+    return cudaMemsetAsync(address, value, bytes, nullptr);
 }
 EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
                                             const void* address) {
     *attributes = {};
-    attributes->type = is_pinned(address) ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+    attributes->type = pinned().hold(address)      ? cudaMemoryTypeHost
+                       : on_device().hold(address) ? cudaMemoryTypeDevice
+                                                   : cudaMemoryTypeUnregistered;
     attributes->devicePointer = const_cast<void*>(address);
     return cudaSuccess;
 }
 EXPORT cudaError_t cudaGetSymbolAddress(void** address, const void*) {
-    return *address = zeros(1 << 16), cudaSuccess;
+    return on_device().allocate(address, 1 << 16);
 }
 
 // Streams, events and graphs. Every event takes a millisecond.
@@ -370,6 +406,8 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction, void*
                              dim3(l.blockDimX, l.blockDimY, l.blockDimZ), l.sharedMemBytes));
 }
 EXPORT CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr address) {
+    const void* const given = reinterpret_cast<const void*>(address);
+    if (!on_device().hold(given) && !pinned().hold(given)) return CUDA_ERROR_INVALID_VALUE;
     if (which == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) *static_cast<CUdeviceptr*>(value) = address;
     return CUDA_SUCCESS;
 }

@@ -9,28 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey, _dispatch_has_kernel_for_dispatch_key
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-CUDA = "cuda"
-FROM_MANY_DEVICES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::index")
-FROM_MANY_DEVICES += ("aten::_index_put", "aten::_unsafe_index")
+CUDA, CPU = "cuda", torch.device("cpu")
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 NARROW = (torch.bfloat16, torch.float16)
-NO_KERNEL = (
-    "aten::detach",
-    "aten::empty",
-    "aten::empty_like",
-    "aten::empty_strided",
-    "aten::is_pinned",
-    "aten::new_empty",
-    "aten::new_empty_strided",
-    "aten::record_stream",
-    "aten::resize_",
-    "aten::set_",
-)
-"""Operations that give or take memory and launch nothing: torch's own are right."""
+COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+INDEXED += ("aten::_unsafe_index", "aten::_unsafe_index_put")
+"""Operations on a CUDA tensor that take indices from a CPU."""
+NO_KERNEL = {"aten::detach", "aten::empty", "aten::empty_like", "aten::empty_strided"}
+NO_KERNEL |= {"aten::is_pinned", "aten::new_empty", "aten::new_empty_strided", "aten::resize_"}
+NO_KERNEL |= {"aten::record_stream", "aten::set_", "aten::squeeze_", "aten::unsqueeze_", "aten::t_"}
+NO_KERNEL |= {"aten::transpose_", "aten::as_strided_", "aten::resize_as_"}
+"""Operations that give or take memory, or change a tensor's shape, and launch nothing."""
 
 
 def compute_on_the_host() -> None:
@@ -45,7 +40,7 @@ def compute_on_the_host() -> None:
 class HostValues(TorchDispatchMode):
     """Runs the CPU's kernel in place of CUDA's, on the same memory.
 
-    The package's own operators, and torch's of other libraries, keep their CUDA kernels; what those
+    The package's own operators, and those of other libraries, keep their CUDA kernels; what those
     call comes here.
     """
 
@@ -53,11 +48,11 @@ class HostValues(TorchDispatchMode):
         options = options or {}
         given = (arguments, options)
         name = function._schema.name
+        if any(kind not in PLAIN for kind in types):  # a distributed tensor does its part first
+            return NotImplemented
         if not _is_on_cuda(given) or name in NO_KERNEL:
             return function(*arguments, **options)
-        if function.namespace in ("c10d", "_c10d_functional"):
-            return _on_host(function, given, makes_cuda=True)
-        if function.namespace not in ("aten", "prims"):
+        if function.namespace not in ("aten", "prims", "c10d", "_c10d_functional"):
             with self:
                 return _own_kernel(function)(*arguments, **options)
         if _has_kernel(function, DispatchKey.CompositeImplicitAutograd):
@@ -65,11 +60,8 @@ class HostValues(TorchDispatchMode):
                 return function.decompose(*arguments, **options)
         if _gives_a_view(function):
             return function(*arguments, **options)
-        if not name.startswith(FROM_MANY_DEVICES):
-            _refuse_two_devices(name, given)
-        device = options.get("device")
-        makes_cuda = device is None or torch.device(device).type == CUDA
-        return _on_host(function, given, makes_cuda=makes_cuda)
+        _check_devices(name, given)
+        return _on_host(function, given)
 
 
 def _is_cuda(value: Any) -> bool:
@@ -90,9 +82,10 @@ def _has_kernel(function: Any, key: DispatchKey) -> bool:
 
 def _own_kernel(function: Any) -> Any:
     """An operator's kernel for CUDA, or for any device."""
-    keys = (DispatchKey.CUDA, DispatchKey.CompositeExplicitAutograd)
-    key = next(key for key in keys if _has_kernel(function, key))
-    return functools.partial(function._op_dk, key)
+    for key in (DispatchKey.CUDA, DispatchKey.CompositeExplicitAutograd):
+        if _has_kernel(function, key):
+            return functools.partial(function._op_dk, key)
+    raise NotImplementedError(f"{function.name()} has no kernel for CUDA")
 
 
 @functools.cache
@@ -101,107 +94,147 @@ def _gives_a_view(function: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-@functools.cache
-def _returns_what_it_writes(function: Any) -> bool:
-    returned = function._schema.returns
-    return bool(returned) and returned[0].alias_info is not None
-
-
-def _refuse_two_devices(name: str, given: Any) -> None:
-    """As CUDA's kernels do; numbers may lie anywhere."""
-    tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.ndim]
-    devices = {str(tensor.device) for tensor in tensors}
-    if len(devices) > 1:
+def _check_devices(name: str, given: Any) -> None:
+    """Refuse tensors of two devices as CUDA's kernels do; numbers may lie on a CPU."""
+    tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
+    if name in INDEXED:
+        tensors = tensors[:1]
+        if not _is_cuda(tensors[0]):
+            raise RuntimeError(f"{name}: indices on CUDA for a tensor on the CPU")
+    devices = {str(t.device) for t in tensors if t.ndim or t.device.type == CUDA}
+    if len(devices) > 1 and name not in COPIES:
         raise RuntimeError(f"{name}: tensors on {' and '.join(sorted(devices))}")
 
 
-def _on_host(function: Any, given: Any, *, makes_cuda: bool) -> Any:
-    hosts: dict[int, Tensor] = {}  # by the id of the host's tensor, which lives on in `arguments`
+def _on_host(function: Any, given: Any) -> Any:
+    memory: dict[int, Tensor] = {}
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the host's: that, and CUDA's
 
     def host(value: Any) -> Any:
         if isinstance(value, torch.device) and value.type == CUDA:
-            return torch.device("cpu")
+            return CPU
         if isinstance(value, torch.Generator) and value.device.type == CUDA:
-            return None
+            return _generator(value)
         if not _is_cuda(value):
             return value
-        shared = on_host(value)
-        hosts[id(shared)] = value
-        return shared
+        on_cpu = on_host(value, memory)
+        shared[id(on_cpu)] = (on_cpu, value)
+        return on_cpu
 
     arguments, options = tree_map(host, given)
     options = {name: value for name, value in options.items() if name != "pin_memory"}
-    wide = function._schema.name.startswith("aten::convolution")
-    result = (_widened if wide else _plainly)(function, arguments, options)
-    if _returns_what_it_writes(function) and isinstance(result, Tensor):
-        return hosts.get(id(result), given[0][0])
+    result = _computed(function, arguments, options)
+    for on_cpu, value in shared.values():
+        if on_cpu.shape != value.shape:  # an `out` that was too small
+            value.resize_(on_cpu.shape)
+            on_host(value).copy_(on_cpu)
+    device = _device_of_result(given)
 
     def back(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not makes_cuda:
+        if not isinstance(value, Tensor):
             return value
-        return hosts[id(value)] if id(value) in hosts else to_cuda(value)
+        if id(value) in shared:
+            return shared[id(value)][1]
+        return value if device is None else to_cuda(value, device)
 
     return tree_map(back, result)
 
 
-def _plainly(function: Any, arguments: Any, options: Any) -> Any:
-    return function(*arguments, **options)
+def _device_of_result(given: Any) -> torch.device | None:
+    """What is asked for, else where the first CUDA tensor is; None: the CPU."""
+    asked = given[1].get("device")
+    if asked is None:
+        return next(value.device for value in tree_leaves(given) if _is_cuda(value))
+    device = torch.device(asked)
+    if device.type != CUDA:
+        return None
+    return device if device.index is not None else torch.device(CUDA, torch.cuda.current_device())
 
 
-def _widened(function: Any, arguments: Any, options: Any) -> Any:
-    """In float32 what is narrower: oneDNN's bfloat16 of few channels goes wrong on some CPUs."""
+def _generator(of_cuda: torch.Generator) -> torch.Generator:
+    """A CPU's with the same seed and place, which moves on as one for CUDA does."""
+    seed, offset = of_cuda.initial_seed(), of_cuda.get_offset()
+    of_cuda.set_offset(offset + 4)
+    return torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * offset) % (1 << 63))
+
+
+def _computed(function: Any, arguments: Any, options: Any) -> Any:
+    """The CPU's result; of a convolution of 16 bits that in float32, rounded.
+
+    oneDNN's bfloat16 of few channels goes wrong on some CPUs.
+    """
     tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
-    kind = tensors[0].dtype
-    if kind not in NARROW:
-        return function(*arguments, **options)
+    is_convolution = function._schema.name.startswith("aten::convolution")
+    if is_convolution and tensors[0].dtype in NARROW:
+        wide = functools.partial(_cast, dtype=torch.float32)
+        result = function(*tree_map(wide, arguments), **options)
+        return tree_map(functools.partial(_cast, dtype=tensors[0].dtype), result)
+    result = function(*arguments, **options)
+    if function.namespace == "_c10d_functional" and isinstance(result, Tensor):
+        return torch.ops._c10d_functional.wait_tensor(result)
+    return result
 
-    def to(dtype: torch.dtype) -> Any:
-        return lambda value: value.to(dtype) if isinstance(value, Tensor) else value
 
-    return tree_map(to(kind), function(*tree_map(to(torch.float32), arguments), **options))
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """A CPU tensor of a CUDA tensor's memory, shape and strides."""
+def on_host(tensor: Tensor, memory: dict[int, Tensor] | None = None) -> Tensor:
+    """A CPU tensor of a CUDA tensor's memory, shape and strides.
+
+    Args:
+        tensor: any, empty or not.
+        memory: bytes of storages by their address: tensors that share one on CUDA then share one.
+    """
     storage = tensor.untyped_storage()
     if not tensor.numel() or not storage.nbytes():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    whole = storage.nbytes() // tensor.element_size()
-    flat = torch.frombuffer(memory, dtype=torch.uint8)[: whole * tensor.element_size()]
-    flat = flat.view(tensor.dtype)
-    shared = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return torch.conj(shared) if tensor.is_conj() else shared
+    memory = {} if memory is None else memory
+    if storage.data_ptr() not in memory:
+        address = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+        memory[storage.data_ptr()] = torch.frombuffer(address, dtype=torch.uint8)
+    whole = storage.nbytes() // tensor.element_size() * tensor.element_size()
+    flat = memory[storage.data_ptr()][:whole].view(tensor.dtype)
+    values = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    values = torch.conj(values) if tensor.is_conj() else values
+    return torch._neg_view(values) if tensor.is_neg() else values
 
 
-def to_cuda(values: Tensor) -> Tensor:
+def to_cuda(values: Tensor, device: torch.device) -> Tensor:
     """A CUDA tensor with a CPU tensor's values and strides."""
     values = values.resolve_conj().resolve_neg()
-    device = torch.device(CUDA, torch.cuda.current_device())
     tensor = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=device)
     on_host(tensor).copy_(values)
     return tensor
 
 
 def _in_every_thread() -> None:
-    run = threading.Thread.run
+    start = threading.Thread.start
 
     def with_values(self: threading.Thread) -> None:
-        with HostValues():
-            run(self)
+        run = self.run
 
-    threading.Thread.run = with_values
+        def run_with_values() -> None:
+            with HostValues():
+                run()
+
+        self.run = run_with_values
+        start(self)
+
+    threading.Thread.start = with_values
 
 
 def _interpret_in_place() -> None:
     """Let Triton's interpreter work on the memory itself, one kernel at a time, and mend it."""
     from triton.runtime.interpreter import GridExecutor
 
-    from tests.kernels.interpreter import mend_the_interpreter
+    from bench.null_cuda.interpreter import mend_the_interpreter
 
     def host(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(host, value))
+        if isinstance(value, Tensor) and not _is_cuda(value):
+            raise ValueError("a kernel was given a tensor on the CPU, which no GPU can read")
         return on_host(value) if _is_cuda(value) else value
 
     def in_place(self, arguments, options):
@@ -234,6 +267,8 @@ def _show_values() -> None:
     show = torch._tensor_str._str
 
     def shown(tensor: Tensor, **options: Any) -> str:
-        return show(on_host(tensor.detach()) if _is_cuda(tensor) else tensor, **options)
+        if type(tensor) not in PLAIN or not _is_cuda(tensor):
+            return show(tensor, **options)
+        return f"{show(on_host(tensor.detach()), **options)} on {tensor.device}"
 
     torch._tensor_str._str = shown

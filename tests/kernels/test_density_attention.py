@@ -13,10 +13,10 @@ import torch
 from gmm_jepa.kernels import density_attention, density_attention_backward, density_chunks
 from torch import Tensor
 
+from bench.null_cuda.interpreter import mend_the_interpreter
 from gmm_jepa.ops import density, fused, triton_front_end
 
 from .guard_pages import guarded, run_in_child
-from .interpreter import mend_the_interpreter
 from .strides import moved
 
 mend_the_interpreter()
@@ -303,7 +303,7 @@ def test_a_compiled_step_under_autocast_holds_the_kernels(T, monkeypatch):
 OPCHECK = """
 import sys, torch
 from gmm_jepa.ops import density, fused, triton_front_end
-from tests.kernels.interpreter import mend_the_interpreter
+from bench.null_cuda.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
 device, fused.uses_unproven = sys.argv[1], True

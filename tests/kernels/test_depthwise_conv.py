@@ -13,9 +13,9 @@ import torch
 from gmm_jepa.kernels import depthwise_conv as kernel
 from torch import Tensor
 
+from bench.null_cuda.interpreter import mend_the_interpreter
 from gmm_jepa.ops import depthwise, triton_depthwise
 
-from .interpreter import mend_the_interpreter
 from .strides import moved
 
 mend_the_interpreter()
@@ -201,7 +201,7 @@ def test_a_compiled_step_under_autocast_holds_the_kernels():
 OPCHECK = """
 import sys, torch
 from gmm_jepa.ops import depthwise, triton_depthwise
-from tests.kernels.interpreter import mend_the_interpreter
+from bench.null_cuda.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
 device = sys.argv[1]

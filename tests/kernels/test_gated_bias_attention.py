@@ -17,10 +17,9 @@ from gmm_jepa.kernels import (
 )
 from torch import Tensor
 
+from bench.null_cuda.interpreter import mend_the_interpreter
 from gmm_jepa.ops import triton_attention
 from tests.attention_cases import CASES, Case, assert_near, by_definition, drawn
-
-from .interpreter import mend_the_interpreter
 
 mend_the_interpreter()
 DTYPES = (torch.float32, torch.bfloat16)
@@ -211,7 +210,7 @@ def test_it_is_the_kernel_on_cuda(op):
 OPCHECK = """
 import sys, torch
 from gmm_jepa.ops import attention, triton_attention
-from tests.kernels.interpreter import mend_the_interpreter
+from bench.null_cuda.interpreter import mend_the_interpreter
 mend_the_interpreter()
 device = sys.argv[1]
 if device == "cpu":

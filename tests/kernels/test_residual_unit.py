@@ -14,13 +14,13 @@ from gmm_jepa.kernels import residual_unit as kernel
 from gmm_jepa.kernels import residual_unit_backward as kernel_backward
 from torch import Tensor
 
+from bench.null_cuda.interpreter import mend_the_interpreter
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.models.frontend import ResidualBlock
 from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.ops import fused, residual, triton_residual
 
-from .interpreter import mend_the_interpreter
 from .strides import moved
 
 mend_the_interpreter()
@@ -295,7 +295,7 @@ def test_a_block_under_autocast_agrees_with_its_composition(C, monkeypatch):
 OPCHECK = """
 import sys, torch
 from gmm_jepa.ops import fused, residual, triton_residual
-from tests.kernels.interpreter import mend_the_interpreter
+from bench.null_cuda.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
 device, fused.uses_unproven = sys.argv[1], True

@@ -13,12 +13,12 @@ import torch
 from gmm_jepa.kernels import snake as kernel
 from torch import Tensor
 
+from bench.null_cuda.interpreter import mend_the_interpreter
 from gmm_jepa import ops
 from gmm_jepa.errors import InputError
 from gmm_jepa.ops import fused, triton_front_end
 from gmm_jepa.ops.snake import snake_backward_reference, snake_reference
 
-from .interpreter import mend_the_interpreter
 from .strides import moved
 
 mend_the_interpreter()
@@ -209,7 +209,7 @@ OPCHECK = """
 import sys, torch
 from gmm_jepa.ops import fused, triton_front_end
 from gmm_jepa.ops.snake import _snake_backward, _snake_narrow
-from tests.kernels.interpreter import mend_the_interpreter
+from bench.null_cuda.interpreter import mend_the_interpreter
 from tests.kernels.opcheck import check
 mend_the_interpreter()
 device, fused.uses_unproven = sys.argv[1], True

@@ -34,13 +34,13 @@ def floats_read(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_reads_nothing_back(system, monkeypatch):
-    step, meters = steps_of(preset("smoke", system=system), peers=alone(torch.device("cpu")))
+    step, state = steps_of(preset("smoke", system=system), peers=alone(torch.device("cpu")))
     step(0)
     reads = floats_read(monkeypatch)
     step(1)
     step(2)
     assert not reads
-    meters.read()
+    state.meters.read()
     assert len(reads) > 0
 
 

@@ -1,6 +1,8 @@
 """Python imports this as it starts, in every process of a command with null CUDA."""
 
 import os
+import sys
+import traceback
 
 
 def _begin() -> None:
@@ -17,4 +19,12 @@ def _begin() -> None:
 
 
 if "NULL_CUDA" in os.environ:
-    _begin()
+    try:
+        _begin()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":  # another Python's, which has none
+            traceback.print_exc()
+            sys.exit("null CUDA could not begin")
+    except Exception:
+        traceback.print_exc()
+        sys.exit("null CUDA could not begin")
