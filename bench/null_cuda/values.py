@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import DispatchKey, _dispatch_has_kernel_for_dispatch_key
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -48,6 +49,8 @@ class HostValues(TorchDispatchMode):
         options = options or {}
         given = (arguments, options)
         name = function._schema.name
+        if any(issubclass(kind, FakeTensor) for kind in types):  # it has no values
+            return function(*arguments, **options)
         if any(kind not in PLAIN for kind in types):  # a distributed tensor does its part first
             return NotImplemented
         if not _is_on_cuda(given) or name in NO_KERNEL:
