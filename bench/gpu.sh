@@ -59,9 +59,10 @@ unproven() { [ "$GMM_JEPA_UNPROVEN_KERNELS" = 1 ]; }
 # Each part has its own limit, in seconds: native module 40, tests 150, EM 20 + 20, training steps
 # 60 + 60 + 55 + 55, short training 40, ops 55, layers 45, sanitizer 40. That is 640 at most and about
 # 450 where nothing is cut off; what matters most comes first.
+patience="${PATIENCE:-1}"
 failed=0
 limited() { # seconds, command...: a part that is cut off is no failure, what it printed stands
-    local seconds="$(($1 * ${PATIENCE:-1}))" code=0
+    local seconds="$(($1 * patience))" code=0
     shift
     timeout "$seconds" "$@" || code=$?
     [ "$code" -ne 124 ] || { echo "stopped after $seconds s"; return 0; }
@@ -89,7 +90,7 @@ PYTHON
 
 echo "== native module"
 # The same setup.py as an installation's; nvcc, where found, adds the CUDA part.
-if (cd "$repository" && timeout "$((40 * ${PATIENCE:-1}))" "$python" setup.py --quiet build_ext \
+if (cd "$repository" && timeout "$((40 * patience))" "$python" setup.py --quiet build_ext \
     --build-lib "$site/native" --build-temp "$site/objects" > "$site/native.log" 2>&1); then
     ln -sf "$site"/native/gmm_jepa/_native*.so "$site/gmm_jepa/" 2> /dev/null || true
 else
@@ -101,7 +102,8 @@ fi
 run_tests() { # name, then what pytest is to run
     local log="$site/$1.log" code=0
     shift
-    timeout "$((150 * ${PATIENCE:-1}))" "$python" -m pytest -c "$repository/pyproject.toml" --rootdir "$repository" \
+    timeout "$((150 * patience))" "$python" -m pytest -c "$repository/pyproject.toml" \
+        --rootdir "$repository" \
         -o "pythonpath=$site" -o addopts="-q --strict-markers --import-mode=importlib" \
         -p no:cacheprovider -m gpu --tb=short --show-capture=no --durations=2 "$@" > "$log" 2>&1 || code=$?
     # 5: no test selected

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     need_device("cuda")
-    counts()
+    counts()  # ends here where they are not to be had
     settings = {"precision": options.precision, "compile": options.compile}
     settings |= {"cuda_graphs": options.cuda_graphs}
     recipe = sized(PRESETS[options.preset](), options.rows, options.seconds, **settings)

@@ -6,8 +6,8 @@
 
 A library of this folder takes the place of NVIDIA's: torch finds a device, whose memory is the
 host's and whose kernels are counted and not run (`runtime.cpp`). Triton and torch.compile compile
-for it as for an H200. So what the host does shows: which kernels it launches, whether it waits for
-the device, how long it takes for a step, whether a CUDA graph can be recorded. The numbers that
+for it as for an H200. So what the host does shows: how many kernels it launches, whether it waits
+for the device, how long it takes for a step, whether a CUDA graph can be recorded. The numbers that
 come out mean nothing.
 
 With ``--values`` they do: torch's operations run on the CPU, on the device's memory (`values.py`),
