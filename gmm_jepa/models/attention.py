@@ -42,9 +42,17 @@ class GatedRelativeBias(RelativeBias):
         self.scale = nn.Parameter(torch.ones(heads))
 
     def gate(self, q: Tensor) -> Tensor:
-        """(B, H, T, d) unscaled queries -> (B, H, T) gates."""
-        vectors = torch.stack([self.gate_u, self.gate_r], dim=-1)  # (H, d, 2)
-        u, r = torch.sigmoid(q @ vectors.to(q.dtype)).unbind(dim=-1)
+        """(B, H, T, d) unscaled queries -> (B, H, T) gates.
+
+        A product of two columns is a poor one on a GPU, and wants a copy of the queries; a compiler
+        makes one pass of sums. Uncompiled they would be several.
+        """
+        if torch.compiler.is_compiling() and not exporting():
+            vectors = (v.to(q.dtype)[:, None] for v in (self.gate_u, self.gate_r))
+            u, r = (torch.sigmoid((q * v).sum(dim=-1)) for v in vectors)
+        else:
+            vectors = torch.stack([self.gate_u, self.gate_r], dim=-1)  # (H, d, 2)
+            u, r = torch.sigmoid(q @ vectors.to(q.dtype)).unbind(dim=-1)
         return 1 + u + (1 - u) * r * self.scale.to(q.dtype)[:, None]
 
 

@@ -89,10 +89,21 @@ class FrameGroupNorm(nn.Module):
         wide = at_least_float32(x)
         if mask is None:
             normal = F.layer_norm(wide, wide.shape[1:], eps=self.eps)
-        else:
-            count = (mask.lengths.clamp(min=1) * x.shape[2])[:, None, None]
-            mean = zero_padding(wide, mask).sum(dim=(1, 2), keepdim=True) / count
-            centred = zero_padding(wide - mean, mask)
-            variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
-            normal = centred * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias, normal, self.weight).to(x.dtype)
+            return torch.addcmul(self.bias, normal, self.weight).to(x.dtype)
+        mean, variance = (s[:, None, None] for s in moments_of_frames(wide, mask))
+        gain = (variance + self.eps).rsqrt() * self.weight
+        return torch.addcmul(self.bias - mean * gain, wide, gain).to(x.dtype)
+
+
+def moments_of_frames(x: Tensor, mask: FrameMask) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B,) over the real frames and all channels of x (B, T, C), finite.
+
+    Those of each frame first, which a compiler takes in the pass that makes x; then, of (B, T)
+    numbers, those of the row. A row without frames has both zero.
+    """
+    keep, count = mask.keep[..., 0].to(x.dtype), mask.lengths.clamp(min=1)
+    means = x.mean(dim=2)
+    variances = (x - means[..., None]).square().mean(dim=2)
+    mean = (means * keep).sum(dim=1) / count
+    spread = variances + (means - mean[:, None]).square()
+    return mean, (spread * keep).sum(dim=1) / count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_without_bias_is_the_bias_of_an_empty_table() -> None:
 
 def operators_of(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+def test_compiled_gates_are_the_same() -> None:
+    bias = GatedRelativeBias(3, 4, n_buckets=320, max_distance=800).double()
+    q = torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True)
+    leaves, cotangent = (q, bias.gate_u, bias.gate_r, bias.scale), torch.randn(2, 3, 7)
+
+    def results(gate: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        gates = gate(q)
+        return [gates, *torch.autograd.grad(gates, leaves, cotangent)]
+
+    compiled = torch.compile(bias.gate, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(results(compiled), results(bias.gate))
 
 
 def test_a_compiled_graph_holds_the_operator_and_an_exported_one_does_not() -> None:
