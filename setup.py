@@ -167,7 +167,7 @@ def native_extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["gmm_jepa", "gmm_jepa.*"]), "gmm_jepa.kernels"],
     package_dir={"gmm_jepa.kernels": "kernels"},
-    package_data={"gmm_jepa": ["data/*.txt", "evaluate/*.css", "evaluate/*.html"]},
+    package_data={"gmm_jepa": ["data/*.txt", "report/*.css", "report/*.html"]},
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative},
 )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from gmm_jepa.errors import InputError
 from gmm_jepa.model_file import load_model
 from gmm_jepa.models import Encoder, JepaModel, load_published
-from gmm_jepa.models.published import read_states
 from gmm_jepa.train.trained import at_path
 
 
@@ -100,9 +99,6 @@ def load_encoder(path: str | PathLike[str], *, teacher: bool = False) -> SpeechE
 
 def _model(path: Path) -> JepaModel:
     if path.suffix == ".pt":
-        states = read_states(path)
-        if not {"online", "model"} & set(states):
-            raise InputError(f"{path}: not a published model (has {', '.join(map(str, states))})")
         return load_published(path, path.with_name("config.json"))
     if path.suffix == ".safetensors":
         return load_model(path).model

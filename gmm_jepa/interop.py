@@ -64,7 +64,7 @@ def _to_project(source: Path, out: Path, config: Path | None) -> str:
     states = read_states(source)
     if "means" in states:
         _refuse_config(config, source)
-        mixture = clusters.load_published(source)
+        mixture = clusters.load_published_mixture(source)
         clusters.save_mixture(out, mixture, _front_end(mixture.means_))
         return "mixture"
     if "centroids" in states:

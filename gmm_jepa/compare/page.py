@@ -10,10 +10,10 @@ from typing import Any
 from gmm_jepa.compare import plots
 from gmm_jepa.compare.plan import Planned
 from gmm_jepa.compare.results import compare
-from gmm_jepa.evaluate import sections
-from gmm_jepa.evaluate.report import draw, page, save_pictures
-from gmm_jepa.evaluate.sections import show, table
-from gmm_jepa.files import write_json, write_text
+from gmm_jepa.files import write_json
+from gmm_jepa.report.html import cards, lead, page, picture, table
+from gmm_jepa.report.pictures import Pictures, draw, save
+from gmm_jepa.report.words import count, plain, show
 from gmm_jepa.train.metrics import read_metrics
 
 _MEASURES = (
@@ -85,22 +85,20 @@ def write(out: Path, planned: Sequence[Planned], *, jobs: int) -> Path:
     systems = numbers["systems"]
     pictures = draw(
         lambda theme: {
-            "compare_losses": lambda: plots.losses(theme, histories),
-            "compare_meters": lambda: plots.meters(theme, histories),
-            "compare_held_out": lambda: plots.held_out(theme, systems),
-            "compare_probes": lambda: plots.probes(theme, systems),
+            "compare_losses": plots.losses(theme, histories),
+            "compare_meters": plots.meters(theme, histories),
+            "compare_held_out": plots.held_out(theme, systems),
+            "compare_probes": plots.probes(theme, systems),
         }
     )
-    save_pictures(out / "plots", pictures)
-    body = page(
+    html = page(
         out.resolve().name,
         subtitle(numbers),
         _parts(numbers, pictures),
         "The numbers are in <code>compare.json</code>, the pictures in <code>plots/</code>; every "
         "system and seed has a run folder of its own.",
     )
-    write_text(out / "compare.html", body)
-    return out / "compare.html"
+    return save(out / "compare.html", html, pictures, of=["compare_*"])
 
 
 def subtitle(numbers: Mapping[str, Any]) -> str:
@@ -108,42 +106,26 @@ def subtitle(numbers: Mapping[str, Any]) -> str:
     systems, seeds = numbers["systems"], numbers["seeds"]
     sample = next(iter(systems.values()))["runs"][0]["sample"]
     return (
-        f"{_count(len(systems), 'system')}, {_count(len(seeds), 'seed')}, "
+        f"{count(len(systems), 'system')}, {count(len(seeds), 'seed')}, "
         f"{numbers['steps']:,} steps of {numbers['batch_s']:g} s · evaluated on "
         f"{sample['heldout_s'] / 60:.1f} min of held-out speech"
     )
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
-def _parts(numbers: Mapping[str, Any], pictures: sections.Pictures) -> list[tuple[str, str]]:
+def _parts(numbers: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, str]]:
     systems = numbers["systems"]
+    held_out = picture(pictures, "compare_held_out", "Measures on held-out speech", _HELD_OUT)
+    meters = picture(pictures, "compare_meters", "Collapse meters over the steps", _METERS)
+    losses = picture(pictures, "compare_losses", "Losses over the steps", _LOSSES)
     return [
-        ("Result", _cards(systems) + _lead(_LEAD)),
+        ("Result", _cards(systems) + lead(_LEAD)),
         ("Probes", _probes(systems, pictures)),
-        (
-            "Clusters and embedding",
-            sections.picture(pictures, "compare_held_out", "Measures on held-out speech", _HELD_OUT)
-            + _measures(systems, _MEASURES, "held out"),
-        ),
-        (
-            "Training",
-            _alarms(systems)
-            + sections.picture(
-                pictures, "compare_meters", "Collapse meters over the steps", _METERS
-            )
-            + sections.picture(pictures, "compare_losses", "Losses over the steps", _LOSSES),
-        ),
-        ("Cost", _lead(_COST) + _costs(numbers)),
+        ("Clusters and embedding", held_out + _measures(systems, _MEASURES, "held out")),
+        ("Training", _alarms(systems) + meters + losses),
+        ("Cost", lead(_COST) + _costs(numbers)),
         ("Differences", _differences(numbers)),
         ("Runs", _runs(systems)),
     ]
-
-
-def _lead(text: str) -> str:
-    return f'<p class="lead">{text}</p>'
 
 
 def with_spread(row: Mapping[str, Any] | None, form: str, *, scale: float = 1) -> str:
@@ -161,7 +143,7 @@ def with_spread(row: Mapping[str, Any] | None, form: str, *, scale: float = 1) -
 def _cards(systems: Mapping[str, Any]) -> str:
     """A card a system: its first probe, else the usage entropy."""
     tasks = plots.task_names(systems)
-    cards = []
+    shown = []
     for name, system in systems.items():
         summary = system["summary"]
         entropy = with_spread(summary.get("head/entropy"), ".2f")
@@ -170,22 +152,14 @@ def _cards(systems: Mapping[str, Any]) -> str:
             found = summary.get(f"probe/{tasks[0]}/trained, all layers")
             value = with_spread(found, ".1f", scale=100)
             note = f"{tasks[0]}, linear probe, %; usage entropy {entropy}"
-        cards.append((name, value, note))
-    return (
-        '<div class="cards">'
-        + "".join(
-            f'<div class="card"><span>{escape(name)}</span><strong>{escape(value)}</strong>'
-            f"<small>{escape(note)}</small></div>"
-            for name, value, note in cards
-        )
-        + "</div>"
-    )
+        shown.append((name, value, note))
+    return cards(shown)
 
 
-def _probes(systems: Mapping[str, Any], pictures: sections.Pictures) -> str:
+def _probes(systems: Mapping[str, Any], pictures: Pictures) -> str:
     tasks = plots.task_names(systems)
     if not tasks:
-        return _lead("The audio has no labels that a probe could learn.")
+        return lead("The audio has no labels that a probe could learn.")
     columns = ("trained, all layers", "trained, output z", "untrained, all layers")
     tables = []
     for task in tasks:
@@ -210,8 +184,8 @@ def _probes(systems: Mapping[str, Any], pictures: sections.Pictures) -> str:
             f"Test: {found['split']} (first seed)."
         )
         tables.append(table([f"{task}, accuracy %", *columns], rows, note))
-    picture = sections.picture(pictures, "compare_probes", "Probe accuracy")
-    return _lead(_PROBES) + picture + "".join(tables)
+    drawn = picture(pictures, "compare_probes", "Probe accuracy")
+    return lead(_PROBES) + drawn + "".join(tables)
 
 
 def _measures(
@@ -219,11 +193,15 @@ def _measures(
 ) -> str:
     """A row a measure, a column a system; measures that none has are left out."""
     rows = [
-        [name] + [with_spread(s["summary"].get(key), form, scale=scale) for s in systems.values()]
+        [name, *_cells(systems, key, form, scale)]
         for name, key, form, scale in measures
         if any(key in s["summary"] for s in systems.values())
     ]
     return table([head, *systems], rows)
+
+
+def _cells(systems: Mapping[str, Any], key: str, form: str, scale: float) -> list[str]:
+    return [with_spread(s["summary"].get(key), form, scale=scale) for s in systems.values()]
 
 
 def _alarms(systems: Mapping[str, Any]) -> str:
@@ -234,7 +212,7 @@ def _alarms(systems: Mapping[str, Any]) -> str:
         for event in run["alarms"]
     ]
     if not rows:
-        return _lead("The collapse alarm did not go off in any run.")
+        return lead("The collapse alarm did not go off in any run.")
     return table(["collapse alarm", "meter", "step", ""], rows)
 
 
@@ -251,19 +229,16 @@ def _costs(numbers: Mapping[str, Any]) -> str:
         ["trained weights over the fewest, %"]
         + [f"{100 * (s['parameters']['trained'] / least - 1):+.1f}" for s in systems.values()]
     )
-    note = f"{_count(numbers['jobs'], 'run')} at a time."
-    return table(["weights", *systems], rows) + _measures(systems, _COSTS, "time") + _lead(note)
+    note = f"{count(numbers['jobs'], 'run')} at a time."
+    return table(["weights", *systems], rows) + _measures(systems, _COSTS, "time") + lead(note)
 
 
 def _differences(numbers: Mapping[str, Any]) -> str:
     found = numbers["differences"]
     if not found:
-        return _lead("No setting differs.")
+        return lead("No setting differs.")
     names = list(numbers["systems"])
-    rows = [
-        [key, *(sections.plain(values.get(name)) for name in names)]
-        for key, values in found.items()
-    ]
+    rows = [[key, *(plain(values.get(name)) for name in names)] for key, values in found.items()]
     return table(["setting", *names], rows, "All other settings are the same.")
 
 
@@ -286,9 +261,7 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     ]
     measures += [*_MEASURES[:3], _MEASURES[5], _MEASURES[8], *_COSTS[:2]]
     rows = [["measure", *systems]]
-    for name, key, form, scale in measures:
-        cells = [with_spread(s["summary"].get(key), form, scale=scale) for s in systems.values()]
-        rows.append([name, *cells])
+    rows += [[name, *_cells(systems, key, form, scale)] for name, key, form, scale in measures]
     for task in plots.task_names(systems):
         for name, row in plots.probe_rows(systems, task).items():
             if name not in systems:

@@ -5,20 +5,20 @@ Figures are drawn inside `theme.style`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gmm_jepa.evaluate.curves import LOSSES, METERS, Metrics, Points, curve, grid, smooth
-from gmm_jepa.evaluate.theme import WIDE_IN, Theme, end_label, new_figure
+from gmm_jepa.report import charts
+from gmm_jepa.report.theme import WIDE_IN, Theme, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Histories = Mapping[str, Sequence[Metrics]]
+Histories = Mapping[str, Sequence[charts.Metrics]]
 """What is compared -> the metrics of its runs, one a seed."""
 
 SPEED = {
@@ -39,77 +39,73 @@ HELD_OUT = {
 
 def colors(theme: Theme, names: Sequence[str]) -> dict[str, str]:
     """A colour for each thing that is compared."""
-    wheel = (theme.coral, theme.blue, theme.teal, theme.gold, theme.violet, theme.grey)
-    return {name: wheel[i % len(wheel)] for i, name in enumerate(names)}
+    return dict(zip(names, itertools.cycle(theme.wheel)))
 
 
 def losses(theme: Theme, histories: Histories) -> Figure | None:
     """Parts of the loss and speed."""
-    return _overlay(theme, histories, SPEED | {k: v for k, v in LOSSES.items() if k != "lambda"})
+    parts = {key: title for key, title in charts.LOSSES.items() if key != "lambda"}
+    return _overlay(theme, histories, SPEED | parts)
 
 
 def meters(theme: Theme, histories: Histories) -> Figure | None:
     """Collapse meters, at the output and at the front end."""
-    return _overlay(theme, histories, METERS)
+    return _overlay(theme, histories, charts.METERS)
 
 
 def _overlay(theme: Theme, histories: Histories, titles: Mapping[str, str]) -> Figure | None:
     """A panel for every key that some run has: a line a system, each seed pale behind it."""
     found = {key: {name: _curves(runs, key) for name, runs in histories.items()} for key in titles}
     shown = [key for key in titles if any(found[key].values())]
-    figure, panels = grid([titles[key] for key in shown])
+    figure, panels = charts.grid([titles[key] for key in shown])
     palette = colors(theme, list(histories))
     for axes, key in zip(panels, shown):
         for name, runs in found[key].items():
             _bundle(axes, runs, palette[name])
     if figure is not None:
-        _legend(figure, palette)
+        charts.legend(
+            figure,
+            palette,
+            {},
+            loc="outside upper left",
+            ncols=min(len(palette), 5),
+            labelcolor="linecolor",
+            handlelength=1.4,
+            columnspacing=1.8,
+        )
     return figure
 
 
-def _curves(runs: Sequence[Metrics], key: str) -> list[Points]:
-    return [points for run in runs if len((points := curve(run, key))[0]) >= 2]
+def _curves(runs: Sequence[charts.Metrics], key: str) -> list[charts.Points]:
+    return [points for run in runs if (points := charts.curve(run, key))]
 
 
-def _bundle(axes: Axes, runs: Sequence[Points], color: str) -> None:
+def _bundle(axes: Axes, runs: Sequence[charts.Points], color: str) -> None:
     """The runs of one system and, over the steps they share, their mean."""
     if not runs:
         return
     if len(runs) > 1:
         for steps, values in runs:
-            axes.plot(steps, smooth(values), color=color, alpha=0.3, linewidth=0.9)
+            axes.plot(steps, charts.smooth(values), color=color, alpha=0.3, linewidth=0.9)
     common = runs[0][0]
     for steps, _ in runs[1:]:
         common = np.intersect1d(common, steps)
     if not len(common):
         return
-    mean = smooth(np.mean([v[np.isin(s, common)] for s, v in runs], axis=0))
+    mean = charts.smooth(np.mean([v[np.isin(s, common)] for s, v in runs], axis=0))
     axes.plot(common, mean, color=color)
     axes.plot(common[-1], mean[-1], "o", color=color, markersize=3.5)
-
-
-def _legend(figure: Figure, palette: Mapping[str, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], color=color, label=name) for name, color in palette.items()]
-    figure.legend(
-        handles=lines,
-        loc="outside upper left",
-        ncols=min(len(lines), 5),
-        labelcolor="linecolor",
-        handlelength=1.4,
-        columnspacing=1.8,
-    )
 
 
 def held_out(theme: Theme, systems: Mapping[str, Any]) -> Figure | None:
     """Clusters and embedding on held-out audio, mean and spread, a panel for every measure."""
     shown = [key for key in HELD_OUT if any(key in s["summary"] for s in systems.values())]
-    figure, panels = grid([HELD_OUT[key] for key in shown])
+    figure, panels = charts.grid([HELD_OUT[key] for key in shown])
     palette = colors(theme, list(systems))
     for axes, key in zip(panels, shown):
         rows = {n: s["summary"][key] for n, s in systems.items() if key in s["summary"]}
-        _bars(axes, theme, rows, [palette[name] for name in rows], form=".3g", scale=1)
+        _bars(axes, theme, rows, palette, "{:.3g}")
+        axes.margins(x=0.25)
         axes.set_xlabel("")
     return figure
 
@@ -125,7 +121,7 @@ def probes(theme: Theme, systems: Mapping[str, Any]) -> Figure | None:
     panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=heights).reshape(-1)
     palette = colors(theme, list(systems))
     for axes, task, part in zip(panels, tasks, rows):
-        _bars(axes, theme, part, [palette.get(n, theme.grey) for n in part], form=".1f", scale=100)
+        _bars(axes, theme, part, palette, "{:.1f}", scale=100)
         axes.set_xlim(0, 100)
         axes.set_title(f"{task}: accuracy of a linear probe, %")
     return figure
@@ -135,22 +131,14 @@ def _bars(
     axes: Axes,
     theme: Theme,
     rows: Mapping[str, Mapping[str, Any]],
-    bar_colors: Sequence[str],
-    *,
+    palette: Mapping[str, str],
     form: str,
-    scale: float,
+    *,
+    scale: float = 1,
 ) -> None:
-    """A bar a row, with its spread and its value."""
-    places = np.arange(len(rows))
-    values = scale * np.array([row["mean"] for row in rows.values()])
-    errors: NDArray[np.float64] = scale * np.array([row["spread"] or 0 for row in rows.values()])
-    axes.barh(places, values, xerr=errors, color=bar_colors, height=0.66, ecolor=theme.ink)
-    for place, value, error in zip(places, values, errors):
-        end_label(axes, max(value, 0) + error, place, format(value, form), theme.muted)
-    axes.set_yticks(places, list(rows))
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.margins(x=0.25)
+    """A bar a row, with its spread and its value; what is no system is grey."""
+    scaled = {n: (scale * row["mean"], scale * (row["spread"] or 0)) for n, row in rows.items()}
+    charts.bars(axes, theme, scaled, [palette.get(name, theme.grey) for name in rows], form.format)
 
 
 def task_names(systems: Mapping[str, Any]) -> list[str]:

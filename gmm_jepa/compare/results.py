@@ -10,6 +10,7 @@ from typing import Any
 from gmm_jepa.compare.plan import Planned, read_seconds
 from gmm_jepa.config import Recipe, to_dict
 from gmm_jepa.files import read_json
+from gmm_jepa.report.words import dotted
 from gmm_jepa.train.alarm import read_alarms
 from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.state import initial_model
@@ -116,7 +117,7 @@ def parameters(recipe: Recipe) -> dict[str, int]:
 
 def differences(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
     """Settings that are not the same everywhere: dotted name -> what is compared -> value."""
-    flattened = {name: _flatten(to_dict(recipe)) for name, recipe in recipes.items()}
+    flattened = {name: dotted(to_dict(recipe)) for name, recipe in recipes.items()}
     names = dict.fromkeys(key for values in flattened.values() for key in values)
     found = {}
     for key in names:
@@ -124,11 +125,3 @@ def differences(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
         if key != "seed" and any(value != next(iter(values.values())) for value in values.values()):
             found[key] = values
     return found
-
-
-def _flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for name, value in values.items():
-        dotted = f"{where}.{name}".lstrip(".")
-        plain |= _flatten(value, dotted) if isinstance(value, dict) else {dotted: value}
-    return plain

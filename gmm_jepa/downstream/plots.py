@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gmm_jepa.downstream.metrics import confusion as count_confusion
-from gmm_jepa.evaluate.curves import grid
-from gmm_jepa.evaluate.theme import HALF_IN, WIDE_IN, Theme, end_label, new_figure
+from gmm_jepa.report.charts import BAR, DASHED, end_label, grid, name_rows
+from gmm_jepa.report.theme import HALF_IN, WIDE_IN, Theme, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _MANY_CLASSES = 12
 
 def colors(theme: Theme, rows: Sequence[Row]) -> list[str]:
     """Trained encoders in strong colours, each untrained one grey, log-mel violet."""
-    strong = iter([theme.coral, theme.blue, theme.teal, theme.gold] * len(rows))
+    strong = itertools.cycle(theme.wheel[:4])
     fixed = {"untrained": theme.grey, "log-mel": theme.violet}
     return [fixed.get(row["kind"]) or next(strong) for row in rows]
 
@@ -59,7 +60,7 @@ def layer_weights(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
     for panel, row, color in zip(panels, rows, colors(theme, rows)):
         weights = row["layer_weights"]
         panel.bar(np.arange(len(weights)), weights, color=color, width=0.6)
-        panel.axhline(1 / len(weights), color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+        panel.axhline(1 / len(weights), color=theme.grey, linewidth=1, linestyle=DASHED)
         panel.set_xlabel("layer (0: front end; dashed: equal)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(False, axis="x")
@@ -96,16 +97,13 @@ def slot_bars(theme: Theme, row: Row, found: Mapping[str, tuple[int, int, int]])
     names = sorted(found, key=lambda kind: -sum(found[kind][:2]))[:25]
     figure = new_figure(WIDE_IN, 0.26 * len(names) + 1.0)
     axes = figure.subplots()
-    places = np.arange(len(names))
     left = np.zeros(len(names))
     parts = (("found", theme.teal), ("missed", theme.grey), ("invented", theme.coral))
     for i, (name, color) in enumerate(parts):
         counts = np.array([found[kind][i] for kind in names], float)
-        axes.barh(places, counts, left=left, color=color, height=0.66, label=name)
+        axes.barh(np.arange(len(names)), counts, left=left, color=color, height=BAR, label=name)
         left += counts
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
+    name_rows(axes, names)
     axes.set_title(f"{row['features']}: test utterances by slot type")
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=3, handlelength=1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from gmm_jepa.downstream import plots
 from gmm_jepa.downstream.metrics import edit_distance, slots
-from gmm_jepa.evaluate import sections
-from gmm_jepa.evaluate.report import draw, page, save_pictures
-from gmm_jepa.evaluate.sections import show, table
-from gmm_jepa.evaluate.theme import Theme
-from gmm_jepa.files import write_text
+from gmm_jepa.report.html import lead, listing, page, pairs, picture, table
+from gmm_jepa.report.pictures import Figures, Pictures, draw, save
+from gmm_jepa.report.theme import Theme
+from gmm_jepa.report.words import show
 
 TITLES = {"asr": "Speech recognition", "er": "Emotion recognition", "sf": "Slot filling"}
 WORDS = {
@@ -60,31 +59,28 @@ def write_report(out: Path, numbers: Mapping[str, Any]) -> Path:
         ImportError: matplotlib is absent.
     """
     pictures = draw(lambda theme: _figures(theme, numbers))
-    save_pictures(out / "plots", pictures, of=_PICTURES)
     title = TITLES[numbers["task"]]
-    body = page(
+    html = page(
         f"{title}: {out.resolve().name}",
         _subtitle(numbers),
         _parts(numbers, pictures),
         "The numbers are in <code>probe.json</code> and <code>results/</code>, the pictures in "
         "<code>plots/</code>.",
     )
-    write_text(out / "report.html", body)
-    return out / "report.html"
+    return save(out / "report.html", html, pictures, of=_PICTURES)
 
 
-def _figures(theme: Theme, numbers: Mapping[str, Any]) -> Mapping[str, Callable[[], Any]]:
-    figures: dict[str, Callable[[], Any]] = {
-        "curves": lambda: plots.curves(theme, numbers),
-        "layer_weights": lambda: plots.layer_weights(theme, numbers),
+def _figures(theme: Theme, numbers: Mapping[str, Any]) -> Figures:
+    figures = {
+        "curves": plots.curves(theme, numbers),
+        "layer_weights": plots.layer_weights(theme, numbers),
     }
     for i, row in enumerate(numbers["rows"]):
         if numbers["task"] == "er":
-            figures[f"confusion_{i}"] = lambda row=row: plots.confusion(theme, numbers, row)
+            figures[f"confusion_{i}"] = plots.confusion(theme, numbers, row)
         if numbers["task"] == "sf":
-            figures[f"slots_{i}"] = lambda row=row: plots.slot_bars(
-                theme, row, slot_counts(row["predictions"])
-            )
+            found = slot_counts(row["predictions"])
+            figures[f"slots_{i}"] = plots.slot_bars(theme, row, found)
     return figures
 
 
@@ -99,33 +95,23 @@ def _subtitle(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def _parts(numbers: Mapping[str, Any], pictures: sections.Pictures) -> list[tuple[str, str]]:
+def _parts(numbers: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, str]]:
     head, *rows = summary_rows(numbers)
     rates = ", ".join(f"{rate:g}" for rate in numbers["settings"]["learning_rates"])
-    lead = f'<p class="lead">{_LEAD}</p>'
-    training = sections.picture(
-        pictures, "curves", "Curves", "At each row's learning rate; with folds, the first one."
-    )
-    weights = sections.picture(pictures, "layer_weights", "Layer weights")
+    result = table(head, rows, f"Learning rates tried: {rates}.")
+    caption = "At each row's learning rate; with folds, the first one."
     return [
-        ("Result", lead + table(head, rows, f"Learning rates tried: {rates}.")),
-        ("Training", training),
-        ("Layers", weights),
-        ("Confusion", _pairs(pictures, "confusion_")),
+        ("Result", lead(_LEAD) + result),
+        ("Training", picture(pictures, "curves", "Curves", caption)),
+        ("Layers", picture(pictures, "layer_weights", "Layer weights")),
+        ("Confusion", pairs(_all(pictures, "confusion_"))),
         ("Slots", _all(pictures, "slots_")),
         ("Transcripts", _transcripts(numbers) if numbers["task"] != "er" else ""),
     ]
 
 
-def _all(pictures: sections.Pictures, prefix: str) -> str:
-    return "".join(
-        sections.picture(pictures, key, key) for key in pictures if key.startswith(prefix)
-    )
-
-
-def _pairs(pictures: sections.Pictures, prefix: str) -> str:
-    body = _all(pictures, prefix)
-    return f'<div class="pairs">{body}</div>' if body else ""
+def _all(pictures: Pictures, prefix: str) -> str:
+    return "".join(picture(pictures, key, key) for key in pictures if key.startswith(prefix))
 
 
 def _transcripts(numbers: Mapping[str, Any]) -> str:
@@ -140,22 +126,14 @@ def _transcripts(numbers: Mapping[str, Any]) -> str:
         for which, predictions in shown.items():
             if predictions:
                 title = escape(f"{row['features']}, {which}")
-                parts.append(f"<h3>{title}</h3>{_said(predictions)}")
+                said = [(p["reference"], p["hypothesis"] or "(nothing)") for p in predictions]
+                parts.append(f"<h3>{title}</h3>{listing(said)}")
     return "".join(parts)
 
 
 def _error(prediction: Mapping[str, str]) -> float:
     reference = prediction["reference"]
     return edit_distance(prediction["hypothesis"], reference) / max(1, len(reference))
-
-
-def _said(predictions: Sequence[Mapping[str, str]]) -> str:
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(p['reference'])}</th>"
-        f"<td>{escape(p['hypothesis'] or '(nothing)')}</td></tr>"
-        for p in predictions
-    )
-    return f"<table class='plain'>{rows}</table>"
 
 
 def slot_counts(predictions: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, int, int]]:

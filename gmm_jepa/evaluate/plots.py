@@ -6,27 +6,24 @@ Figures are drawn inside `theme.style`. Wide ones fill the page, half ones stand
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gmm_jepa.evaluate.colors import cluster_colors
 from gmm_jepa.evaluate.phone_classes import CLASSES, broad_class
-from gmm_jepa.evaluate.theme import (
-    HALF_IN,
-    WIDE_IN,
-    Theme,
-    cluster_colors,
-    end_label,
-    new_figure,
-)
+from gmm_jepa.report.charts import DASHED, bars, end_label, legend, note
+from gmm_jepa.report.theme import HALF_IN, WIDE_IN, Theme, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Arrays = Mapping[str, NDArray[Any]]
+_AT_THE_RIGHT: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right"}
+"""Where a note on a level stands."""
 
 
 def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
@@ -42,16 +39,8 @@ def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
     end_label(axes, steps[-1], values[-1], f"{values[-1]:.2f}", theme.blue)
     heldout = numbers["mixture"].get("log_likelihood")
     if heldout is not None and math.isfinite(heldout):
-        axes.axhline(heldout, color=theme.gold, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"held-out {heldout:.2f}",
-            (1, heldout),
-            xytext=(0, 4),
-            textcoords="offset points",
-            color=theme.gold,
-            xycoords=("axes fraction", "data"),
-            ha="right",
-        )
+        axes.axhline(heldout, color=theme.gold, linewidth=1.2, linestyle=DASHED)
+        note(axes, f"held-out {heldout:.2f}", (1, heldout), (0, 4), theme.gold, **_AT_THE_RIGHT)
     axes.set_title("Mean log-likelihood of a frame, nats")
     axes.set_xlabel("iteration of EM")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -75,16 +64,8 @@ def cluster_usage(theme: Theme, arrays: Arrays) -> Figure | None:
         axes.plot(ranks, counts / counts.sum(), color=color, label=name)
         axes.plot(ranks[-1], counts[-1] / counts.sum(), "o", color=color, markersize=3.5)
     n = len(arrays["usage_head"])
-    axes.axhline(1 / n, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "even use",
-        (0.995, 1 / n),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        color=theme.muted,
-    )
+    axes.axhline(1 / n, color=theme.grey, linewidth=1, linestyle=DASHED)
+    note(axes, "even use", (0.995, 1 / n), (0, 3), theme.muted, **_AT_THE_RIGHT)
     axes.set_yscale("log")
     axes.set_xlim(0, n + 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
@@ -130,16 +111,9 @@ def layer_weights(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
     if len(weights) > 6:
         axes.set_xticks(places, ["front", *map(str, places[1:])])
         axes.set_xlabel("block")
-    axes.axhline(1 / len(weights), color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(1 / len(weights), color=theme.grey, linewidth=1, linestyle=DASHED)
     for place, weight in zip(places, weights):
-        axes.annotate(
-            f"{weight:.2f}",
-            (place, weight),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            color=theme.muted,
-        )
+        note(axes, f"{weight:.2f}", (place, weight), (0, 4), theme.muted, ha="center")
     axes.grid(False, axis="x")
     axes.set_xlim(-0.7, len(weights) - 0.3)
     axes.set_ylim(0, 1.15 * max(*weights, 1 / len(weights)))
@@ -182,26 +156,18 @@ def embedding(theme: Theme, arrays: Arrays) -> Figure | None:
         axes.set_yticks([])
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    shown = [c for c in CLASSES if c in names]
-    if shown:
-        _legend(figure, theme, shown)
+    palette = {c: theme.classes[c] for c in CLASSES if c in names}
+    if palette:
+        legend(
+            figure,
+            palette,
+            {"marker": "o", "linestyle": "", "markersize": 6},
+            loc="outside lower center",
+            ncols=len(palette),
+            handletextpad=0.2,
+            columnspacing=1.6,
+        )
     return figure
-
-
-def _legend(figure: Figure, theme: Theme, classes: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    dots = [
-        Line2D([], [], marker="o", linestyle="", markersize=6, color=theme.classes[c], label=c)
-        for c in classes
-    ]
-    figure.legend(
-        handles=dots,
-        loc="outside lower center",
-        ncols=len(dots),
-        handletextpad=0.2,
-        columnspacing=1.6,
-    )
 
 
 def example(
@@ -288,25 +254,20 @@ def probes(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
     n_rows = max(len(task["rows"]) for task in tasks)
     figure = new_figure(WIDE_IN, (0.36 * n_rows + 0.9) * len(tasks))
     for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False).reshape(-1), tasks):
-        names = [row["features"] for row in task["rows"]]
-        values = np.array([row["accuracy"] for row in task["rows"]])
-        errors = [row["standard_error_utterances"] for row in task["rows"]]
-        places = np.arange(len(names))
-        colors = [row_color(theme, name) for name in names]
-        axes.barh(places, values, xerr=errors, color=colors, height=0.66, ecolor=theme.ink)
-        axes.axvline(task["majority"], color=theme.grey, linewidth=1.2, linestyle=(0, (4, 3)))
-        for place, value, error in zip(places, values, errors):
-            end_label(axes, value + error, place, f"{100 * value:.1f} %", theme.muted)
-        axes.set_yticks(places, names)
-        axes.invert_yaxis()
+        rows = {
+            row["features"]: (row["accuracy"], row["standard_error_utterances"])
+            for row in task["rows"]
+        }
+        colors = [_row_color(theme, name) for name in rows]
+        bars(axes, theme, rows, colors, lambda value: f"{100 * value:.1f} %")
+        axes.axvline(task["majority"], color=theme.grey, linewidth=1.2, linestyle=DASHED)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.grid(False, axis="y")
         axes.set_title(f"{task['task']}: accuracy of a linear probe (dashed: commonest class)")
     return figure
 
 
-def row_color(theme: Theme, features: str) -> str:
+def _row_color(theme: Theme, features: str) -> str:
     """Trained features stand out, controls stay quiet."""
     if features.startswith("trained"):
         return theme.coral

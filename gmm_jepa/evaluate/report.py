@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from html import escape
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from gmm_jepa.evaluate import captions, curves, plots, sections
 from gmm_jepa.evaluate.evaluation import Evaluation
-from gmm_jepa.evaluate.sections import show
-from gmm_jepa.evaluate.theme import DARK, LIGHT, Theme, style, to_png
-from gmm_jepa.files import write_text, written_aside
+from gmm_jepa.report.html import page
+from gmm_jepa.report.pictures import Figures, Pictures, draw, save
+from gmm_jepa.report.theme import Theme
+from gmm_jepa.report.words import show
 from gmm_jepa.train.alarm import Event, read_alarms
 
 
@@ -44,46 +41,15 @@ def write_report(
     evaluation.save(run_dir)
     alarms = read_alarms(run_dir / "alarms.jsonl")
     pictures = draw(lambda theme: _figures(theme, evaluation, metrics, alarms))
-    save_pictures(run_dir / "plots", pictures, of=(*captions.TITLES, "probes", "example_[0-9]"))
-    body = page(
+    html = page(
         run_dir.resolve().name,
         sections.subtitle(evaluation.numbers, metrics),
         _parts(evaluation.numbers, pictures, alarms, run_dir),
         "The numbers are in <code>evaluation.json</code> and <code>metrics.jsonl</code>, "
         "the pictures in <code>plots/</code>.",
     )
-    write_text(run_dir / "report.html", body)
-    return run_dir / "report.html"
-
-
-Figures = Mapping[str, Callable[[], Any]]
-"""Name -> what draws the figure, or returns None."""
-
-
-def draw(figures: Callable[[Theme], Figures]) -> sections.Pictures:
-    """Every picture that the data allows, in both themes."""
-    both = []
-    for theme in (LIGHT, DARK):
-        with style(theme):
-            made = {key: make() for key, make in figures(theme).items()}
-            both.append({key: to_png(f, theme) for key, f in made.items() if f is not None})
-    return {key: (both[0][key], both[1][key]) for key in both[0]}
-
-
-def save_pictures(folder: Path, pictures: sections.Pictures, *, of: Sequence[str] = ()) -> None:
-    """Write the light ones as PNGs.
-
-    Args:
-        folder: made if absent.
-        pictures: by name.
-        of: patterns of names; an earlier picture of such a name that was not drawn is removed.
-    """
-    for path in [path for name in of for path in folder.glob(f"{name}.png")]:
-        if path.stem not in pictures:
-            path.unlink()
-    for key, (light, _) in pictures.items():
-        with written_aside(folder / f"{key}.png") as aside:
-            aside.write_bytes(light)
+    of = (*captions.TITLES, "probes", "example_[0-9]")
+    return save(run_dir / "report.html", html, pictures, of=of)
 
 
 def _figures(
@@ -93,78 +59,40 @@ def _figures(
     alarms: Sequence[Event],
 ) -> Figures:
     numbers, arrays = evaluation.numbers, evaluation.arrays
-    figures: dict[str, Callable[[], Any]] = {
-        "losses": lambda: curves.losses(theme, metrics),
-        "meters": lambda: curves.meters(theme, metrics, alarms),
-        "optimisation": lambda: curves.optimisation(theme, metrics),
-        "mixture_fit": lambda: plots.mixture_fit(theme, numbers),
-        "cluster_usage": lambda: plots.cluster_usage(theme, arrays),
-        "transitions": lambda: plots.transitions(theme, arrays),
-        "layer_weights": lambda: plots.layer_weights(theme, numbers),
-        "embedding": lambda: plots.embedding(theme, arrays),
-        "probes": lambda: plots.probes(theme, numbers),
+    figures = {
+        "losses": curves.losses(theme, metrics),
+        "meters": curves.meters(theme, metrics, alarms),
+        "optimisation": curves.optimisation(theme, metrics),
+        "mixture_fit": plots.mixture_fit(theme, numbers),
+        "cluster_usage": plots.cluster_usage(theme, arrays),
+        "transitions": plots.transitions(theme, arrays),
+        "layer_weights": plots.layer_weights(theme, numbers),
+        "embedding": plots.embedding(theme, arrays),
+        "probes": plots.probes(theme, numbers),
     }
     for i, described in enumerate(numbers.get("examples", [])):
-        figures[f"example_{i + 1}"] = lambda i=i, described=described: plots.example(
-            theme, arrays, i, described
-        )
+        figures[f"example_{i + 1}"] = plots.example(theme, arrays, i, described)
     return figures
 
 
 def _parts(
     numbers: Mapping[str, Any],
-    pictures: sections.Pictures,
+    pictures: Pictures,
     alarms: Sequence[Event],
     run_dir: Path,
 ) -> list[tuple[str, str]]:
+    training = sections.figures(pictures, "losses", "meters", "optimisation")
+    embedding = sections.figures(pictures, "embedding")
     return [
         ("Result", sections.cards(numbers)),
         ("Probes", sections.probes(numbers)),
-        (
-            "Training",
-            sections.alarms(alarms)
-            + sections.figures(pictures, ("losses", "meters", "optimisation")),
-        ),
+        ("Training", sections.alarms(alarms) + training),
         ("Mixture and clusters", sections.clusters(numbers, pictures)),
-        (
-            "Embedding",
-            sections.figures(pictures, ("embedding",)) + sections.embedding_table(numbers),
-        ),
+        ("Embedding", embedding + sections.embedding_table(numbers)),
         ("Utterances", sections.examples(numbers, pictures)),
         ("Rejects", sections.rejects(run_dir / "rejects.jsonl")),
         ("Settings", sections.settings(run_dir / "config.json", numbers)),
     ]
-
-
-def page(title: str, subtitle: str, parts: Sequence[tuple[str, str]], sources: str) -> str:
-    """One HTML page that needs nothing but itself.
-
-    Args:
-        title, subtitle: plain text.
-        parts: headings and HTML; the first, "Result", stands without its heading, and what is
-            empty is left out.
-        sources: HTML, where the numbers come from.
-    """
-    kept = [(head, body) for head, body in parts if body]
-    folder = resources.files("gmm_jepa.evaluate")
-    return Template((folder / "report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        style=(folder / "report.css").read_text(encoding="utf-8"),
-        links="".join(f'<a href="#{_anchor(h)}">{escape(h)}</a>' for h, _ in kept if h != "Result"),
-        body="\n".join(
-            f'<section id="{_anchor(head)}">'
-            + (f"<h2>{escape(head)}</h2>" if head != "Result" else "")
-            + f"{body}</section>"
-            for head, body in kept
-        ),
-        sources=sources,
-        written=escape(datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
-    )
-
-
-def _anchor(head: str) -> str:
-    return head.lower().replace(" ", "-")
 
 
 def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gmm_jepa.evaluate import captions
+from gmm_jepa.report import html
+from gmm_jepa.report.html import table
+from gmm_jepa.report.pictures import Pictures
+from gmm_jepa.report.words import count, dotted, plain, show
 from gmm_jepa.train.alarm import Event
-
-Pictures = Mapping[str, tuple[bytes, bytes]]
-"""Name -> the picture for light and for dark pages, PNG."""
 
 MANY_ROWS = 12
 """Of a list that could be long (rejects), so many are shown."""
-
-
-def show(value: float | None, form: str, *, scale: float = 1) -> str:
-    """A number as text, or a dash for one that could not be measured.
-
-    >>> show(0.123, ".1f", scale=100), show(None, ".1f")
-    ('12.3', '–')
-    """
-    return "–" if value is None else format(scale * value, form)
 
 
 def subtitle(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """One line: how long was trained, and on what was evaluated."""
     parts = []
     if metrics:
-        speeds = sorted(line["audio_s_per_s"] for line in metrics if line.get("audio_s_per_s"))
-        speed = f" at {speeds[len(speeds) // 2]:,.0f} audio seconds a second" if speeds else ""
+        speeds = [line["audio_s_per_s"] for line in metrics if line.get("audio_s_per_s")]
+        speed = f" at {median(speeds):,.0f} audio seconds a second" if speeds else ""
         parts.append(f"{metrics[-1].get('step', 0):,} steps{speed}")
     sample = numbers["sample"]
     speakers = sample["heldout_speakers"]
     parts.append(
         f"evaluated on {sample['heldout_s'] / 60:.1f} min of held-out speech, "
         f"{sample['heldout_utterances']} utterances"
-        + (f", {speakers} speaker{'s' * (speakers != 1)}" if speakers else "")
+        + (f", {count(speakers, 'speaker')}" if speakers else "")
     )
     return " · ".join(parts)
 
 
 def cards(numbers: Mapping[str, Any]) -> str:
     """The figures a reader looks for first."""
-    cards = []
+    shown = []
     for task in numbers.get("probes", [])[:2]:
         found = {row["features"]: row["accuracy"] for row in task["rows"]}
         controls = [
@@ -57,69 +49,33 @@ def cards(numbers: Mapping[str, Any]) -> str:
             if key in found
         ]
         value = f"{100 * found['trained, all layers']:.1f} %"
-        cards.append((f"{task['task']}, linear probe", value, ", ".join(controls)))
+        shown.append((f"{task['task']}, linear probe", value, ", ".join(controls)))
     if "clusters" in numbers:
         clusters = numbers["clusters"]
         head = clusters["head"]
-        cards += [
-            (
-                "cluster usage entropy",
-                show(head["entropy"], ".3f"),
-                f"{head['used']} of {clusters['n_clusters']} clusters used",
-            ),
-            (
-                "head agrees with targets",
-                show(clusters["agreement"], ".1f", scale=100) + " %",
-                f"KL {show(clusters['kl'], '.2f')} nats",
-            ),
-        ]
+        used = f"{head['used']} of {clusters['n_clusters']} clusters used"
+        agreement = show(clusters["agreement"], ".1f", scale=100) + " %"
+        kl = f"KL {show(clusters['kl'], '.2f')} nats"
+        shown.append(("cluster usage entropy", show(head["entropy"], ".3f"), used))
+        shown.append(("head agrees with targets", agreement, kl))
     if "embedding" in numbers:
         z = numbers["embedding"]
-        cards.append(
-            (
-                "effective rank of z",
-                show(z["effective_rank"], ".0f"),
-                f"of {z['dimensions']}; mean cosine {show(z['mean_cosine'], '.2f')}",
-            )
-        )
-    return (
-        '<div class="cards">'
-        + "".join(
-            f'<div class="card"><span>{escape(label)}</span><strong>{escape(value)}</strong>'
-            f"<small>{escape(note)}</small></div>"
-            for label, value, note in cards
-        )
-        + "</div>"
-        if cards
-        else ""
-    )
+        note = f"of {z['dimensions']}; mean cosine {show(z['mean_cosine'], '.2f')}"
+        shown.append(("effective rank of z", show(z["effective_rank"], ".0f"), note))
+    return html.cards(shown)
 
 
-def picture(pictures: Pictures, key: str, text: str, caption: str = "") -> str:
-    """One picture that follows the page's theme, with a caption; nothing if it was not drawn."""
-    if key not in pictures:
-        return ""
-    light, dark = (
-        "data:image/png;base64," + base64.b64encode(png).decode() for png in pictures[key]
-    )
-    note = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return (
-        f'<figure class="{escape(key.rstrip("0123456789_"))}"><picture>'
-        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(text)}" loading="lazy"></picture>{note}</figure>'
-    )
-
-
-def figures(pictures: Pictures, keys: Sequence[str]) -> str:
+def figures(pictures: Pictures, *keys: str) -> str:
     """Pictures with their captions, one under the other."""
-    return "".join(picture(pictures, k, captions.TITLES[k], captions.CAPTIONS[k]) for k in keys)
+    return "".join(
+        html.picture(pictures, k, captions.TITLES[k], captions.CAPTIONS[k]) for k in keys
+    )
 
 
 def clusters(numbers: Mapping[str, Any], pictures: Pictures) -> str:
     """Pictures of mixture and cluster head in pairs, and their table."""
-    keys = ("mixture_fit", "cluster_usage", "transitions", "layer_weights")
-    body = figures(pictures, keys)
-    return (f'<div class="pairs">{body}</div>' if body else "") + _cluster_table(numbers)
+    drawn = figures(pictures, "mixture_fit", "cluster_usage", "transitions", "layer_weights")
+    return html.pairs(drawn) + _cluster_table(numbers)
 
 
 def _cluster_table(numbers: Mapping[str, Any]) -> str:
@@ -175,33 +131,17 @@ def embedding_table(numbers: Mapping[str, Any]) -> str:
     return table(["output z", "trained", "untrained"], rows)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
-    """A card with a table; the first column is text, the others numbers."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for first, *cells in rows
-    )
-    foot = f'<tfoot><tr><td colspan="{len(head)}">{escape(note)}</td></tr></tfoot>' if note else ""
-    return (
-        f'<div class="tables"><table class="numbers"><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody>{foot}</table></div>"
-    )
-
-
 def examples(numbers: Mapping[str, Any], pictures: Pictures) -> str:
     """A few utterances, each with what was said over its picture."""
     parts = []
     for i, described in enumerate(numbers.get("examples", [])):
-        drawn = picture(pictures, f"example_{i + 1}", f"Utterance {i + 1}")
+        drawn = html.picture(pictures, f"example_{i + 1}", f"Utterance {i + 1}")
         if not drawn:
             continue
         text = described["text"] or f"utterance {i + 1}"
         about = ", ".join(filter(None, (described["speaker"], f"{described['duration_s']:.1f} s")))
         parts.append(f"<h3>{escape(text)} <small>{escape(about)}</small></h3>{drawn}")
-    return f'<p class="lead">{captions.EXAMPLES}</p>{"".join(parts)}' if parts else ""
+    return html.lead(captions.EXAMPLES) + "".join(parts) if parts else ""
 
 
 def probes(numbers: Mapping[str, Any]) -> str:
@@ -209,7 +149,7 @@ def probes(numbers: Mapping[str, Any]) -> str:
     tables = "".join(_probe_table(task) for task in numbers.get("probes", []))
     if not tables:
         return ""
-    return f'<p class="lead">{captions.PROBES}</p><div class="tables">{tables}</div>'
+    return f'{html.lead(captions.PROBES)}<div class="tables">{tables}</div>'
 
 
 def _probe_table(task: Mapping[str, Any]) -> str:
@@ -253,64 +193,36 @@ def rejects(path: Path) -> str:
     if not rejects:
         return ""
     kinds = Counter(str(r.get("reason", "unknown")).split(":", 1)[0] for r in rejects)
-    summary = ", ".join(f"{count} × {escape(kind)}" for kind, count in kinds.most_common())
-    rows = "".join(_reject_row(reject) for reject in rejects[:MANY_ROWS])
+    summary = ", ".join(f"{n} × {escape(kind)}" for kind, n in kinds.most_common())
+    rows = [(_place(r), str(r.get("reason", ""))) for r in rejects[:MANY_ROWS]]
     more = len(rejects) - MANY_ROWS
     tail = f"<p>and {more:,} more in <code>rejects.jsonl</code></p>" if more > 0 else ""
-    return (
-        f'<p class="lead">{len(rejects):,} inputs could not be used: {summary}.</p>'
-        f"<details><summary>Which ones</summary><table class='plain'>{rows}</table>{tail}</details>"
-    )
+    lead = html.lead(f"{len(rejects):,} inputs could not be used: {summary}.")
+    body = html.listing(rows) + tail
+    return f"{lead}<details><summary>Which ones</summary>{body}</details>"
 
 
-def _reject_row(reject: Mapping[str, Any]) -> str:
+def _place(reject: Mapping[str, Any]) -> str:
     line = reject.get("line")
-    place = str(reject.get("file", "")) + ("" if line is None else f", line {line}")
-    reason = escape(str(reject.get("reason", "")))
-    return f"<tr><th scope='row'>{escape(place)}</th><td>{reason}</td></tr>"
+    return str(reject.get("file", "")) + ("" if line is None else f", line {line}")
 
 
 def settings(path: Path, numbers: Mapping[str, Any]) -> str:
     """The config as one small table for each group, and the versions."""
-    groups: list[tuple[str, Mapping[str, Any]]] = []
+    groups: dict[str, dict[str, Any]] = {}
     if path.exists():
         try:
-            _flatten("", json.loads(path.read_text(encoding="utf-8")), groups)
+            for name, value in dotted(json.loads(path.read_text(encoding="utf-8"))).items():
+                group, _, key = name.rpartition(".")
+                groups.setdefault(group or "run", {})[key] = value
         except json.JSONDecodeError:
-            groups.append(("config.json", {"": "not JSON"}))
+            groups["config.json"] = {"": "not JSON"}
     if numbers.get("versions"):
-        groups.append(("versions", numbers["versions"]))
+        groups["versions"] = numbers["versions"]
     tables = "".join(
-        f"<table class='plain'><caption><b>{escape(name)}</b></caption>"
-        + "".join(
-            f"<tr><th scope='row'>{escape(key)}</th><td>{escape(plain(value))}</td></tr>"
-            for key, value in values.items()
-        )
-        + "</table>"
-        for name, values in groups
+        html.listing(((key, plain(value)) for key, value in group.items()), name)
+        for name, group in groups.items()
     )
     if not tables:
         return ""
     return f"<details><summary>All settings</summary><div class='groups'>{tables}</div></details>"
-
-
-def _flatten(name: str, values: Any, groups: list[tuple[str, Mapping[str, Any]]]) -> None:
-    """Nested objects as (dotted name, flat values) groups, in their order."""
-    if not isinstance(values, dict):
-        groups.append((name, {"": values}))
-        return
-    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    if flat:
-        groups.append((name or "run", flat))
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _flatten(f"{name}.{key}".lstrip("."), value, groups)
-
-
-def plain(value: Any) -> str:
-    """A JSON value in words."""
-    if isinstance(value, list):
-        return ", ".join(map(plain, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)

@@ -4,8 +4,8 @@ from gmm_jepa.gmm.estimator import ConvergenceWarning, GaussianMixture
 from gmm_jepa.gmm.files import (
     load_kmeans,
     load_mixture,
-    load_published,
     load_published_kmeans,
+    load_published_mixture,
     save_kmeans,
     save_mixture,
 )
@@ -21,8 +21,8 @@ __all__ = [
     "gmm_posterior",
     "load_kmeans",
     "load_mixture",
-    "load_published",
     "load_published_kmeans",
+    "load_published_mixture",
     "save_kmeans",
     "save_mixture",
 ]

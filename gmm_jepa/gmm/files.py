@@ -160,7 +160,7 @@ def load_published_kmeans(path: str | os.PathLike[str]) -> KMeans:
 
 
 def published_mixture(gm: GaussianMixture) -> dict[str, Any]:
-    """A mixture in the published layout, for `torch.save`; the inverse of `load_published`.
+    """A mixture in the published layout, for `torch.save`; the inverse of `load_published_mixture`.
 
     Logarithms are rounded from float64: float32's own differ by the processor in the last digit.
     """
@@ -187,7 +187,7 @@ def published_kmeans(kmeans: KMeans) -> dict[str, Any]:
     return {"centroids": centroids, "counts": counts, "K": K, "dim": D}
 
 
-def load_published(path: str | os.PathLike[str]) -> GaussianMixture:
+def load_published_mixture(path: str | os.PathLike[str]) -> GaussianMixture:
     """Read a published ``gmm.pt``: a dictionary with ``means``, ``covariances`` and ``weights``.
 
     The variances are ``covariances + 1e-6``, as the published code uses them. Nothing is

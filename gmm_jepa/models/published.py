@@ -31,9 +31,12 @@ def load_published(checkpoint: str | Path, config: str | Path) -> JepaModel:
     """Read a published checkpoint (.pt) and its config (.json); nothing is unpickled.
 
     Raises:
-        InputError: the config is of an unknown kind, or the checkpoint does not fit it; the
-            message names the parameter.
+        InputError: the checkpoint holds no model, the config is of an unknown kind, or the one
+            does not fit the other; the message names the parameter.
     """
+    states = read_states(checkpoint)
+    if not {"online", "model"} & set(states):
+        raise InputError(f"{checkpoint}: not a published model (has {', '.join(map(str, states))})")
     settings = _read_settings(config)
     layout = LAYOUTS[settings["kind"]]
     model = JepaModel(
@@ -42,7 +45,6 @@ def load_published(checkpoint: str | Path, config: str | Path) -> JepaModel:
         cluster_head=layout.cluster_head,
         predicts=layout.predicts,
     )
-    states = read_states(checkpoint)
     parts = ("online", "target") if layout.predicts else ("model",)
     missing = set(parts) - set(states)
     if missing:

@@ -20,9 +20,9 @@ from gmm_jepa.compare import job, jobs, page, plan, results
 from gmm_jepa.config import Sources
 from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
-from gmm_jepa.evaluate import theme
 from gmm_jepa.evaluate.probe import LinearProbe
 from gmm_jepa.presets import preset
+from gmm_jepa.report import theme
 from gmm_jepa.train.folder import RunFolder
 from tests.audio import write_corpus
 

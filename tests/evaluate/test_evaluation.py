@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gmm_jepa.errors import InputError
-from gmm_jepa.evaluate import Evaluation, evaluate, summary_rows, theme, write_report
+from gmm_jepa.evaluate import Evaluation, evaluate, summary_rows, write_report
 from gmm_jepa.evaluate.tracks import follow
 from gmm_jepa.features import LogMelSpec, log_mel
 from gmm_jepa.gmm import GaussianMixture
@@ -25,6 +25,7 @@ from gmm_jepa.objectives.targets import (
     SoftMixture,
     Targets,
 )
+from gmm_jepa.report import theme
 
 SPEC = LogMelSpec(n_mels=20)
 TONES_HZ = {"a": 300.0, "b": 1200.0, "c": 4000.0}

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gmm_jepa import GaussianMixture, InputError, LogMelSpec, gmm_posterior
-from gmm_jepa.gmm import NotFittedError, load_mixture, load_published, save_mixture
+from gmm_jepa.gmm import NotFittedError, load_mixture, load_published_mixture, save_mixture
 
 SPEC = LogMelSpec()
 
@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_old_file(fitted, path, monkeypatch):
 
 
 def test_published_mixture_gives_the_published_posteriors(shared):
-    gm = load_published(shared / "golden/gmm.pt")
+    gm = load_published_mixture(shared / "golden/gmm.pt")
     golden = load_file(shared / "golden/conformer_plain/io.safetensors")
     frames = golden["log_mel"].transpose(1, 2)[:, :99]
     stored = torch.load(shared / "golden/gmm.pt", weights_only=True)
@@ -177,6 +177,6 @@ def test_foreign_pickles_are_not_loaded(path):
     for content in ({"means": Surprise()}, {"means": torch.zeros(2, 3)}, [1, 2]):
         torch.save(content, path)
         with pytest.raises(InputError, match="not a published mixture"):
-            load_published(path)
+            load_published_mixture(path)
     with pytest.raises(InputError, match="no such file"):
-        load_published(path.with_name("absent.pt"))
+        load_published_mixture(path.with_name("absent.pt"))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gmm_jepa.cli import main
-from gmm_jepa.evaluate import theme
 from gmm_jepa.gmm import GaussianMixture, KMeans
 from gmm_jepa.presets import SYSTEMS
+from gmm_jepa.report import theme
 from gmm_jepa.train.metrics import read_metrics
 from tests.audio import write_corpus
 
