@@ -138,10 +138,12 @@ struct Rows {
 // Throws unless there are none, or one a row, each 0 to n_frames.
 void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames);
 
-// After the modules of gmm_jepa/ops/ that call what each defines; lists.py with the losses.
+// After the modules of gmm_jepa/ops/ that call what each defines; lists.py with the losses, and
+// native_mixture.py the last.
 void define_front_end(py::module_& module);
 void define_encoder(py::module_& module);
 void define_blocks(py::module_& module);
 void define_losses(py::module_& module);
+void define_cuda(py::module_& module);
 
 }  // namespace gmm_jepa

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "bindings.h"
-#include "cuda/bindings.h"
 #include "em.h"
 #include "half_types.h"
 #include "kernels.h"
@@ -110,5 +109,5 @@ PYBIND11_MODULE(_native, module) {
     define_encoder(module);
     define_blocks(module);
     define_losses(module);
-    cuda::define(module);
+    define_cuda(module);
 }

@@ -28,9 +28,11 @@ class Features(ABC):
 
     Attributes:
         n_frames: (N,) int64, frames of each utterance.
+        shape: (L, D).
     """
 
     n_frames: NDArray[np.int64]
+    shape: tuple[int, int]
 
     @abstractmethod
     def rows(self, utterances: Sequence[int]) -> list[Tensor]:
@@ -48,6 +50,7 @@ class ComputedFeatures(Features):
 
     def __init__(self, upstream: Upstream, corpus: Corpus) -> None:
         self._upstream, self._corpus = upstream, corpus
+        self.shape = (upstream.n_layers, upstream.width)
         durations = corpus.durations_samples.tolist()
         self.n_frames = np.array([upstream.n_frames(n) for n in durations], np.int64)
 
@@ -69,7 +72,6 @@ class StoredFeatures(Features):
 
     Args:
         computed: what makes them.
-        shape: (L, D).
         path: a file, or None for memory.
         name: for the progress bar.
         durations_samples: (N,) of the utterances, so that like lengths are encoded together.
@@ -78,14 +80,13 @@ class StoredFeatures(Features):
     def __init__(
         self,
         computed: ComputedFeatures,
-        shape: tuple[int, int],
         path: Path | None,
         name: str,
         durations_samples: NDArray[np.int64],
     ) -> None:
-        self.n_frames = computed.n_frames
+        self.n_frames, self.shape = computed.n_frames, computed.shape
         self._offsets = np.concatenate([[0], np.cumsum(self.n_frames)])
-        size = (int(self._offsets[-1]), *shape)
+        size = (int(self._offsets[-1]), *self.shape)
         if path is None:
             self._values = np.empty(size, np.float32)
         else:
@@ -119,9 +120,8 @@ def open_features(
         path: of the file, which the caller removes.
     """
     computed = ComputedFeatures(upstream, corpus)
-    shape = (upstream.n_layers, upstream.width)
-    mib = 4 * math.prod(shape) * int(computed.n_frames.sum()) / _MIB
+    mib = 4 * math.prod(computed.shape) * int(computed.n_frames.sum()) / _MIB
     if mib > max(memory_mib, disk_mib):
         return computed
     file = None if mib <= memory_mib else path
-    return StoredFeatures(computed, shape, file, upstream.name, corpus.durations_samples)
+    return StoredFeatures(computed, file, upstream.name, corpus.durations_samples)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gmm_jepa.downstream.data import Fold, Labelled
 from gmm_jepa.downstream.features import Features
@@ -21,6 +22,21 @@ from gmm_jepa.downstream.tasks import Task
 
 _MAX_SKIPPED = 10
 """Updates with a non-finite gradient, in a row, after which a training is given up."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a head learns, of which features, and where it is trained."""
+
+    features: Features
+    data: Labelled
+    task: Task
+    device: torch.device
+
+    def batch(self, utterances: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """Features (B, T, L, D) on the device, lengths (B,) int64 on the CPU, answers."""
+        layers, lengths = self.features.batch(utterances)
+        return layers.to(self.device), lengths, [self.data.answers[i] for i in utterances]
 
 
 @dataclass(frozen=True)
@@ -44,14 +60,11 @@ class Fitted:
 
 
 def fit(
-    features: Features,
-    data: Labelled,
+    problem: Problem,
     fold: Fold,
-    task: Task,
     settings: ProbeSettings,
     learning_rate: float,
-    shape: tuple[int, int],
-    device: torch.device,
+    *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fitted:
     """Train on the train part, choose on the dev part, answer the test part.
@@ -60,34 +73,34 @@ def fit(
     give the same result on one machine.
 
     Args:
-        features: of the whole corpus.
-        data, fold: answers and parts.
-        task, settings: what and how.
+        problem: of the whole corpus.
+        fold: its parts.
+        settings: how.
         learning_rate: Adam's.
-        shape: (L, D) of the features.
-        device: of the training.
         progress: called with steps done and in all.
     """
     began = time.perf_counter()
     torch.manual_seed(settings.seed)
-    probe = task.build(*shape, settings).to(device)
+    task, features = problem.task, problem.features
+    probe = task.build(*features.shape, settings).to(problem.device)
     optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
     batches = train_batches(
         features.n_frames[fold.train], settings.batch, task.batches_by_length, settings.seed
     )
+    drawn = (fold.train[places] for places in batches)
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
     best: dict[str, Any] | None = None
     state = copy.deepcopy(probe.state_dict())
     skipped = 0
     for step in range(1, settings.steps + 1):
-        loss = _update(probe, optimizer, features, data, fold, task, settings, batches, device)
+        loss = _update(probe, optimizer, problem, settings, drawn)
         skipped = 0 if loss is not None else skipped + 1
         if skipped >= _MAX_SKIPPED:
             break
         losses += [] if loss is None else [loss]
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            scores, _ = evaluate(probe, features, data, fold.dev, task, settings.batch, device)
+            scores, _ = evaluate(probe, problem, fold.dev, settings.batch)
             train_loss = float(np.mean(losses)) if losses else None
             line = {"step": step, "train_loss": train_loss, **_prefixed(scores)}
             curve.append(line)
@@ -99,7 +112,7 @@ def fit(
     probe.load_state_dict(state)
     test, hypotheses = None, []
     if best is not None:
-        test, hypotheses = evaluate(probe, features, data, fold.test, task, settings.batch, device)
+        test, hypotheses = evaluate(probe, problem, fold.test, settings.batch)
     return Fitted(
         curve=curve,
         best=best,
@@ -115,23 +128,17 @@ def fit(
 def _update(
     probe: Probe,
     optimizer: torch.optim.Optimizer,
-    features: Features,
-    data: Labelled,
-    fold: Fold,
-    task: Task,
+    problem: Problem,
     settings: ProbeSettings,
-    batches: Iterator[list[int]],
-    device: torch.device,
+    batches: Iterator[Sequence[int]],
 ) -> float | None:
     """One update; the mean loss, or None where the gradient is not finite and nothing changed."""
     probe.train()
     optimizer.zero_grad()
     total = 0.0
     for _ in range(settings.accumulate):
-        chosen = fold.train[next(batches)]
-        layers, lengths = features.batch(chosen)
-        logits = probe(layers.to(device), lengths)
-        loss = task.loss(logits, lengths, [data.answers[i] for i in chosen])
+        layers, lengths, answers = problem.batch(next(batches))
+        loss = problem.task.loss(probe(layers, lengths), lengths, answers)
         (loss / settings.accumulate).backward()
         total += loss.item() / settings.accumulate
     norm = torch.nn.utils.clip_grad_norm_(probe.parameters(), settings.clip_norm)
@@ -143,29 +150,23 @@ def _update(
 
 @torch.no_grad()
 def evaluate(
-    probe: Probe,
-    features: Features,
-    data: Labelled,
-    places: NDArray[np.int64],
-    task: Task,
-    batch: int,
-    device: torch.device,
+    probe: Probe, problem: Problem, utterances: NDArray[np.int64], batch: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Loss (mean over utterances) and scores of some utterances, and the answers in their order."""
     probe.eval()
-    hypotheses = [""] * len(places)
-    order = np.argsort(features.n_frames[places], kind="stable")
+    task = problem.task
+    hypotheses = [""] * len(utterances)
+    order = np.argsort(problem.features.n_frames[utterances], kind="stable")
     total = 0.0
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        layers, lengths = features.batch(places[chosen])
-        logits = probe(layers.to(device), lengths)
-        answers = [data.answers[i] for i in places[chosen]]
+        layers, lengths, answers = problem.batch(utterances[chosen])
+        logits = probe(layers, lengths)
         total += len(chosen) * task.loss(logits, lengths, answers).item()
         for place, hypothesis in zip(chosen, task.read(logits, lengths)):
             hypotheses[place] = hypothesis
-    references = [data.answers[i] for i in places]
-    return {"loss": total / len(places), **task.score(hypotheses, references)}, hypotheses
+    references = [problem.data.answers[i] for i in utterances]
+    return {"loss": total / len(utterances), **task.score(hypotheses, references)}, hypotheses
 
 
 def train_batches(

@@ -20,7 +20,7 @@ import torch
 
 from gmm_jepa.downstream.data import Fold, Labelled
 from gmm_jepa.downstream.features import Features, open_features
-from gmm_jepa.downstream.fit import fit, merit
+from gmm_jepa.downstream.fit import Problem, fit, merit
 from gmm_jepa.downstream.settings import ProbeSettings
 from gmm_jepa.downstream.tasks import Classification, Task
 from gmm_jepa.downstream.upstreams import LogMel, Upstream
@@ -165,20 +165,10 @@ class _Job:
         path = self.folder / f"{tag}lr_{rate!r}.json"
         if path.exists():
             return self._known(path)
-        shape = (self.upstream.n_layers, self.upstream.width)
+        problem = Problem(self.features(), self.data, self.task, self.device)
         of_fold = f", {fold.name}" if tag else ""
         with Bar(f"{self.upstream.name}{of_fold}, lr {rate:g}", "step") as bar:
-            fitted = fit(
-                self.features(),
-                self.data,
-                fold,
-                self.task,
-                self.settings,
-                rate,
-                shape,
-                self.device,
-                progress=bar,
-            )
+            fitted = fit(problem, fold, self.settings, rate, progress=bar)
         told = {name: value for name, value in vars(fitted).items() if name != "hypotheses"}
         result = finite(
             {

@@ -49,8 +49,8 @@ class Operands(NamedTuple):
     """() float64: how much the bound loosens per nat of a low best"""
 
     def addresses(self) -> tuple[int, ...]:
-        """Of all fields, then K."""
-        return (*(field.data_ptr() for field in self), len(self.constants))
+        """Of all fields, then K and D."""
+        return (*(field.data_ptr() for field in self), len(self.constants), len(self.shift))
 
 
 def pack(mixture: Mixture) -> Operands:

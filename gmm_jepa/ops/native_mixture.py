@@ -81,8 +81,7 @@ def em_statistics_cuda(
         x.dtype == torch.float64,
         operands.addresses(),
         tuple(o.data_ptr() for o in out),
-        hard,
-        cuda_em.MARGIN_NATS,
+        (hard, cuda_em.MARGIN_NATS),
         (workspace.data_ptr(), n_bytes),
         (x.device.index, stream.cuda_stream),
     )
@@ -120,8 +119,7 @@ def em_statistics_emulated(
         x.dtype == torch.float64,
         operands.addresses(),
         tuple(o.data_ptr() for o in out),
-        hard,
-        cuda_em.MARGIN_NATS,
+        (hard, cuda_em.MARGIN_NATS),
     )
     return out
 

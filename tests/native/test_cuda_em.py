@@ -92,8 +92,8 @@ def refined_on_cuda(frames, *mixture, hard=False):
 
     def counted(*arguments):
         plain(*arguments)
-        matrix, operands, workspace, place = (arguments[i] for i in (0, 2, 6, 7))
-        refined.append(native._native.em_refined(workspace[0], operands[-1], matrix[2], place))
+        (*_, K, D), workspace, place = (arguments[i] for i in (2, 5, 6))
+        refined.append(native._native.em_refined(workspace[0], K, D, place))
 
     with mock.patch.object(native._native, "em_statistics_cuda", counted):
         got = on_cuda(frames, *mixture, hard=hard)
@@ -302,8 +302,7 @@ def test_without_a_device_the_error_says_so():
             False,
             operands.addresses(),
             tuple(o.data_ptr() for o in out),
-            False,
-            34.0,
+            (False, 34.0),
             (out[0].data_ptr(), n_bytes),
             (0, 0),
         )

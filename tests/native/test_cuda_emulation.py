@@ -217,3 +217,19 @@ def test_a_size_that_the_kernels_are_not_made_for():
     frames, mixture = cases.drawn(3, 2, 513)
     with pytest.raises(ValueError, match="512 features"):
         native_mixture.em_statistics_emulated(frames, *mixture)
+
+
+@pytest.mark.parametrize(
+    ("frames", "mixture", "message"),
+    [
+        ((0, 2, 3, 3, 1), (8,) * 8 + (2, 3), "an address"),
+        ((8, -1, 3, 3, 1), (8,) * 8 + (2, 3), "rows >= 0"),
+        ((8, 2, 4, 4, 1), (8,) * 8 + (2, 3), "as many features as the mixture"),
+        ((8, 2, 3, 3, 1), (8,) * 7 + (0, 2, 3), "mixture: expected addresses"),
+        ((8, 2, 3, 3, 1), (8,) * 8 + (8193, 3), "1 to 8192 components"),
+        ((8, 2, 3, 3, 1), (8,) * 8, "a tuple of 10, got one of 8"),
+    ],
+)
+def test_what_is_refused_at_the_door(frames, mixture, message):
+    with pytest.raises(ValueError, match=message):
+        native._native.em_statistics_emulated(frames, False, mixture, (8,) * 4, (False, 34.0))
