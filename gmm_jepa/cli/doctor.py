@@ -75,6 +75,7 @@ def devices() -> list[tuple[str, str]]:
     rows = [
         ("cpu", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"),
         ("cpu features", torch.backends.cpu.get_cpu_capability()),
+        ("bfloat16 products", "yes" if native.multiplies_bfloat16() else "no"),
         ("torch threads", str(torch.get_num_threads())),
     ]
     for index in range(torch.cuda.device_count()):

@@ -17,6 +17,7 @@ from gmm_jepa.distributed import Processes, processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.report import summary_rows
 from gmm_jepa.pipeline import Audio, Run, open_run
+from gmm_jepa.train.advice import on_precision
 from gmm_jepa.train.folder import RunFolder, held
 
 
@@ -85,6 +86,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
     sources = options.sources()
     with processes() as peers, held(options.out, peers):
         run = open_run(options.out, sources, options.recipe, peers)
+        if peers.is_main and not run.folder.has_results():
+            for line in on_precision(options.recipe.train, peers.device):
+                print(line)
         path = options.gmm if isinstance(options, TrainOptions) else None
         given = None if path is None else run.given_mixture(path)  # before all audio is read
         audio = run.audio()

@@ -10,12 +10,29 @@ import torch
 from gmm_jepa.config import DataConfig, TrainConfig
 from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.distributed import Processes
+from gmm_jepa.ops.native import multiplies_bfloat16
 from gmm_jepa.train.precision import bf16_slowdown
 
 WAITS_TOO_LONG = 0.05
 """Share of the time spent waiting for audio from which more workers pay."""
 MUCH_PADDING = 0.05
 """Share of the work that is lost to empty rows from which it is worth a line."""
+
+
+def on_precision(config: TrainConfig, device: torch.device) -> list[str]:
+    """Whether the other precision is faster on this CPU; a run keeps the one it begins with."""
+    if device.type != "cpu":
+        return []
+    if config.precision == "fp32":
+        faster = "fp32: this CPU multiplies bfloat16; --train.precision bf16 is faster"
+        return [faster] if multiplies_bfloat16() else []
+    slowdown = bf16_slowdown()
+    if slowdown is None:
+        return []
+    return [
+        f"bf16: this CPU multiplies it {slowdown:.0f} times slower than float32; "
+        "--train.precision fp32 is faster"
+    ]
 
 
 def before_training(config: TrainConfig, peers: Processes) -> list[str]:
@@ -25,11 +42,6 @@ def before_training(config: TrainConfig, peers: Processes) -> list[str]:
         lines.append("train.shard: one process, so nothing is sharded; torchrun starts several")
     if peers.device.type != "cpu":
         return lines
-    if config.precision == "bf16" and (slowdown := bf16_slowdown()):
-        lines.append(
-            f"bf16: this CPU multiplies it {slowdown:.0f} times slower than float32; "
-            "--train.precision fp32 is faster"
-        )
     return lines + _threads(torch.get_num_threads(), peers)
 
 

@@ -64,7 +64,7 @@ class RunFolder:
         if self.config.exists():
             changed = _differences(_values(*self.read()), wanted)
             binding = [line for name, line in changed.items() if not name.startswith(_FREE)]
-            if binding and self._has_results():
+            if binding and self.has_results():
                 raise InputError(
                     f"{self.root} holds a run with other settings ({'; '.join(binding)}): "
                     "give another folder, or the same settings to go on with it"
@@ -79,7 +79,8 @@ class RunFolder:
             raise InputError(f"{self.root} is not empty and holds no run: give another folder")
         write_json(self.config, wanted)
 
-    def _has_results(self) -> bool:
+    def has_results(self) -> bool:
+        """Whether there is a mixture or a checkpoint, and so settings that are kept."""
         return self.mixture.exists() or self.kmeans.exists() or bool(steps(self.checkpoints))
 
     def read(self) -> tuple[Sources, Recipe]:

@@ -61,3 +61,21 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
 def test_one_process_shards_nothing():
     peers = Processes(rank=0, world_size=1, device=torch.device("cpu"))
     assert "train.shard" in advice.before_training(TrainConfig(shard=True), peers)[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "multiplies", "slowdown", "said"),
+    [
+        ("fp32", True, None, "--train.precision bf16 is faster"),
+        ("fp32", False, 20.0, None),
+        ("bf16", True, None, None),
+        ("bf16", False, 20.0, "20 times slower than float32; --train.precision fp32 is faster"),
+    ],
+)
+def test_the_faster_precision(monkeypatch, precision, multiplies, slowdown, said):
+    monkeypatch.setattr(advice, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(advice, "bf16_slowdown", lambda: slowdown)
+    config = TrainConfig(precision=precision)
+    lines = advice.on_precision(config, torch.device("cpu"))
+    assert lines == [] if said is None else said in lines[0]
+    assert advice.on_precision(config, torch.device("cuda")) == []
