@@ -20,11 +20,11 @@ MUCH_PADDING = 0.05
 
 
 def on_precision(config: TrainConfig, device: torch.device) -> list[str]:
-    """Whether the other precision is faster on this CPU; a run keeps the one it begins with."""
+    """Whether the other precision may be faster on this CPU; a run keeps the one it begins with."""
     if device.type != "cpu":
         return []
     if config.precision == "fp32":
-        faster = "fp32: this CPU multiplies bfloat16; --train.precision bf16 is faster"
+        faster = "fp32: this CPU multiplies bfloat16; --train.precision bf16 can be faster"
         return [faster] if multiplies_bfloat16() else []
     slowdown = bf16_slowdown()
     if slowdown is None:
