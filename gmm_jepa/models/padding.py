@@ -92,7 +92,7 @@ class FrameGroupNorm(nn.Module):
             return torch.addcmul(self.bias, normal, self.weight).to(x.dtype)
         mean, variance = (s[:, None, None] for s in moments_of_frames(wide, mask))
         gain = (variance + self.eps).rsqrt() * self.weight
-        return torch.addcmul(self.bias - mean * gain, wide, gain).to(x.dtype)
+        return torch.addcmul(self.bias, wide - mean, gain).to(x.dtype)
 
 
 def moments_of_frames(x: Tensor, mask: FrameMask) -> tuple[Tensor, Tensor]:
@@ -101,9 +101,9 @@ def moments_of_frames(x: Tensor, mask: FrameMask) -> tuple[Tensor, Tensor]:
     Those of each frame first, which a compiler takes in the pass that makes x; then, of (B, T)
     numbers, those of the row. A row without frames has both zero.
     """
-    keep, count = mask.keep[..., 0].to(x.dtype), mask.lengths.clamp(min=1)
+    is_real, count = mask.keep[..., 0] > 0, mask.lengths.clamp(min=1)
     means = x.mean(dim=2)
     variances = (x - means[..., None]).square().mean(dim=2)
-    mean = (means * keep).sum(dim=1) / count
+    mean = torch.where(is_real, means, 0.0).sum(dim=1) / count
     spread = variances + (means - mean[:, None]).square()
-    return mean, (spread * keep).sum(dim=1) / count
+    return mean, torch.where(is_real, spread, 0.0).sum(dim=1) / count
