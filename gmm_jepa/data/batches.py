@@ -16,6 +16,8 @@ from gmm_jepa.data.permute import permute, permute_one, uniform
 from gmm_jepa.errors import InputError
 
 EMPTY = -1
+_ROUNDING = 1e-9
+"""Relative error that sums of weights may have."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,15 @@ class BatchPlan:
                 f"no utterance to train on: {len(durations)} given, {self.n_too_short} shorter "
                 f"than min_samples = {min_samples}, the others of weight 0"
             )
+        if weight.sum() < 1 - _ROUNDING:
+            raise InputError("weights are so small that an epoch has less than one utterance")
         self._real_samples = float(n_samples @ weight)
         padded = -(-n_samples // QUANTUM_SAMPLES) * QUANTUM_SAMPLES
         lengths, inverse = np.unique(padded[used], return_inverse=True)
         counts = np.bincount(inverse, weights=weight[used])
         options = optimal_edges(lengths, counts, n_buckets, batch_samples)
-        self._edges = _fewest(options, self._real_samples / (1 - target_padding))
+        edges = _fewest(options, self._real_samples / (1 - target_padding))
+        self._edges = _without_rare(edges, lengths, counts)
         bucket = np.searchsorted(self._edges, padded).astype(np.int16)
         order = np.flatnonzero(used)[np.argsort(bucket[used], kind="stable")]
         self._utterance = _compact(utterance[order])
@@ -177,6 +182,8 @@ class BatchPlan:
     def _fill_slots(self, weight: np.ndarray, sizes: np.ndarray) -> None:
         """Count a bucket's rows per epoch: whole occurrences first, then the drawn ones.
 
+        Of these, as many as the sum of the shares rounded up, the last may stay empty.
+
         Args:
             weight: (M,) of the segments, in the order of the buckets.
             sizes: (B,) segments per bucket.
@@ -192,27 +199,30 @@ class BatchPlan:
         self._shares = np.concatenate([[0.0], np.cumsum(weight - whole)])
         last = self._first + sizes
         self._n_whole = self._repeats[last] - self._repeats[self._first]
-        self._n_drawn = np.rint(self._shares[last] - self._shares[self._first]).astype(np.int64)
+        total = self._shares[last] - self._shares[self._first]
+        self._n_drawn = np.ceil(total * (1 - _ROUNDING)).astype(np.int64)
         self._n_slots = self._n_whole + self._n_drawn
-        if not self._n_slots.any():
-            raise InputError("weights are so small that no utterance would occur in an epoch")
 
     def _segments(self, bucket: int, slots: np.ndarray, epoch: int) -> np.ndarray:
-        """Which segments fill these rows of a bucket in an epoch."""
+        """Which segments are in these rows of a bucket in an epoch; fewer where one stays empty."""
         first, n_whole = int(self._first[bucket]), int(self._n_whole[bucket])
         if self._repeats is None:
             return first + slots
         segments = np.searchsorted(self._repeats, self._repeats[first] + slots, side="right") - 1
         drawn = slots >= n_whole
-        if drawn.any():
-            # Systematic sampling: evenly spaced points on the line of summed shares.
-            end = first + self._size(bucket)
-            total = self._shares[end] - self._shares[first]
-            point = slots[drawn] - n_whole + uniform(self.seed, epoch, "drawn", bucket)
-            point = self._shares[first] + point * (total / self._n_drawn[bucket])
-            found = np.searchsorted(self._shares, point, side="right") - 1
-            segments[drawn] = np.clip(found, first, end - 1)
-        return segments
+        if not drawn.any():
+            return segments
+        # Systematic sampling: points one apart on the line of summed shares, up to its end.
+        end = first + self._size(bucket)
+        point = slots[drawn] - n_whole + uniform(self.seed, epoch, "drawn", bucket)
+        point += self._shares[first]
+        segments[drawn] = np.searchsorted(self._shares, point, side="right") - 1
+        there = segments < end
+        if not there.any():  # the one row of a batch: a batch of nothing is no step
+            return np.array(
+                [first + int((end - first) * uniform(self.seed, epoch, "instead", bucket))]
+            )
+        return segments[there]
 
     def _size(self, bucket: int) -> int:
         ends = (*self._first[1:], len(self._utterance))
@@ -222,6 +232,25 @@ class BatchPlan:
 def _compact(values: np.ndarray) -> np.ndarray:
     """The same as int32 where that holds them."""
     return values.astype(np.int32) if values.max() < 1 << 31 else values
+
+
+def _without_rare(edges: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Edges without those of buckets that would get less than one segment an epoch.
+
+    Args:
+        edges: (B,) ascending.
+        lengths: (L,) padded lengths that occur.
+        counts: (L,) how often in an epoch, together 1 or more.
+    """
+    kept: list[int] = []
+    waiting = 0.0
+    for edge, count in zip(edges, np.bincount(np.searchsorted(edges, lengths), counts)):
+        waiting += count
+        if waiting >= 1 - _ROUNDING:
+            kept.append(edge)
+            waiting = 0.0
+    kept[-1] = edges[-1]
+    return np.array(kept)
 
 
 def _fewest(options: list[tuple[np.ndarray, int]], allowed: float) -> np.ndarray:
