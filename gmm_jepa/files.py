@@ -59,9 +59,21 @@ def _open_to_readers(aside: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new content, never a part."""
+    """Write a text file so that readers see the old or the new content, never a part.
+
+    What UTF-8 cannot hold, of names of files that are not in it, is written as `readable` has it.
+    """
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def readable(text: str) -> str:
+    r"""The text, with numbers for what UTF-8 cannot hold.
+
+    >>> readable("na\udcefve")
+    'na\\udcefve'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:

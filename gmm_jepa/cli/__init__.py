@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import select
 import sys
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}", EXIT_BAD_INPUT
         )
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS  # read once, when torch is imported
     try:

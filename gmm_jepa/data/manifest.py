@@ -21,6 +21,7 @@ from gmm_jepa.data.base import Corpus
 from gmm_jepa.data.files import probe_all
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.errors import InputError
+from gmm_jepa.files import readable
 
 PATH_KEYS = ("audio_filepath", "wav_path", "audio_path", "path")
 
@@ -61,11 +62,24 @@ def parse_line(line: bytes) -> Line:
     path = fields[key]
     if not isinstance(path, str) or not path:
         raise BadLineError(f"no path: {key} is {path!r}")
+    if b"\\u" in line:
+        fields = _readable(fields)
     offset = _samples(fields, "offset") or 0
     duration = _samples(fields, "duration")
     if duration == 0:
         raise BadLineError("empty: duration is zero")
     return Line(fields, path, offset, duration)
+
+
+def _readable(value: Any) -> Any:
+    """JSON values whose texts are `readable`: escapes may stand for half a character."""
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if isinstance(value, dict):
+        return {readable(name): _readable(item) for name, item in value.items()}
+    return value
 
 
 def _samples(fields: dict, key: str) -> int | None:
@@ -121,7 +135,7 @@ class ManifestCorpus(Corpus):
         """
         line = self._line(self._checked(i))
         at = f"@{line.fields['offset']}" if line.offset_samples else ""
-        made = {"id": PurePath(line.path).with_suffix("").as_posix() + at}
+        made = {"id": os.path.splitext(PurePath(line.path).as_posix())[0] + at}
         used = {
             "audio_filepath": self._resolve(line.path),
             "duration": int(self.durations_samples[i]) / SAMPLE_RATE_HZ,

@@ -24,7 +24,7 @@ from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.encoder import SpeechEncoder, load_encoder
 from gmm_jepa.errors import InputError, first_line, require
 from gmm_jepa.features import LogMelSpec, log_mel
-from gmm_jepa.files import read_json
+from gmm_jepa.files import read_json, readable
 from gmm_jepa.models.build import build_encoder
 
 Kind = Literal["trained", "untrained", "log-mel"]
@@ -252,7 +252,7 @@ def open_upstream(source: str, name: str | None = None, *, teacher: bool = False
         ImportError: transformers is needed and absent.
     """
     path = Path(source)
-    name = name or path.name or source
+    name = readable(name or path.name or source)
     config = path / "config.json"
     is_hf = (
         path.is_dir() and config.exists() and '"model_type"' in config.read_text(errors="replace")

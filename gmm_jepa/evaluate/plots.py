@@ -68,7 +68,9 @@ def cluster_usage(theme: Theme, arrays: Arrays) -> Figure | None:
     note(axes, "even use", (0.995, 1 / n), (0, 3), theme.muted, **_AT_THE_RIGHT)
     axes.set_yscale("log")
     axes.set_xlim(0, n + 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(lambda value, _: f"{100 * value:g} %")
+    axes.yaxis.get_minor_locator().set_params(subs=(2, 5))
     axes.set_title("Share of held-out frames in each cluster")
     axes.set_xlabel(f"clusters, commonest first (of {n})")
     axes.legend(loc="upper right", labelcolor="linecolor", handlelength=1.2)

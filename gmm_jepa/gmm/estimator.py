@@ -19,6 +19,9 @@ from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
 from gmm_jepa.ops import Mixture, gmm_log_likelihood, gmm_posterior, gmm_topk
 from gmm_jepa.ops.packed import mixture_on
 
+_WEIGHTS_OFF = 1e-3
+"""How far from 1 the sum of given weights may be: as far as float16 rounds them."""
+
 
 class ConvergenceWarning(UserWarning):
     """EM stopped at `max_iter` before the likelihood came to rest."""
@@ -93,7 +96,7 @@ class GaussianMixture(SklearnProtocol):
         """A mixture that was fitted elsewhere, such as by scikit-learn with ``"diag"``.
 
         Args:
-            weights: (K,), 0 or more.
+            weights: (K,), 0 or more, with a sum of 1 within 1e-3.
             means: (K, D).
             covariances: (K, D) variances, above 0.
 
@@ -110,6 +113,8 @@ class GaussianMixture(SklearnProtocol):
             raise InputError("weights, means, covariances: expected finite values")
         if (w < 0.0).any() or (v <= 0.0).any():
             raise InputError("weights, covariances: expected 0 or more, and above 0")
+        if abs(w.sum() - 1.0) > _WEIGHTS_OFF:
+            raise InputError(f"weights: expected a sum of 1, got {w.sum():.6g}")
         mixture = cls(len(w))
         with np.errstate(divide="ignore"):
             mixture._set_mixture(Mixture(*map(torch.from_numpy, (np.log(w), m, v))))

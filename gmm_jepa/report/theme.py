@@ -142,6 +142,7 @@ def style(theme: Theme) -> Iterator[None]:
         "xtick.minor.size": 0,
         "ytick.minor.size": 0,
         "text.color": theme.ink,
+        "text.parse_math": False,  # names may have dollars
         "font.family": "DejaVu Sans",
         "font.size": 8.5,
         "lines.linewidth": 1.8,

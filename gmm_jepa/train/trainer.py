@@ -103,15 +103,17 @@ def train(
 
             last = state.step == iteration.stop_step
             due = last or state.step % config.log_every == 0
-            if due:
-                log(state.step, {**state.meters.read(), **schedule.metrics()})
-                rejects.extend(peers.gather(unread))
-                unread.clear()
-                n_bad = rejects.count - n_rejects_before
-                rejects.check(len(corpus), recipe.data.max_bad_fraction, n_bad=n_bad)
             # Processes get a signal at different steps; they agree where they meet anyway.
             stop = (due or peers.world_size == 1) and peers.any(stop_asked.is_set())
-            if last or stop or state.step % config.checkpoint_every == 0:
+            saves = last or stop or state.step % config.checkpoint_every == 0
+            if due or saves:  # who goes on from a checkpoint does not meet them again
+                rejects.extend(peers.gather(unread))
+                unread.clear()
+            if due:
+                log(state.step, {**state.meters.read(), **schedule.metrics()})
+                n_bad = rejects.count - n_rejects_before
+                rejects.check(len(corpus), recipe.data.max_bad_fraction, n_bad=n_bad)
+            if saves:
                 state.save(folder.checkpoints, keep=config.keep_checkpoints)
             if stop:
                 break

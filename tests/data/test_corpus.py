@@ -121,6 +121,20 @@ def test_manifest_keys_paths_and_windows(write_audio, write_manifest, tmp_path):
     np.testing.assert_array_equal(into, whole[8_100:8_150])
 
 
+def test_texts_hold_whole_characters(write_audio, write_manifest):
+    """What JSON can escape and UTF-8 cannot hold, half of an emoji, would end a report."""
+    write_audio("a.wav")
+    odd = {"audio_filepath": "a.wav", "text": "hi \ud83d", "phones": [[0, 1, "\ud83d"]], "é": "é"}
+    entry = opened([write_manifest([odd])])[0].entry(0)
+    assert (entry["text"], entry["phones"][0][2], entry["é"]) == ("hi \\ud83d", "\\ud83d", "é")
+
+
+@pytest.mark.parametrize(("path", "name"), [(".", "."), ("/", "/"), ("b.c/d.e.wav", "b.c/d.e")])
+def test_names_of_odd_paths(write_manifest, path, name):
+    line = {"audio_filepath": path, "duration": 1.0}
+    assert opened([write_manifest([line])])[0].entry(0)["id"] == name
+
+
 def test_bad_lines_are_named_by_number(write_audio, write_manifest, tmp_path):
     write_audio("a.wav")
     lines = [

@@ -204,6 +204,11 @@ def test_a_mixture_from_elsewhere(blobs):
             GaussianMixture.from_parameters(*wrong)
     with pytest.raises(InputError, match="finite"):
         GaussianMixture.from_parameters(weights, np.nan * means, variances)
+    for share in (0.0, 2.0):
+        with pytest.raises(InputError, match="weights: expected a sum of 1, got"):
+            GaussianMixture.from_parameters(share * weights, means, variances)
+    rounded = np.asarray(weights, np.float16)
+    assert GaussianMixture.from_parameters(rounded, means, variances).predict(frames).shape
 
 
 def test_a_generator_is_no_seed(blobs):

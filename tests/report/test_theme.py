@@ -10,6 +10,15 @@ import pytest
 from gmm_jepa.report.theme import DARK, LIGHT, Theme, new_figure, style, to_png
 
 
+def test_dollars_are_dollars() -> None:
+    with style(LIGHT):
+        figure = new_figure(2, 2)
+        axes = figure.subplots()
+        axes.set_title("$^$ for $5")
+        axes.set_yticks([0, 1], ["a_$b", "c_$d"])
+        assert to_png(figure, LIGHT)
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_paper_and_lines_are_exact_beside_a_heatmap(theme: Theme) -> None:
     image = pytest.importorskip("PIL.Image")

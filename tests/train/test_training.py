@@ -269,6 +269,27 @@ def test_a_stop_in_the_last_step_is_obeyed(manifest, tmp_path, monkeypatch, caps
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
+def test_what_went_bad_before_a_stop_is_written_down(manifest, tmp_path, monkeypatch):
+    """Also between two lines of metrics: who goes on does not meet it again."""
+    shutil.copytree(manifest.parent, tmp_path / "audio")
+    step = trainer.training_step
+
+    def stopped(state, *others):
+        schedule = step(state, *others)
+        if state.step == 1:
+            for path in (tmp_path / "audio").glob("*.flac"):
+                path.write_bytes(b"not audio any more")
+        if state.step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return schedule
+
+    monkeypatch.setattr(trainer, "training_step", stopped)
+    more = ("--train.log-every", "20", "--data.workers", "0", "--data.max-bad-fraction", "1")
+    words = arguments(tmp_path / "audio" / manifest.name, tmp_path / "run", *more)
+    assert main(words) == EXIT_STOPPED
+    assert len((tmp_path / "run" / "rejects.jsonl").read_text().splitlines()) > 3
+
+
 def test_only_what_goes_bad_in_the_training_counts_there(manifest, tmp_path):
     """What was bad before was judged before, as a share of all audio."""
     folder = tmp_path / "audio"
