@@ -92,7 +92,11 @@ class FrameGroupNorm(nn.Module):
             return torch.addcmul(self.bias, normal, self.weight).to(x.dtype)
         mean, variance = (s[:, None, None] for s in moments_of_frames(wide, mask))
         gain = (variance + self.eps).rsqrt() * self.weight
-        return torch.addcmul(self.bias, wide - mean, gain).to(x.dtype)
+        # The shift is the bias, and has the mean's gradient: its sums over frames are those of the
+        # bias, where through the subtraction they would be another pass over all frames.
+        centre = mean.detach()
+        shift = self.bias - (mean - centre) * gain
+        return torch.addcmul(shift, wide - centre, gain).to(x.dtype)
 
 
 def moments_of_frames(x: Tensor, mask: FrameMask) -> tuple[Tensor, Tensor]:
