@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError
+from gmm_jepa.features import refuse_channels_last
 from gmm_jepa.model_file import load_model
 from gmm_jepa.models import Encoder, JepaModel, load_published
 from gmm_jepa.train.trained import at_path
@@ -50,18 +51,27 @@ class SpeechEncoder(nn.Module):
         """Encode.
 
         Args:
-            waveform: (B, S) or (S,) float, 16 kHz, in [-1, 1], tensor or array; taken in the dtype
-                of the weights.
+            waveform: (B, S) or (S,), 16 kHz, float in [-1, 1] or int16, tensor or array; taken in
+                the dtype of the weights.
             lengths: (B,) samples of each row, 0 to S; None: all are real. Padding never changes a
                 result.
 
         Raises:
-            InputError: shapes or lengths do not fit, or the waveform is not of floats.
+            InputError: shapes or lengths do not fit, or the waveform is of another type.
         """
-        rows = torch.as_tensor(waveform)
+        try:
+            rows = torch.as_tensor(waveform)
+        except ValueError:  # of lists
+            raise InputError(
+                "waveform: expected (B, S) or (S,); pad rows of several lengths, and give lengths"
+            ) from None
+        dtype = next(self.parameters()).dtype
+        if rows.dtype == torch.int16:
+            rows = rows.to(dtype) / 2**15
         if rows.is_floating_point():
-            rows = rows.to(next(self.parameters()).dtype)
+            rows = rows.to(dtype)
         rows = rows[None] if rows.dim() == 1 else rows
+        refuse_channels_last(rows)
         if lengths is not None:
             lengths = torch.as_tensor(lengths)
             _check_lengths(lengths, rows.shape[-1])

@@ -175,6 +175,7 @@ def log_mel(
         raise TypeError(f"waveform: expected a tensor or an array, got {type(waveform).__name__}")
     if signal.ndim not in (1, 2):
         raise InputError(f"waveform: expected (S,) or (B, S), got {tuple(signal.shape)}")
+    refuse_channels_last(signal)
     if signal.dtype == torch.float64:
         signal = signal.float()
     rows = signal if signal.ndim == 2 else signal[None]
@@ -195,6 +196,15 @@ def log_mel(
     frames = frames[:, : log_mel_frames(rows.shape[1], spec)]
     frames = frames if signal.ndim == 2 else frames[0]
     return frames.numpy() if from_numpy else frames
+
+
+def refuse_channels_last(waveform: Tensor) -> None:
+    """Raise InputError for what can only be (samples, channels), as many readers of files give."""
+    if waveform.ndim == 2 and waveform.shape[1] <= 8 and waveform.shape[0] >= 400:
+        raise InputError(
+            f"waveform: expected (S,) or (B, S), got {tuple(waveform.shape)}, which looks like "
+            "samples by channels: take one of them, or their mean"
+        )
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

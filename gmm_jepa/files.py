@@ -20,14 +20,22 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path} exists already; it is left as it is")
 
 
+UNFINISHED = ".gmm-jepa-part"
+"""End of the names of what was being written when the process died."""
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A path to write a file or folder at, renamed to `path` once it is complete on disk.
 
-    An exception removes what was written; a crash leaves only a name ending in ``.part``. Files
-    have the permissions that the umask gives, also those of libraries that give less.
+    A file takes the place of a file, a folder that of a folder. An exception removes what was
+    written; a crash leaves only a name ending in `UNFINISHED`. Files have the permissions that the
+    umask gives, also those of libraries that give less.
+
+    Raises:
+        InputError: a file was written, and there is a folder at `path`; it is left as it is.
     """
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(path.name + UNFINISHED)
     _remove(aside)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -35,6 +43,8 @@ def written_aside(path: Path) -> Iterator[Path]:
         _open_to_readers(aside)
         _sync(aside)
         if path.is_dir():
+            if not aside.is_dir():
+                raise InputError(f"{path} is a folder; a file was to be written")
             shutil.rmtree(path)
         os.replace(aside, path)
     finally:

@@ -175,7 +175,15 @@ def test_an_encoder_says_what_it_cannot_take(tmp_path: Path):
         with pytest.raises(InputError, match="lengths: expected 0 to 8000 samples each, got"):
             encoder(waveform, torch.tensor(lengths))
     with pytest.raises(InputError, match="waveform: expected a float"):
-        encoder(waveform.short())
+        encoder(waveform.int())
+    with pytest.raises(InputError, match="pad rows of several lengths"):
+        encoder([[0.0, 0.1], [0.1]])
+    with pytest.raises(InputError, match="looks like samples by channels"):
+        encoder(torch.zeros(8_000, 2))
+    words = (waveform * 2**15).round().short()
+    torch.testing.assert_close(
+        encoder(words).last_hidden_state, encoder(words / 2**15).last_hidden_state
+    )
     with pytest.raises(InputError, match="lengths: expected integers"):
         encoder(waveform, [8_000.0, 5.5])
 

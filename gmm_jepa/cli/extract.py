@@ -19,16 +19,16 @@ from gmm_jepa.data.rejects import OPTION, RejectLog, check_fraction
 from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.extract import Extractor
-from gmm_jepa.files import write_json, write_text, written_aside
+from gmm_jepa.files import UNFINISHED, write_json, write_text, written_aside
 from gmm_jepa.locks import held
 from gmm_jepa.progress import track
 from gmm_jepa.tensor_files import save_tensors
 from gmm_jepa.train.trained import at_path
 
 INDEX, REJECTS = "index.json", "rejects.jsonl"
-UNFINISHED = "unfinished"
+MARK = "unfinished"
 """A file that lies beside the features until the index is written."""
-_FEATURES = re.compile(r"\d{7,}_[A-Za-z0-9._-]*\.(npz|safetensors)(\.part)?")
+_FEATURES = re.compile(r"\d{7,}_[A-Za-z0-9._-]*\.(npz|safetensors)(" + re.escape(UNFINISHED) + ")?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ def _refuse_other(out: Path) -> None:
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if INDEX in names:
         raise InputError(f"{out} holds features already; give another folder")
-    ours = {name for name in names if UNFINISHED in names and _FEATURES.fullmatch(name)}
-    others = sorted(names - ours - {UNFINISHED, REJECTS, f"{INDEX}.part", f"{UNFINISHED}.part"})
+    ours = {name for name in names if MARK in names and _FEATURES.fullmatch(name)}
+    others = sorted(names - ours - {MARK, REJECTS, f"{INDEX}{UNFINISHED}", f"{MARK}{UNFINISHED}"})
     if others:
         raise InputError(
             f"{out} is not empty and holds no features ({others[0]}, ...): give another folder"
@@ -136,7 +136,7 @@ def _begun(out: Path) -> Iterator[None]:
     with held(out):
         _refuse_other(out)
         _clear(out)
-        write_text(out / UNFINISHED, "")
+        write_text(out / MARK, "")
         try:
             yield
         finally:
@@ -149,7 +149,7 @@ def _clear(out: Path) -> None:
         for path in out.iterdir():
             if _FEATURES.fullmatch(path.name):
                 path.unlink()
-    (out / UNFINISHED).unlink(missing_ok=True)
+    (out / MARK).unlink(missing_ok=True)
 
 
 def _safe(name: str) -> str:

@@ -68,6 +68,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
     options = parse(PlanOptions, command, arguments)
     if options.hours is None and not options.calibrate:
         raise InputError("hours: expected --hours of audio, or --calibrate")
+    for name, path in (("json", options.json), ("calibration", options.calibration)):
+        if path is not None and (name == "json" or options.calibrate):
+            _refuse_other(name, path)
     assumptions = None if options.hours is None else options.assumptions()
     calibration = _calibration(options)
     if assumptions is None:
@@ -82,6 +85,18 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if options.json is not None:
         write_json(options.json, plan.to_dict())
     return 0
+
+
+def _refuse_other(option: str, path: Path) -> None:
+    """Raise `InputError` where the path has something that no plan or calibration is."""
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "device" not in found:
+        raise InputError(f"{option}: {path} holds something else; give another file")
 
 
 def _calibration(options: PlanOptions) -> Calibration | None:

@@ -1,7 +1,8 @@
 """One audio file to 16 kHz mono float32: whole, or a window of it.
 
 Anything wrong with a file is an `AudioError` whose reason starts with its kind (``missing``,
-``empty``, ``not audio``, ``truncated``, ``not finite``, ``unreadable``); nothing is patched over.
+``empty``, ``not audio``, ``truncated``, ``not finite``, ``too loud``, ``unreadable``);
+nothing is patched over.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from gmm_jepa.data.containers import missing_data
 from gmm_jepa.errors import InputError, require
 
 SAMPLE_RATE_HZ = 16_000
+LOUDEST = 2.0**31
+"""Of floats as stored: integers of 32 bits that nobody scaled. Their squares stay finite."""
 
 # soxr's "HQ" filters forget everything 256 output samples away (8 to 96 kHz, measured: windows
 # differ from the whole by 6e-7 at most from there on); four times that for rates not measured.
@@ -214,12 +217,13 @@ def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> n
         )
     with np.errstate(invalid="ignore", over="ignore"):  # said below
         mono = frames.mean(axis=1, dtype=np.float32) if frames.ndim == 2 else frames
-    finite = np.isfinite(mono)
-    if not finite.all():
-        first = start + int(np.argmin(finite))
-        raise AudioError(
-            path, f"not finite: NaN or infinity at sample {first} (at {file.samplerate} Hz)"
-        )
+    if mono.size and not -LOUDEST <= mono.min() <= mono.max() <= LOUDEST:  # nor NaN
+        finite = np.isfinite(mono)
+        first = start + int(np.argmin(finite & (np.abs(mono) <= LOUDEST)))
+        where = f"at sample {first} (at {file.samplerate} Hz)"
+        if finite.all():
+            raise AudioError(path, f"too loud: {mono[first - start]:.3g} {where}, not in [-1, 1]")
+        raise AudioError(path, f"not finite: NaN or infinity {where}")
     return np.ascontiguousarray(mono)
 
 

@@ -114,13 +114,17 @@ def _begin(folder: Path, plan: dict) -> None:
     if plan_path.is_file():
         _refuse_other(folder, json.loads(plan_path.read_text()), plan)
         return
-    found = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    if set(found) - {PARTIAL}:
-        raise InputError(
-            f"{folder} is not empty and holds no pack ({found[0]}, ...): give another folder"
-        )
+    for item in (*_items(folder), *_items(folder / PARTIAL)):
+        if item.name != PARTIAL and not item.name.startswith(PLAN):
+            raise InputError(
+                f"{folder} is not empty and holds no pack ({item.name}, ...): give another folder"
+            )
     (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
     _write(plan_path, _json(plan))
+
+
+def _items(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _refuse_other(folder: Path, found: dict, plan: dict) -> None:

@@ -7,9 +7,11 @@ sentences. One seed gives one corpus, bit for bit, for given packages on a given
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -126,8 +128,9 @@ def synthesize(
     if not _is_free(out_dir):
         return _reuse(out_dir, recipe)
     # A name of this process's own: two at once do not write into each other's folder.
-    partial = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    name = f".{out_dir.name}.partial-{platform.node()}-"
+    _remove_orphans(out_dir.parent, name)
+    partial = out_dir.parent / f"{name}{os.getpid()}"
     (partial / "audio").mkdir(parents=True)
     try:
         _fill(partial, recipe, progress)
@@ -135,6 +138,24 @@ def synthesize(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out_dir / "train.jsonl", out_dir / "test.jsonl"
+
+
+def _remove_orphans(folder: Path, name: str) -> None:
+    """What processes of this machine left, whose numbers end the name, that are no more."""
+    for left in folder.glob(f"{glob.escape(name)}*"):
+        number = left.name.removeprefix(name)
+        if number.isdecimal() and (int(number) == os.getpid() or not _lives(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _is_free(folder: Path) -> bool:

@@ -66,9 +66,9 @@ PROBES = (
     "One linear layer on frozen features, with the same budget for every row. Trained features "
     "are worth something where they beat the same encoder at random initialisation; raw log-mel, "
     "alone and with three frames each side, shows how far one gets without any encoder. ± is one "
-    "standard error over utterances; two speakers, or two seeds, differ by more. Utterances that "
-    "pretraining heard, without their labels, are counted under each table: on them an accuracy is "
-    "not held out."
+    "standard error over utterances; two speakers, or two seeds, differ by more. Utterances of the "
+    "training corpus, which pretraining heard without their labels, are counted under each table: "
+    "on them an accuracy is not held out."
 )
 
 EXAMPLES = (

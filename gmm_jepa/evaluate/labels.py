@@ -89,7 +89,7 @@ def find_tasks(utterances: Sequence[Utterance], *, seed: int) -> list[Task]:
         test, split = _split_by(name, chosen, [labels[u] for u in labelled], seed)
         if test.any() and not test.all():
             n_heard = sum(not utterances[u].heldout for u in labelled[test])
-            split += f"; {n_heard or 'none'} of {test.sum()} heard in pretraining, unlabelled"
+            split += f"; {n_heard or 'none'} of {test.sum()} from the training corpus, unlabelled"
             level = "frame" if name == "phones" else "utterance"
             tasks.append(Task(name, level, labelled[~test], labelled[test], split))
     return tasks

@@ -7,6 +7,7 @@ length from `MIN_SAMPLES` on, and gives ``last_hidden_state`` (B, T, D), ``hidde
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -72,8 +73,10 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
         InputError: the file exists.
     """
     refuse_existing(path)
-    with written_aside(path) as aside, aside.open("wb") as file:
-        torch.export.save(program, file)
+    held = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
+    torch.export.save(program, held)
+    with written_aside(path) as aside:
+        aside.write_bytes(held.getbuffer())
 
 
 def save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

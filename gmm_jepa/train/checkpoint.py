@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmm_jepa.errors import InputError, require
-from gmm_jepa.files import written_aside
+from gmm_jepa.files import UNFINISHED, written_aside
 from gmm_jepa.tensor_files import read_state, save_state, save_tensors
 
 WEIGHTS = "model.safetensors"
@@ -32,7 +32,7 @@ def save(
         keep: number of checkpoints that stay, this one included.
     """
     folder = root / f"step_{step:08d}"
-    for unfinished in root.glob("step_*.part"):  # of a save that was killed
+    for unfinished in root.glob(f"step_*{UNFINISHED}"):  # of a save that was killed
         shutil.rmtree(unfinished)
     with written_aside(folder) as aside:
         aside.mkdir()

@@ -109,7 +109,7 @@ def test_run_leaves_everything_a_run_folder_holds(run):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "plots").glob("*.png"))
     assert list((run / "tensorboard").glob("events*"))
-    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob("*.gmm-jepa-part"))
     numbers = json.loads((run / "evaluation.json").read_text())
     assert numbers["clusters"]["n_clusters"] == 8
 

@@ -32,7 +32,7 @@ def test_of_the_encoder_that_was_evaluated(run, tmp_path):
     assert "gmm-jepa run" not in card
     assert "teacher" not in card
     assert "| text | " in card
-    assert "heard in pretraining" in card
+    assert "from the training corpus" in card
 
 
 def test_of_a_teacher(run, tmp_path):

@@ -143,7 +143,12 @@ def test_a_start_that_fails_leaves_no_features(headless, manifest, tmp_path, fai
 def test_what_a_killed_start_left_is_not_mixed_in(headless, manifest, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("unfinished", "0000000_other.npz", "0000099_b.safetensors", "0000003_x.npz.part"):
+    for name in (
+        "unfinished",
+        "0000000_other.npz",
+        "0000099_b.safetensors",
+        "0000003_x.npz.gmm-jepa-part",
+    ):
         (out / name).touch()
     assert extract(headless, manifest, out) == 0
     index = json.loads((out / "index.json").read_text())

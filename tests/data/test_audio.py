@@ -157,6 +157,15 @@ def test_doubles_past_float32_are_not_finite(write_audio):
     assert reason_of(path).startswith("not finite")
 
 
+def test_too_loud_for_anything(write_audio):
+    signal = np.zeros(8_000)
+    signal[1_234] = -1e30
+    path = write_audio("a.wav", signal=signal, subtype="FLOAT")
+    assert reason_of(path).startswith("too loud: -1e+30 at sample 1234")
+    unscaled = write_audio("b.wav", signal=2.0**31 * np.ones(100), subtype="FLOAT")
+    assert read_samples(unscaled).max() == 2.0**31
+
+
 def test_things_that_are_not_audio(tmp_path, write_audio):
     (tmp_path / "text.wav").write_text("once upon a time\n" * 500)
     (tmp_path / "empty.wav").write_bytes(b"")

@@ -221,6 +221,14 @@ def test_damage_is_found(labelled, tmp_path):
         PackedCorpus(tmp_path)
 
 
+def test_a_folder_of_the_name_of_an_unfinished_pack_is_no_pack(labelled, tmp_path):
+    (tmp_path / "pack" / "partial").mkdir(parents=True)
+    (tmp_path / "pack" / "partial" / "mine").touch()
+    with pytest.raises(InputError, match=r"is not empty and holds no pack \(mine, \.\.\.\)"):
+        pack_corpus(labelled.select([0, 1]), tmp_path / "pack", rejects=RejectLog(None))
+    assert (tmp_path / "pack" / "partial" / "mine").exists()
+
+
 def test_other_contents_are_not_overwritten(labelled, tmp_path):
     pack_corpus(labelled.select([0, 1]), tmp_path / "pack", rejects=RejectLog())
     before = content(tmp_path / "pack")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +155,19 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path / "speech", **SMALL, progress=interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive, other = (
+        tmp_path / f".c.partial-{node}-{number}"
+        for node, number in ((platform.node(), process.pid), (platform.node(), 1), ("far", 1))
+    )
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    synthesize(tmp_path / "c", **SMALL)
+    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_one_command_prints_the_encoder_and_its_controls(
     assert (out / "plots" / "curves.png").stat().st_size > 0
     assert (out / "plots" / "confusion_0.png").exists() == (task == "er")
     assert (out / "plots" / "slots_0.png").exists() == (task == "sf")
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.gmm-jepa-part"))
 
 
 @pytest.mark.usefixtures("without_report")

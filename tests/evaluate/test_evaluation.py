@@ -154,9 +154,9 @@ def test_probes_stand_beside_their_controls(evaluation: Evaluation) -> None:
     phones, speaker = evaluation.numbers["probes"]
     assert phones["task"] == "phones"
     assert "2 unseen speakers" in phones["split"]
-    assert "none of 8 heard in pretraining" in phones["split"]
+    assert "none of 8 from the training corpus" in phones["split"]
     assert speaker["task"] == "speaker"
-    assert "3 of 5 heard in pretraining" in speaker["split"]
+    assert "3 of 5 from the training corpus" in speaker["split"]
     accuracy = {row["features"]: row["accuracy"] for row in phones["rows"]}
     assert list(accuracy) == [
         "trained, all layers",
@@ -285,7 +285,7 @@ def test_report_is_whole_and_needs_nothing_else(evaluation: Evaluation, tmp_path
         "losses", "meters", "optimisation", "mixture_fit", "cluster_usage", "transitions",
         "layer_weights", "embedding", "probes", "example_1", "example_2", "example_3",
     }  # fmt: skip
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.gmm-jepa-part"))
 
 
 def test_pictures_of_a_richer_report_do_not_stay(evaluation: Evaluation, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_unseen_speakers_of_the_heldout_corpus_test() -> None:
     assert task.test.tolist() == [0]
     assert task.train.tolist() == [1, 2]
     assert task.split == (
-        "1 unseen speakers (the held-out corpus); none of 1 heard in pretraining, unlabelled"
+        "1 unseen speakers (the held-out corpus); none of 1 from the training corpus, unlabelled"
     )
 
 
@@ -57,9 +57,9 @@ def test_speakers_are_split_where_the_corpora_share_them() -> None:
     assert [len(s) for s in speakers] == [4, 2]
     assert not speakers[0] & speakers[1]
     assert text.split == (
-        "2 of 6 speakers, unseen by the probe; 8 of 16 heard in pretraining, unlabelled"
+        "2 of 6 speakers, unseen by the probe; 8 of 16 from the training corpus, unlabelled"
     )
-    assert "none of 24 heard" in tasks["speaker"].split
+    assert "none of 24 from" in tasks["speaker"].split
     assert all(sample[u].heldout for u in tasks["speaker"].test)
     again = {task.name: task for task in labels.find_tasks(sample, seed=0)}
     assert again["text"].test.tolist() == text.test.tolist()
@@ -70,7 +70,7 @@ def test_speakers_of_one_corpus_only_are_split_by_utterance() -> None:
     (task,) = labels.find_tasks(sample, seed=1)
     assert task.name == "speaker"
     assert sorted(sample[u].speaker for u in task.test) == ["a", "a", "b", "b"]
-    assert "2 of 4 heard in pretraining" in task.split
+    assert "2 of 4 from the training corpus" in task.split
 
 
 def test_few_speakers_fall_back_to_heldout_utterances() -> None:
@@ -82,7 +82,7 @@ def test_few_speakers_fall_back_to_heldout_utterances() -> None:
     ]
     (task,) = labels.find_tasks(sample, seed=0)
     assert task.name == "label"
-    assert task.split == "held-out utterances; none of 8 heard in pretraining, unlabelled"
+    assert task.split == "held-out utterances; none of 8 from the training corpus, unlabelled"
     assert all(sample[u].heldout for u in task.test)
 
 

@@ -152,6 +152,9 @@ def test_lengths_of_any_integers(dtype):
 def test_user_errors():
     with pytest.raises(InputError, match=r"waveform: expected \(S,\) or \(B, S\)"):
         log_mel(torch.zeros(1, 1, 100))
+    with pytest.raises(InputError, match="looks like samples by channels"):
+        log_mel(torch.zeros(16_000, 2))
+    assert log_mel(torch.zeros(400, 16)).shape == (400, 1, 80)
     with pytest.raises(InputError, match="lengths_samples: only with a batch"):
         log_mel(torch.zeros(100), torch.tensor([100]))
     with pytest.raises(InputError, match=r"lengths_samples\[1\]: expected 0 to 100, got 101"):

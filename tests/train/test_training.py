@@ -301,7 +301,7 @@ def test_only_what_goes_bad_in_the_training_counts_there(manifest, tmp_path):
 
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
-    left = tmp_path / "step_00000003.part"
+    left = tmp_path / "step_00000003.gmm-jepa-part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     save(tmp_path, 5, {"w": torch.zeros(2)}, {"step": 5}, keep=1)
