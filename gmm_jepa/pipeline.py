@@ -72,11 +72,13 @@ class Run:
             if not Path(path).exists():
                 raise InputError(f"heldout_audio: {path}: no such file or folder")
         train_part = self._usable("audio", self.sources.audio, self.sources.weights)
+        heldout_part = None
         if self.sources.heldout_audio:
-            return Audio(
-                train=train_part,
-                heldout=self._usable("heldout_audio", self.sources.heldout_audio, ()),
-            )
+            heldout_part = self._usable("heldout_audio", self.sources.heldout_audio, ())
+        if self.peers.is_main:
+            self.folder.moved(self.sources, self.recipe)
+        if heldout_part is not None:
+            return Audio(train=train_part, heldout=heldout_part)
         config = self.recipe.data
         kept, heldout = hold_out(
             train_part,
@@ -95,7 +97,7 @@ class Run:
         listed = RejectLog(None)
         corpus = open_corpus(paths, rejects=listed, weights=weights or None)
         remembered = self.folder.root / f"{name}.json"
-        if self.peers.of_main(lambda: not remembered.exists()):
+        if self.peers.of_main(lambda: self._is_unread(remembered, corpus)):
             unreadable, rejects = self._read_all(name, corpus)
             if self.peers.is_main:
                 rejects = [*listed, *rejects]
@@ -126,6 +128,16 @@ class Run:
         if not good.any():
             raise InputError(f"{name}: no usable audio; {self.rejects.summary()}")
         return corpus.select(good)
+
+    def _is_unread(self, remembered: Path, corpus: Corpus) -> bool:
+        """Whether nothing is known of the audio; what was, goes where it changed before it told."""
+        if not remembered.exists():
+            return True
+        if self.folder.has_results() or read_json(remembered)["fingerprint"] == corpus.fingerprint:
+            return False
+        for path in (remembered, *self.folder.partial_fits()):
+            path.unlink()
+        return True
 
     def _read_all(self, name: str, corpus: Corpus) -> tuple[list[int], list[Reject]]:
         """Which utterances of the whole corpus cannot be read, and why; known to every process."""

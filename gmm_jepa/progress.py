@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from gmm_jepa.errors import require
 
 Item = TypeVar("Item")
+LOG_EVERY_S = 30.0
+"""Seconds between two states of a bar that nobody looks at."""
 
 
 def track(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
@@ -62,6 +65,13 @@ class Stages:
 
 
 def tqdm_bar(*arguments: Any, unit: str, **options: Any) -> Any:
-    """A tqdm bar as the others, for callers that need all it can do."""
+    """A tqdm bar as the others, for callers that need all it can do.
+
+    Where it goes to a file it moves twice a minute. TQDM_DISABLE hides it.
+    """
     tqdm = require("tqdm", extra="train").tqdm
+    if not options.get("disable"):
+        options.pop("disable", None)  # else tqdm would not look at its variable
+    if not sys.stderr.isatty():
+        options.setdefault("mininterval", LOG_EVERY_S)
     return tqdm(*arguments, unit=unit and f" {unit}", dynamic_ncols=True, **options)

@@ -206,5 +206,5 @@ def test_encoders_from_a_model_file(tmp_path: Path):
     torch.save({"means": waveform}, tmp_path / "gmm.pt")
     with pytest.raises(InputError, match=r"gmm\.pt: not a published model \(has means\)"):
         gmm_jepa.load_encoder(tmp_path / "gmm.pt")
-    with pytest.raises(InputError, match="no run here"):
+    with pytest.raises(InputError, match="no such file or folder"):
         gmm_jepa.load_encoder(tmp_path / "absent")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -105,8 +106,35 @@ def test_audio_that_changed_since_the_run_began_is_refused(tmp_path):
         open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
         lines = manifest.read_text().splitlines()
         manifest.write_text("\n".join(lines[:-1]) + "\n")
+        audio = open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+        assert len(audio.train) + len(audio.heldout) == 5  # nothing was made of it yet
+        (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+        manifest.write_text("\n".join(lines[:-2]) + "\n")
         with pytest.raises(InputError, match="changed since this run began"):
             open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+
+
+def test_a_run_goes_on_where_its_audio_moved(tmp_path):
+    manifest = write_corpus(tmp_path / "audio", 6)
+    other = write_corpus(tmp_path / "other", 5)
+    recipe, root = PRESETS["smoke"](), tmp_path / "run"
+    with processes() as peers:
+        before = open_run(root, Sources(audio=(str(manifest),)), recipe, peers).audio()
+        (root / "checkpoints" / "step_00000001").mkdir(parents=True)
+        (tmp_path / "audio").rename(tmp_path / "moved")
+        with pytest.raises(InputError, match="changed since this run began"):
+            open_run(root, Sources(audio=(str(other),)), recipe, peers).audio()
+        moved = Sources(audio=(str(tmp_path / "moved" / manifest.name),))
+        run = open_run(root, moved, recipe, peers)
+        assert run.folder.read()[0].audio == (str(manifest),)
+        after = run.audio()
+        assert run.folder.read() == (moved, recipe)
+        assert before.train.fingerprint == after.train.fingerprint
+        assert len(after.train.read(0)) == before.train.durations_samples[0]
+        more = dataclasses.replace(moved, audio=(*moved.audio, str(other)))
+        for wrong in (more, dataclasses.replace(moved, heldout_audio=(str(other),))):
+            with pytest.raises(InputError, match="other settings"):
+                open_run(root, wrong, recipe, peers)
 
 
 def test_what_a_failing_fit_could_not_read_is_recorded(tmp_path):

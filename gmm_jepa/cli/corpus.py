@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def _pack(arguments: Sequence[str]) -> int:
     found = RejectLog()  # the file of a pack that is refused stays
     corpus = open_corpus(options.audio, rejects=found)
     n_found = len(corpus) + found.n_given
-    with Bar("packing", "utterance") as progress:
+    with Bar("packing", "utterance") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what was clipped, which is said below
         packed = pack_corpus(
             corpus,
             options.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ class ExportOptions:
     hf: Path | None = None
     """New folder for Hugging Face: AutoModel.from_pretrained(folder, trust_remote_code=True)."""
     onnx: Path | None = None
-    """New ONNX file."""
+    """New ONNX file; inputs: waveform (batch, samples), lengths (batch,)."""
     torch_export: Path | None = None
-    """New .pt2 file for torch.export.load."""
+    """New .pt2 file for torch.export.load; it takes batches of 0.2 s and longer, rows of any."""
     teacher: bool = False
     """The moving average instead of the encoder that was trained."""
 
@@ -50,9 +51,11 @@ def main(command: str, arguments: Sequence[str]) -> int:
         save_huggingface(encoder, options.hf, trained=trained, teacher=options.teacher)
         print(options.hf)
     if options.onnx or options.torch_export:
-        program = to_program(encoder)  # the slow part
-        for path, save in ((options.torch_export, save_program), (options.onnx, save_onnx)):
-            if path is not None:
-                save(program, path)
-                print(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the tracer finds in PyTorch itself
+            program = to_program(encoder)  # the slow part
+            for path, save in ((options.torch_export, save_program), (options.onnx, save_onnx)):
+                if path is not None:
+                    save(program, path)
+                    print(path)
     return 0

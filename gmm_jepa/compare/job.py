@@ -5,6 +5,8 @@ Trains the run that was prepared in the folder, or goes on with it, and evaluate
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ from gmm_jepa.pipeline import Run
 from gmm_jepa.train.folder import RunFolder, held
 
 BAD_INPUT, STOPPED = 2, 3
-"""Exit codes: a user's mistake, said in the last line; asked to stop before the last step."""
+"""Exit codes: a user's mistake, said in a line after `SAID`; asked to stop before the last step."""
+SAID = "gmm-jepa: "
+_PR_SET_PDEATHSIG = 1
 
 
 def finish(folder: RunFolder) -> bool:
@@ -40,12 +44,19 @@ def _label_time(folder: RunFolder) -> float:
     return sum(label_seconds(folder).values())
 
 
+def _end_with_parent() -> None:
+    """Be asked to stop when the comparison dies, be it killed; where the system can (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Entry point."""
+    _end_with_parent()
     try:
         return 0 if finish(RunFolder(arguments[0])) else STOPPED
     except InputError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(SAID + " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT
 
 

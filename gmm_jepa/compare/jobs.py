@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gmm_jepa.compare.job import BAD_INPUT, STOPPED
+from gmm_jepa.compare.job import BAD_INPUT, SAID, STOPPED
 from gmm_jepa.compare.plan import Planned
 from gmm_jepa.errors import InputError
 from gmm_jepa.progress import Bar
@@ -108,10 +108,9 @@ def _check(job: _Job) -> None:
         raise StoppedError(f"{root} was stopped")
     if code < 0:
         raise ChildProcessError(f"{root} was ended by {_signal_name(-code)}")
-    said = _last_words(root / LOG)
     if code == BAD_INPUT:
-        raise InputError(f"{root}: {said}")
-    raise ChildProcessError(f"{root} failed, see {LOG} there: {said}")
+        raise InputError(f"{root}: {_last_words(root / LOG, after=SAID)}")
+    raise ChildProcessError(f"{root} failed, see {LOG} there: {_last_words(root / LOG)}")
 
 
 def _signal_name(number: int) -> str:
@@ -122,11 +121,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _last_words(log: Path) -> str:
-    """The last line that is no progress bar."""
+def _last_words(log: Path, *, after: str = "") -> str:
+    """What follows `after` in the last line that has it and is no progress bar."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = (line.strip() for line in reversed(lines) if not _BAR.search(line))
-    return next(filter(None, said), "nothing was said")
+    lines = [line for line in lines if after in line and not _BAR.search(line)]
+    said = (line.rpartition(after)[2] if after else line for line in reversed(lines))
+    return next(filter(None, map(str.strip, said)), "nothing was said")
 
 
 @contextmanager

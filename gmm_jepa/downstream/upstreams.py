@@ -302,7 +302,8 @@ def _open_huggingface(source: str, name: str) -> HuggingFaceEncoder:
 
 def _not_loaded(source: str | Path, error: Exception) -> InputError:
     """The first line of what the library says."""
-    return InputError(f"upstream: {source} cannot be loaded: {first_line(error)}")
+    where = "" if Path(source).exists() else "no such folder here, and from Hugging Face "
+    return InputError(f"upstream: {source}: {where}it cannot be loaded: {first_line(error)}")
 
 
 def _normalises(source: str, config: Any) -> bool:

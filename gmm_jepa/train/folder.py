@@ -28,6 +28,10 @@ _FREE = (
 """Settings that may change when a run goes on: the trained model does not depend on them."""
 
 
+_PLACES = ("sources.audio", "sources.heldout_audio")
+"""Where the audio lies: it may have moved, which whoever reads it finds out."""
+
+
 class RunFolder:
     """Names inside a run folder; making one touches nothing on disk."""
 
@@ -55,7 +59,9 @@ class RunFolder:
     def open(self, sources: Sources, recipe: Recipe) -> None:
         """Start a run here, or go on with the one that is here.
 
-        Until there is a mixture or a checkpoint, other settings replace those that are here.
+        Until there is a mixture or a checkpoint, other settings replace those that are here. Later
+        other paths of as many sources are let pass: their audio is to be compared with the run's,
+        and then `moved` called.
 
         Raises:
             InputError: the folder holds a run with other settings or audio, or something else.
@@ -63,14 +69,16 @@ class RunFolder:
         wanted = _values(sources, recipe)
         if self.config.exists():
             changed = _differences(_values(*self.read()), wanted)
-            binding = [line for name, line in changed.items() if not name.startswith(_FREE)]
+            binding = {n: line for n, line in changed.items() if not n.startswith(_FREE)}
             if binding and self.has_results():
+                if set(binding) <= set(_PLACES) and self._may_have_moved(sources):
+                    return
                 raise InputError(
-                    f"{self.root} holds a run with other settings ({'; '.join(binding)}): "
+                    f"{self.root} holds a run with other settings ({'; '.join(binding.values())}): "
                     "give another folder, or the same settings to go on with it"
                 )
             if binding:  # nothing was made yet but lists of the audio and part of a fit
-                for path in (*self.root.glob("*audio.json"), *self.root.glob("*.partial")):
+                for path in (*self.root.glob("*audio.json"), *self.partial_fits()):
                     path.unlink()
             if changed:
                 write_json(self.config, wanted)
@@ -78,6 +86,24 @@ class RunFolder:
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise InputError(f"{self.root} is not empty and holds no run: give another folder")
         write_json(self.config, wanted)
+
+    def moved(self, sources: Sources, recipe: Recipe) -> None:
+        """Note where the audio of the run lies now, and settings that may change."""
+        wanted = _values(sources, recipe)
+        if read_json(self.config) != wanted:
+            write_json(self.config, wanted)
+
+    def partial_fits(self) -> list[Path]:
+        """States of fits that have not ended."""
+        return list(self.root.glob("*.partial"))
+
+    def _may_have_moved(self, sources: Sources) -> bool:
+        """Whether there are as many sources as before, and lists to compare their audio with."""
+        before, _ = self.read()
+        alike = len(before.audio) == len(sources.audio)
+        alike &= len(before.heldout_audio) == len(sources.heldout_audio)
+        lists = ["audio.json"] + ["heldout_audio.json"] * bool(sources.heldout_audio)
+        return alike and all((self.root / name).exists() for name in lists)
 
     def has_results(self) -> bool:
         """Whether there is a mixture or a checkpoint, and so settings that are kept."""
@@ -89,6 +115,8 @@ class RunFolder:
         Raises:
             InputError: there is no run, or its config cannot be read.
         """
+        if not self.root.exists():
+            raise InputError(f"{self.root}: no such folder")
         if not self.config.exists():
             raise InputError(f"{self.root}: no run here ({self.config.name} is absent)")
         values = read_json(self.config)

@@ -67,6 +67,8 @@ def at_path(path: Path) -> Trained:
     Raises:
         InputError: there is none.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
     folder = RunFolder(path)
     if folder.config.exists() or not (path / checkpoint.WEIGHTS).exists():
         return newest(folder, folder.read()[1])

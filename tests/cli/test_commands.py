@@ -73,8 +73,11 @@ def test_help_shows_presets_and_nested_settings_with_their_defaults(capsys):
         (["run", "--audio", "x", "--out", "y", "--preset", "huge"], "--preset"),
         (["run", "--audio", "nowhere.jsonl", "--out", "{out}"], "nowhere.jsonl"),
         (["run", "--audio", "", "--out", "{out}"], "audio: an empty path"),
-        (["evaluate", "--run", "nowhere"], "no run here"),
-        (["extract", "--run", "nowhere", "--audio", "x", "--out", "{out}"], "no run here"),
+        (["evaluate", "--run", "nowhere"], "no such folder"),
+        (
+            ["extract", "--run", "nowhere", "--audio", "x", "--out", "{out}"],
+            "no such file or folder",
+        ),
         (["validate", "--audio", "nowhere"], "nowhere"),
         (["pack", "--audio", "nowhere", "--out", "{out}"], "nowhere"),
         (["fit-gmm", "--audio", "nowhere", "--out", "{out}"], "nowhere"),

@@ -213,7 +213,8 @@ def test_a_run_folder_is_no_comparison(finished, manifest, capsys):
 
 def test_a_job_says_a_mistake_in_its_last_line(tmp_path, capsys):
     assert job.main([str(tmp_path)]) == job.BAD_INPUT
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{tmp_path}: no run here")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"gmm-jepa: {tmp_path}: no run here")
 
 
 def test_what_a_job_said_is_passed_on(finished, manifest, tmp_path, capsys):
@@ -259,7 +260,11 @@ def run_programs(tmp_path, monkeypatch):
         ("import os; os.kill(os.getpid(), 40)", ChildProcessError, "by signal 40"),
         (f"import sys; sys.exit('boom\\r{BAR}')", ChildProcessError, "see log.txt there: boom"),
         ("raise SystemExit(1)", ChildProcessError, "see log.txt there: nothing was said"),
-        (f"print('bad.wav: bad'); print({BAR!r}); raise SystemExit(2)", InputError, "wav: bad"),
+        (
+            f"print('gmm-jepa: bad.wav: bad'); print({BAR!r}); print('later'); raise SystemExit(2)",
+            InputError,
+            "wav: bad",
+        ),
     ],
 )
 def test_how_a_job_ended_is_one_line(program, error, said, run_programs):

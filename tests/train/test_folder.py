@@ -172,8 +172,10 @@ def test_what_is_no_folder_is_named(tmp_path):
 
 
 def test_reading_where_no_run_is(tmp_path):
-    with pytest.raises(InputError, match="no run here"):
+    with pytest.raises(InputError, match="no such folder"):
         RunFolder(tmp_path / "nowhere").read()
+    with pytest.raises(InputError, match="no run here"):
+        RunFolder(tmp_path).read()
 
 
 def test_a_damaged_config_is_one_clear_error(tmp_path):
