@@ -40,6 +40,26 @@ class Audio:
     heldout: Corpus
 
 
+MOST_COMPARED = 100_000
+"""Utterances up to which held-out ones are looked for among those to train on: a second or two."""
+
+
+def n_in_both(train: Corpus, heldout: Corpus) -> int:
+    """Held-out utterances that are the same part of the same file as one to train on.
+
+    0 of corpora that have more utterances than `MOST_COMPARED`.
+    """
+    if len(train) + len(heldout) > MOST_COMPARED:
+        return 0
+
+    def part(corpus: Corpus, i: int) -> tuple[object, ...]:
+        entry = corpus.entry(i)
+        return entry["audio_filepath"], entry.get("offset"), int(corpus.durations_samples[i])
+
+    trained = {part(train, i) for i in range(len(train))}
+    return sum(part(heldout, i) in trained for i in range(len(heldout)))
+
+
 class Run:
     """One run in its folder.
 
@@ -77,16 +97,20 @@ class Run:
             heldout_part = self._usable("heldout_audio", self.sources.heldout_audio, ())
         if self.peers.is_main:
             self.folder.moved(self.sources, self.recipe)
-        if heldout_part is not None:
-            return Audio(train=train_part, heldout=heldout_part)
-        config = self.recipe.data
-        kept, heldout = hold_out(
-            train_part,
-            fraction=config.heldout_fraction,
-            by=config.heldout_by,
-            seed=self.recipe.seed,
-        )
-        return Audio(train=train_part.select(kept), heldout=train_part.select(heldout))
+        if heldout_part is None:
+            config = self.recipe.data
+            kept, heldout = hold_out(
+                train_part,
+                fraction=config.heldout_fraction,
+                by=config.heldout_by,
+                seed=self.recipe.seed,
+            )
+            audio = Audio(train=train_part.select(kept), heldout=train_part.select(heldout))
+        else:
+            audio = Audio(train=train_part, heldout=heldout_part)
+        if self.peers.is_main and (n_heard := n_in_both(audio.train, audio.heldout)):
+            print(f"warning: {n_heard} held-out utterances are in the training audio, too")
+        return audio
 
     def _usable(self, name: str, paths: tuple[str, ...], weights: tuple[float, ...]) -> Corpus:
         """One argument's corpus without what cannot be read; a resumed run does not read it again.

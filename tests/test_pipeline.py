@@ -137,6 +137,18 @@ def test_a_run_goes_on_where_its_audio_moved(tmp_path):
                 open_run(root, wrong, recipe, peers)
 
 
+def test_held_out_audio_that_is_trained_on_is_told_of(tmp_path, capsys):
+    manifest = str(write_corpus(tmp_path / "audio", 6))
+    with processes() as peers:
+        open_run(tmp_path / "a", Sources(audio=(manifest,)), PRESETS["smoke"](), peers).audio()
+        assert "warning" not in capsys.readouterr().out
+        both = Sources(audio=(manifest,), heldout_audio=(manifest,))
+        open_run(tmp_path / "b", both, PRESETS["smoke"](), peers).audio()
+    assert (
+        "warning: 6 held-out utterances are in the training audio, too" in capsys.readouterr().out
+    )
+
+
 def test_what_a_failing_fit_could_not_read_is_recorded(tmp_path):
     manifest = write_corpus(tmp_path / "audio", 6)
     sources = Sources(audio=(str(manifest),))
