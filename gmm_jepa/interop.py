@@ -29,15 +29,15 @@ from gmm_jepa.models.published import (
     read_states,
 )
 from gmm_jepa.tensor_files import read_tensors, save_state
-from gmm_jepa.train.folder import RunFolder
-from gmm_jepa.train.trained import newest
+from gmm_jepa.train.trained import at_path
 
 
 def convert(source: Path, out: Path, *, config: Path | None = None) -> str:
     """Convert one file; its kind is read from it, the direction is given by the names.
 
     Args:
-        source: a published ``.pt``, a ``.safetensors`` file of this project, or a run folder.
+        source: a published ``.pt``, a ``.safetensors`` file of this project, a run folder, or one of
+            its checkpoints.
         out: ``.safetensors`` for a published source, ``.pt`` else; must not exist. A model's
             ``config.json`` is written beside its ``.pt``.
         config: of a published model, and of nothing else; default: ``config.json`` beside it.
@@ -94,8 +94,8 @@ def _refuse_config(config: Path | None, source: Path) -> None:
 
 def _to_published(source: Path, out: Path) -> str:
     if source.is_dir():
-        _write_model(_newest(source), out)
-        return "newest checkpoint"
+        _write_model(_checkpoint(source), out)
+        return "checkpoint"
     kind = read_tensors(source, "not a safetensors file")[0].get("format")
     if kind == FORMAT:
         _write_model(load_model(source), out)
@@ -117,16 +117,16 @@ def _to_published(source: Path, out: Path) -> str:
     return name
 
 
-def _newest(root: Path) -> StoredModel:
-    folder = RunFolder(root)
-    _, recipe = folder.read()
-    trained = newest(folder, recipe)
-    return StoredModel(trained.model(), trained.step, trained.step * recipe.data.batch_s)
+def _checkpoint(path: Path) -> StoredModel:
+    trained = at_path(path)
+    seconds = trained.step * trained.recipe.data.batch_s
+    return StoredModel(trained.model(), trained.step, seconds)
 
 
 def _write_model(stored: StoredModel, out: Path) -> None:
     settings = out.with_name("config.json")
-    refuse_existing(settings)
+    if settings.exists():
+        raise InputError(f"{settings} exists already: give every model a folder of its own")
     config = published_config(stored.model)
     states = export_published(stored.model, step=stored.step, total_seconds=stored.total_seconds)
     with written_aside(settings) as aside:

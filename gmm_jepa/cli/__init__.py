@@ -35,6 +35,9 @@ COMMANDS = {
     "doctor": _Command("doctor", "versions, devices and live backends"),
 }
 
+_GO_ON = ("run", "train", "fit-gmm", "pack", "probe")
+"""Commands that find what they had done, wherever they were interrupted."""
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
@@ -98,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = "a decoding process died; out of memory? Try fewer: --data.workers 0"
         return _fail(f"{reason} ({error})", EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        more = "; start again to go on" if name in _GO_ON else ""
+        return _fail(f"interrupted{more}", EXIT_INTERRUPTED)
 
 
 def _is_read() -> bool:
