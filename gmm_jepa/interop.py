@@ -36,8 +36,8 @@ def convert(source: Path, out: Path, *, config: Path | None = None) -> str:
     """Convert one file; its kind is read from it, the direction is given by the names.
 
     Args:
-        source: a published ``.pt``, a ``.safetensors`` file of this project, a run folder, or one of
-            its checkpoints.
+        source: a published ``.pt``, a ``.safetensors`` file of this project, a run folder, or one
+            of its checkpoints.
         out: ``.safetensors`` for a published source, ``.pt`` else; must not exist. A model's
             ``config.json`` is written beside its ``.pt``.
         config: of a published model, and of nothing else; default: ``config.json`` beside it.

@@ -54,7 +54,7 @@ def n_in_both(train: Corpus, heldout: Corpus) -> int:
 
     def part(corpus: Corpus, i: int) -> tuple[object, ...]:
         entry = corpus.entry(i)
-        return entry["audio_filepath"], entry.get("offset"), int(corpus.durations_samples[i])
+        return entry["audio_filepath"], entry.get("offset") or 0, int(corpus.durations_samples[i])
 
     trained = {part(train, i) for i in range(len(train))}
     return sum(part(heldout, i) in trained for i in range(len(heldout)))
@@ -68,11 +68,20 @@ class Run:
         sources: its audio.
         recipe: its settings.
         peers: this process among its peers; the main one writes the files.
+        audio_may_differ: until something was made of it, other audio takes the place of what was
+            read before.
     """
 
     def __init__(
-        self, folder: RunFolder, sources: Sources, recipe: Recipe, peers: Processes
+        self,
+        folder: RunFolder,
+        sources: Sources,
+        recipe: Recipe,
+        peers: Processes,
+        *,
+        audio_may_differ: bool = False,
     ) -> None:
+        self._audio_may_differ = audio_may_differ
         self.folder = folder
         self.sources = sources
         self.recipe = recipe
@@ -95,8 +104,9 @@ class Run:
         heldout_part = None
         if self.sources.heldout_audio:
             heldout_part = self._usable("heldout_audio", self.sources.heldout_audio, ())
-        if self.peers.is_main:
-            self.folder.moved(self.sources, self.recipe)
+        if self.peers.is_main and self.folder.note(self.sources, self.recipe):
+            paths = ", ".join((*self.sources.audio, *self.sources.heldout_audio))
+            print(f"the same audio as before, by its names and lengths, is read from {paths}")
         if heldout_part is None:
             config = self.recipe.data
             kept, heldout = hold_out(
@@ -121,7 +131,7 @@ class Run:
         listed = RejectLog(None)
         corpus = open_corpus(paths, rejects=listed, weights=weights or None)
         remembered = self.folder.root / f"{name}.json"
-        if self.peers.of_main(lambda: self._is_unread(remembered, corpus)):
+        if self.peers.of_main(lambda: self._is_unread(name, corpus)):
             unreadable, rejects = self._read_all(name, corpus)
             if self.peers.is_main:
                 rejects = [*listed, *rejects]
@@ -142,8 +152,8 @@ class Run:
         seen = self.peers.of_main(lambda: read_json(remembered))
         if seen["fingerprint"] != corpus.fingerprint:
             raise InputError(
-                f"{name}: its content changed since this run began, when it had "
-                f"{seen['utterances']:,} utterances of {seen['seconds']:,.1f} s; now "
+                f"{name}: {', '.join(paths)}: its content changed since this run began, when it "
+                f"had {seen['utterances']:,} utterances of {seen['seconds']:,.1f} s; now "
                 f"{len(corpus):,} of {corpus.total_s:,.1f} s: start a new run in another folder"
             )
         self.rejects.extend(Reject(*fields) for fields in seen["rejects"])
@@ -153,13 +163,16 @@ class Run:
             raise InputError(f"{name}: no usable audio; {self.rejects.summary()}")
         return corpus.select(good)
 
-    def _is_unread(self, remembered: Path, corpus: Corpus) -> bool:
+    def _is_unread(self, name: str, corpus: Corpus) -> bool:
         """Whether nothing is known of the audio; what was, goes where it changed before it told."""
+        remembered = self.folder.root / f"{name}.json"
         if not remembered.exists():
             return True
-        if self.folder.has_results() or read_json(remembered)["fingerprint"] == corpus.fingerprint:
+        if not self._audio_may_differ or self.folder.has_results():
             return False
-        for path in (remembered, *self.folder.partial_fits()):
+        if read_json(remembered)["fingerprint"] == corpus.fingerprint:
+            return False
+        for path in (remembered, *(self.folder.partial_fits() if name == "audio" else ())):
             path.unlink()
         return True
 
@@ -262,14 +275,24 @@ class Run:
         return done[-1][0] if done else 0
 
 
-def open_run(root: Path, sources: Sources, recipe: Recipe, peers: Processes) -> Run:
+def open_run(
+    root: Path,
+    sources: Sources,
+    recipe: Recipe,
+    peers: Processes,
+    *,
+    audio_may_differ: bool = False,
+) -> Run:
     """Begin a run in a folder, or go on with the one that is there.
+
+    With `audio_may_differ` its audio may lie elsewhere now, or be other audio if nothing was made
+    of it yet: `Run.audio` compares it.
 
     Raises:
         InputError: the folder holds something else.
     """
     folder = RunFolder(root)
     if peers.is_main:
-        folder.open(sources, recipe)
+        folder.open(sources, recipe, may_have_moved=audio_may_differ)
     peers.wait()
-    return Run(folder, sources, recipe, peers)
+    return Run(folder, sources, recipe, peers, audio_may_differ=audio_may_differ)

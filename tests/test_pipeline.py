@@ -106,12 +106,15 @@ def test_audio_that_changed_since_the_run_began_is_refused(tmp_path):
         open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
         lines = manifest.read_text().splitlines()
         manifest.write_text("\n".join(lines[:-1]) + "\n")
-        audio = open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+        with pytest.raises(InputError, match="changed since this run began"):
+            open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+        options = {"audio_may_differ": True}
+        audio = open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers, **options).audio()
         assert len(audio.train) + len(audio.heldout) == 5  # nothing was made of it yet
         (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
         manifest.write_text("\n".join(lines[:-2]) + "\n")
         with pytest.raises(InputError, match="changed since this run began"):
-            open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers).audio()
+            open_run(tmp_path / "run", sources, PRESETS["smoke"](), peers, **options).audio()
 
 
 def test_a_run_goes_on_where_its_audio_moved(tmp_path):
@@ -122,10 +125,14 @@ def test_a_run_goes_on_where_its_audio_moved(tmp_path):
         before = open_run(root, Sources(audio=(str(manifest),)), recipe, peers).audio()
         (root / "checkpoints" / "step_00000001").mkdir(parents=True)
         (tmp_path / "audio").rename(tmp_path / "moved")
+        elsewhere = Sources(audio=(str(other),))
+        run = open_run(root, elsewhere, recipe, peers, audio_may_differ=True)
         with pytest.raises(InputError, match="changed since this run began"):
-            open_run(root, Sources(audio=(str(other),)), recipe, peers).audio()
+            run.audio()
         moved = Sources(audio=(str(tmp_path / "moved" / manifest.name),))
-        run = open_run(root, moved, recipe, peers)
+        with pytest.raises(InputError, match="other settings"):
+            open_run(root, moved, recipe, peers)
+        run = open_run(root, moved, recipe, peers, audio_may_differ=True)
         assert run.folder.read()[0].audio == (str(manifest),)
         after = run.audio()
         assert run.folder.read() == (moved, recipe)
@@ -134,7 +141,7 @@ def test_a_run_goes_on_where_its_audio_moved(tmp_path):
         more = dataclasses.replace(moved, audio=(*moved.audio, str(other)))
         for wrong in (more, dataclasses.replace(moved, heldout_audio=(str(other),))):
             with pytest.raises(InputError, match="other settings"):
-                open_run(root, wrong, recipe, peers)
+                open_run(root, wrong, recipe, peers, audio_may_differ=True)
 
 
 def test_held_out_audio_that_is_trained_on_is_told_of(tmp_path, capsys):

@@ -20,6 +20,7 @@ from gmm_jepa.config import Recipe, System
 from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json
+from gmm_jepa.train.advice import on_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     recipes = {name: _recipe(command, arguments, name) for name in options.systems}
     planned = plan(options.out, recipes, options.seeds)
     with processes() as peers:
+        for line in on_precision(planned[0].recipe.train, peers.device):
+            print(line)
         prepare(planned, options.sources(), peers)
     waiting = sum(not p.is_done for p in planned)
     print(f"{len(planned)} runs, {waiting} to train, {options.jobs} at a time: {options.out}")

@@ -68,9 +68,10 @@ def main(command: str, arguments: Sequence[str]) -> int:
     options = parse(PlanOptions, command, arguments)
     if options.hours is None and not options.calibrate:
         raise InputError("hours: expected --hours of audio, or --calibrate")
-    for name, path in (("json", options.json), ("calibration", options.calibration)):
-        if path is not None and (name == "json" or options.calibrate):
-            _refuse_other(name, path)
+    if options.json is not None:
+        _refuse_other("json", options.json, "training_s")
+    if options.calibrate and options.calibration is not None:
+        _refuse_other("calibration", options.calibration, "matrix_flops_per_s")
     assumptions = None if options.hours is None else options.assumptions()
     calibration = _calibration(options)
     if assumptions is None:
@@ -87,15 +88,15 @@ def main(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_other(option: str, path: Path) -> None:
-    """Raise `InputError` where the path has something that no plan or calibration is."""
+def _refuse_other(option: str, path: Path, key: str) -> None:
+    """Raise `InputError` where there is something else than an object with this key."""
     if not path.exists():
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or "device" not in found:
+    if not isinstance(found, dict) or key not in found:
         raise InputError(f"{option}: {path} holds something else; give another file")
 
 

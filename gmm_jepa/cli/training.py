@@ -85,7 +85,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     options = parse(TrainOptions if command == "train" else RunOptions, command, arguments)
     sources = options.sources()
     with processes() as peers, held(options.out, peers):
-        run = open_run(options.out, sources, options.recipe, peers)
+        run = open_run(options.out, sources, options.recipe, peers, audio_may_differ=True)
         if peers.is_main and not run.folder.has_results():
             for line in on_precision(options.recipe.train, peers.device):
                 print(line)

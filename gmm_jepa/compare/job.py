@@ -1,11 +1,13 @@
-"""One run of a comparison in a process of its own: ``python -m gmm_jepa.compare.job FOLDER``.
+"""One run of a comparison in a process of its own: ``python -m gmm_jepa.compare.job FOLDER PID``.
 
-Trains the run that was prepared in the folder, or goes on with it, and evaluates it.
+Trains the run that was prepared in the folder, or goes on with it, and evaluates it. PID is that of
+the process that started it, with which it ends; it may be left out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import time
@@ -44,15 +46,18 @@ def _label_time(folder: RunFolder) -> float:
     return sum(label_seconds(folder).values())
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """Be asked to stop when the comparison dies, be it killed; where the system can (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before
+            sys.exit(STOPPED)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point."""
-    _end_with_parent()
+    if len(arguments) > 1:
+        _end_with(int(arguments[1]))
     try:
         return 0 if finish(RunFolder(arguments[0])) else STOPPED
     except InputError as error:

@@ -87,10 +87,10 @@ def run_all(
 
 def _start(planned: Planned, *, threads: int) -> _Job:
     log = planned.folder.root / LOG
-    command = [sys.executable, "-m", "gmm_jepa.compare.job", str(planned.folder.root)]
+    words = ["-m", "gmm_jepa.compare.job", str(planned.folder.root), str(os.getpid())]
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command,
+            [sys.executable, *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},

@@ -222,7 +222,7 @@ def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> n
         first = start + int(np.argmin(finite & (np.abs(mono) <= LOUDEST)))
         where = f"at sample {first} (at {file.samplerate} Hz)"
         if finite.all():
-            raise AudioError(path, f"too loud: {mono[first - start]:.3g} {where}, not in [-1, 1]")
+            raise AudioError(path, f"too loud: {mono[first - start]:.3g} {where}, past 2^31")
         raise AudioError(path, f"not finite: NaN or infinity {where}")
     return np.ascontiguousarray(mono)
 

@@ -55,8 +55,10 @@ class BatchPlan:
 
     Utterances longer than `max_samples` are cut into equal consecutive segments; every segment
     occurs exactly once per epoch where its weight is 1. With weight w it occurs floor(w) times,
-    and once more in a share w - floor(w) of the epochs. Segments of similar length share batches,
-    whose shapes are few and fixed (`shapes`); the number of batches is the same in every epoch.
+    and once more in a share w - floor(w) of the epochs; but where a batch has one row and that
+    would stay empty, it has one of the bucket's segments, drawn by weight. Segments of similar
+    length share batches, whose shapes are few and fixed (`shapes`); the number of batches is the
+    same in every epoch.
 
     Args:
         durations_samples: (N,) lengths of the utterances.
@@ -219,9 +221,9 @@ class BatchPlan:
         segments[drawn] = np.searchsorted(self._shares, point, side="right") - 1
         there = segments < end
         if not there.any():  # the one row of a batch: a batch of nothing is no step
-            return np.array(
-                [first + int((end - first) * uniform(self.seed, epoch, "instead", bucket))]
-            )
+            line = self._repeats + self._shares  # of weights
+            point = uniform(self.seed, epoch, "instead", bucket) * (line[end] - line[first])
+            return np.searchsorted(line, [line[first] + point], side="right") - 1
         return segments[there]
 
     def _size(self, bucket: int) -> int:

@@ -62,7 +62,7 @@ def parse_line(line: bytes) -> Line:
     path = fields[key]
     if not isinstance(path, str) or not path:
         raise BadLineError(f"no path: {key} is {path!r}")
-    if b"\\u" in line:
+    if b"\\u" in line or b"\xed" in line:  # which halves of characters begin with
         fields = _readable(fields)
     offset = _samples(fields, "offset") or 0
     duration = _samples(fields, "duration")
@@ -135,7 +135,7 @@ class ManifestCorpus(Corpus):
         """
         line = self._line(self._checked(i))
         at = f"@{line.fields['offset']}" if line.offset_samples else ""
-        made = {"id": os.path.splitext(PurePath(line.path).as_posix())[0] + at}
+        made = {"id": readable(os.path.splitext(PurePath(line.path).as_posix())[0] + at)}
         used = {
             "audio_filepath": self._resolve(line.path),
             "duration": int(self.durations_samples[i]) / SAMPLE_RATE_HZ,

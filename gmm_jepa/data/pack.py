@@ -38,7 +38,7 @@ from gmm_jepa.data.packed import (
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.data.workers import map_in_order
 from gmm_jepa.errors import InputError
-from gmm_jepa.files import written_aside
+from gmm_jepa.files import UNFINISHED, written_aside
 from gmm_jepa.locks import held
 
 
@@ -115,7 +115,7 @@ def _begin(folder: Path, plan: dict) -> None:
         _refuse_other(folder, json.loads(plan_path.read_text()), plan)
         return
     for item in (*_items(folder), *_items(folder / PARTIAL)):
-        if item.name != PARTIAL and not item.name.startswith(PLAN):
+        if item.name not in (PARTIAL, PLAN, PLAN + UNFINISHED):
             raise InputError(
                 f"{folder} is not empty and holds no pack ({item.name}, ...): give another folder"
             )

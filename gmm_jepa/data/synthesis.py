@@ -149,6 +149,9 @@ def _remove_orphans(folder: Path, name: str) -> None:
 
 
 def _lives(process: int) -> bool:
+    """Whether there is such a process; where that cannot be asked, there is."""
+    if os.name != "posix":
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -56,12 +56,12 @@ class RunFolder:
         """The folder of the labels of iteration 2, 3, ..."""
         return self.root / f"labels_{iteration}"
 
-    def open(self, sources: Sources, recipe: Recipe) -> None:
+    def open(self, sources: Sources, recipe: Recipe, *, may_have_moved: bool = False) -> None:
         """Start a run here, or go on with the one that is here.
 
-        Until there is a mixture or a checkpoint, other settings replace those that are here. Later
-        other paths of as many sources are let pass: their audio is to be compared with the run's,
-        and then `moved` called.
+        Until there is a mixture or a checkpoint, other settings replace those that are here.
+        Later, with `may_have_moved`, other paths of as many sources are let pass: the caller
+        compares their audio with the run's, and then calls `note`.
 
         Raises:
             InputError: the folder holds a run with other settings or audio, or something else.
@@ -71,7 +71,8 @@ class RunFolder:
             changed = _differences(_values(*self.read()), wanted)
             binding = {n: line for n, line in changed.items() if not n.startswith(_FREE)}
             if binding and self.has_results():
-                if set(binding) <= set(_PLACES) and self._may_have_moved(sources):
+                only_paths = may_have_moved and set(binding) <= set(_PLACES)
+                if only_paths and self._has_lists_of(sources):
                     return
                 raise InputError(
                     f"{self.root} holds a run with other settings ({'; '.join(binding.values())}): "
@@ -87,17 +88,19 @@ class RunFolder:
             raise InputError(f"{self.root} is not empty and holds no run: give another folder")
         write_json(self.config, wanted)
 
-    def moved(self, sources: Sources, recipe: Recipe) -> None:
-        """Note where the audio of the run lies now, and settings that may change."""
-        wanted = _values(sources, recipe)
-        if read_json(self.config) != wanted:
-            write_json(self.config, wanted)
+    def note(self, sources: Sources, recipe: Recipe) -> bool:
+        """Write down where the audio lies now; whether it lay elsewhere before."""
+        before, _ = self.read()
+        if before == sources:
+            return False
+        write_json(self.config, _values(sources, recipe))
+        return True
 
     def partial_fits(self) -> list[Path]:
         """States of fits that have not ended."""
         return list(self.root.glob("*.partial"))
 
-    def _may_have_moved(self, sources: Sources) -> bool:
+    def _has_lists_of(self, sources: Sources) -> bool:
         """Whether there are as many sources as before, and lists to compare their audio with."""
         before, _ = self.read()
         alike = len(before.audio) == len(sources.audio)

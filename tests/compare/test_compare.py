@@ -211,7 +211,7 @@ def test_a_run_folder_is_no_comparison(finished, manifest, capsys):
     assert "holds a run, not a comparison" in capsys.readouterr().err
 
 
-def test_a_job_says_a_mistake_in_its_last_line(tmp_path, capsys):
+def test_a_job_says_a_mistake_in_a_line_of_its_own(tmp_path, capsys):
     assert job.main([str(tmp_path)]) == job.BAD_INPUT
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"gmm-jepa: {tmp_path}: no run here")
