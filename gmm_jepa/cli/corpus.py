@@ -104,7 +104,7 @@ def _pack(arguments: Sequence[str]) -> int:
     corpus = open_corpus(options.audio, rejects=found)
     n_found = len(corpus) + found.n_given
     with Bar("packing", "utterance") as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of what was clipped, which is said below
+        warnings.filterwarnings("ignore", ".* were clipped")  # said below
         packed = pack_corpus(
             corpus,
             options.out,

@@ -221,9 +221,10 @@ class BatchPlan:
         segments[drawn] = np.searchsorted(self._shares, point, side="right") - 1
         there = segments < end
         if not there.any():  # the one row of a batch: a batch of nothing is no step
-            line = self._repeats + self._shares  # of weights
-            point = uniform(self.seed, epoch, "instead", bucket) * (line[end] - line[first])
-            return np.searchsorted(line, [line[first] + point], side="right") - 1
+            here = slice(first, end + 1)
+            line = self._repeats[here] + self._shares[here]  # of weights
+            point = uniform(self.seed, epoch, "instead", bucket) * (line[-1] - line[0])
+            return first + np.searchsorted(line, [line[0] + point], side="right") - 1
         return segments[there]
 
     def _size(self, bucket: int) -> int:

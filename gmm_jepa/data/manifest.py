@@ -31,6 +31,10 @@ _CHUNK_LINES = 8_192
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+_HALVES = (b"\\ud", b"\\uD", b"\xed")
+"""What halves of characters begin with, escaped or raw."""
+
+
 class BadLineError(ValueError):
     """A line that is no utterance; the message is the reason."""
 
@@ -62,7 +66,7 @@ def parse_line(line: bytes) -> Line:
     path = fields[key]
     if not isinstance(path, str) or not path:
         raise BadLineError(f"no path: {key} is {path!r}")
-    if b"\\u" in line or b"\xed" in line:  # which halves of characters begin with
+    if any(half in line for half in _HALVES):
         fields = _readable(fields)
     offset = _samples(fields, "offset") or 0
     duration = _samples(fields, "duration")
