@@ -135,6 +135,16 @@ struct Rows {
     }
 };
 
+// run(frames), in their type, which have a mixture's n_dims features. Throws std::invalid_argument.
+template <typename Run>
+auto on_frames(const Rows& frames, bool is_float64, int64_t n_dims, const Run& run) {
+    frames.check();
+    if (frames.n_columns != n_dims) {
+        throw std::invalid_argument("frames: expected as many features as the mixture has");
+    }
+    return is_float64 ? run(frames.as<double>()) : run(frames.as<float>());
+}
+
 // Throws unless there are none, or one a row, each 0 to n_frames.
 void check_lengths(const int64_t* lengths, int64_t n_rows, int64_t n_frames);
 

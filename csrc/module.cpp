@@ -29,20 +29,9 @@ std::unique_ptr<ScreenedMixture> screened_mixture(const py::tuple& parameters,
     return std::make_unique<ScreenedMixture>(mixture, table);
 }
 
-// run(frames), which have the mixture's features, in their type.
-template <typename Run>
-void on_frames(const Rows& frames, bool is_float64, const ScreenedMixture& mixture,
-               const Run& run) {
-    frames.check();
-    if (frames.n_columns != mixture.n_dims) {
-        throw std::invalid_argument("frames: expected as many features as the mixture has");
-    }
-    is_float64 ? run(frames.as<double>()) : run(frames.as<float>());
-}
-
 void em_statistics_at(const Rows& frames, bool is_float64, const ScreenedMixture& mixture,
                       const Statistics& out, int n_threads) {
-    on_frames(frames, is_float64, mixture,
+    on_frames(frames, is_float64, mixture.n_dims,
               [&](const auto& x) { em_statistics(x, mixture, out, n_threads); });
 }
 
@@ -50,7 +39,7 @@ void em_statistics_at(const Rows& frames, bool is_float64, const ScreenedMixture
 void posterior_at(const Rows& frames, bool is_float64, const ScreenedMixture& mixture,
                   double temperature, void* out, const std::string& out_type, int n_threads) {
     const auto write = [&](auto* to) {
-        on_frames(frames, is_float64, mixture,
+        on_frames(frames, is_float64, mixture.n_dims,
                   [&](const auto& x) { posterior(x, mixture, temperature, to, n_threads); });
     };
     if (out_type == "float64") return write(static_cast<double*>(out));
@@ -62,21 +51,21 @@ void posterior_at(const Rows& frames, bool is_float64, const ScreenedMixture& mi
 
 void log_likelihood_at(const Rows& frames, bool is_float64, const ScreenedMixture& mixture,
                        double* out, int n_threads) {
-    on_frames(frames, is_float64, mixture,
+    on_frames(frames, is_float64, mixture.n_dims,
               [&](const auto& x) { log_likelihood(x, mixture, out, n_threads); });
 }
 
 void topk_at(const Rows& frames, bool is_float64, const ScreenedMixture& mixture, int64_t k,
              double temperature, float* posteriors, int64_t* indices, int n_threads) {
     if (k < 1 || k > mixture.n_components) throw std::invalid_argument("k: expected 1 to K");
-    on_frames(frames, is_float64, mixture, [&](const auto& x) {
+    on_frames(frames, is_float64, mixture.n_dims, [&](const auto& x) {
         topk(x, mixture, static_cast<int>(k), temperature, posteriors, indices, n_threads);
     });
 }
 
 void kmeans_assign_at(const Rows& frames, bool is_float64, const ScreenedMixture& mixture,
                       int64_t* labels, float* squared_distances, int n_threads) {
-    on_frames(frames, is_float64, mixture, [&](const auto& x) {
+    on_frames(frames, is_float64, mixture.n_dims, [&](const auto& x) {
         nearest(x, mixture, labels, squared_distances, n_threads);
     });
 }

@@ -23,14 +23,8 @@ struct Place {
     void* stream;
 };
 
-// run(frames), which have the mixture's features, in their type.
-template <typename Run>
-auto on_frames(const Rows& frames, bool is_float64, const Operands& mixture, const Run& run) {
-    frames.check();
-    if (frames.n_columns != mixture.n_dims) {
-        throw std::invalid_argument("frames: expected as many features as the mixture has");
-    }
-    if (mixture.n_components < 1 || mixture.n_components > kMostComponents ||
+void check(const Operands& mixture) {
+    if (mixture.n_components < 1 || mixture.n_components > kMostComponents || mixture.n_dims < 1 ||
         mixture.n_dims > kMostFeatures) {
         throw std::invalid_argument("mixture: expected 1 to " + std::to_string(kMostComponents) +
                                     " components, 1 to " + std::to_string(kMostFeatures) +
@@ -47,13 +41,13 @@ auto on_frames(const Rows& frames, bool is_float64, const Operands& mixture, con
                               static_cast<const void*>(mixture.gain)}) {
         if (!field) throw std::invalid_argument("mixture: expected addresses");
     }
-    return is_float64 ? run(frames.as<double>()) : run(frames.as<float>());
 }
 
 // Returns how many pairs the screen left.
 int64_t emulated_at(const Rows& frames, bool is_float64, const Operands& mixture,
                     const Statistics& out, const Mode& mode) {
-    return on_frames(frames, is_float64, mixture, [&](const auto& x) {
+    check(mixture);
+    return on_frames(frames, is_float64, mixture.n_dims, [&](const auto& x) {
         return em_statistics_emulated(x, mixture, mode, out);
     });
 }
@@ -61,13 +55,14 @@ int64_t emulated_at(const Rows& frames, bool is_float64, const Operands& mixture
 #if GMM_JEPA_CUDA
 void cuda_at(const Rows& frames, bool is_float64, const Operands& mixture, const Statistics& out,
              const Mode& mode, const Workspace& workspace, const Place& place) {
-    on_frames(frames, is_float64, mixture, [&](const auto& x) {
-        const size_t needed = workspace_bytes(mixture.n_components, mixture.n_dims);
-        const size_t given = workspace.memory ? workspace.n_bytes : 0;
-        if (given < needed) {
-            throw std::invalid_argument("workspace: expected " + std::to_string(needed) +
-                                        " bytes, got " + std::to_string(given));
-        }
+    check(mixture);
+    const size_t needed = workspace_bytes(mixture.n_components, mixture.n_dims);
+    const size_t given = workspace.memory ? workspace.n_bytes : 0;
+    if (given < needed) {
+        throw std::invalid_argument("workspace: expected " + std::to_string(needed) +
+                                    " bytes, got " + std::to_string(given));
+    }
+    on_frames(frames, is_float64, mixture.n_dims, [&](const auto& x) {
         em_statistics(x, mixture, mode, out, workspace.memory, place.device, place.stream);
     });
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +50,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
         save_huggingface(encoder, options.hf, trained=trained, teacher=options.teacher)
         print(options.hf)
     if options.onnx or options.torch_export:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the tracer finds in PyTorch itself
-            program = to_program(encoder)  # the slow part
-            for path, save in ((options.torch_export, save_program), (options.onnx, save_onnx)):
-                if path is not None:
-                    save(program, path)
-                    print(path)
+        program = to_program(encoder)  # the slow part
+        for path, save in ((options.torch_export, save_program), (options.onnx, save_onnx)):
+            if path is not None:
+                save(program, path)
+                print(path)
     return 0

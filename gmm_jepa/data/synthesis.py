@@ -7,12 +7,8 @@ sentences. One seed gives one corpus, bit for bit, for given packages on a given
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import os
-import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -28,6 +24,8 @@ from gmm_jepa.data.espeak import Speaker, Speech
 from gmm_jepa.data.phones import label_phones
 from gmm_jepa.data.voices import N_VOICES, Voice, cast_parts, sentences
 from gmm_jepa.errors import InputError, require
+from gmm_jepa.files import written_aside
+from gmm_jepa.locks import held
 
 _RECIPE_VERSION = 1
 """Goes up with every change that makes other samples or labels from the same arguments."""
@@ -92,7 +90,7 @@ def synthesize(
 ) -> tuple[Path, Path]:
     """Make the corpus in `out_dir`, or take the one that is there if it was made the same way.
 
-    The folder appears when it is complete, never before: ``audio/*.flac`` (16 kHz, mono, 16 bits),
+    The folder is empty until all of it is there: ``audio/*.flac`` (16 kHz, mono, 16 bits),
     ``train.jsonl``, ``test.jsonl`` and ``corpus.json``. A manifest line holds ``audio_filepath``
     (relative to the manifest), ``duration`` (s), ``text``, ``speaker`` and ``phones``, a list of
     [start_s, end_s, symbol] without gaps from 0 to ``duration``; silence is ``"sil"``. The ``text``
@@ -113,7 +111,8 @@ def synthesize(
         The paths of ``train.jsonl`` and ``test.jsonl``.
 
     Raises:
-        InputError: an argument makes no sense, or `out_dir` holds something else.
+        InputError: an argument makes no sense, `out_dir` holds something else, or another process
+            works there.
         ImportError: espeakng_loader, soundfile or soxr is absent.
     """
     recipe = _Recipe(
@@ -125,45 +124,13 @@ def synthesize(
         content=content,
     )
     out_dir = Path(out_dir).resolve()
-    if not _is_free(out_dir):
-        return _reuse(out_dir, recipe)
-    # A name of this process's own: two at once do not write into each other's folder.
-    name = f".{out_dir.name}.partial-{platform.node()}-"
-    _remove_orphans(out_dir.parent, name)
-    partial = out_dir.parent / f"{name}{os.getpid()}"
-    (partial / "audio").mkdir(parents=True)
-    try:
-        _fill(partial, recipe, progress)
-        _publish(partial, out_dir, recipe)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with held(out_dir):
+        if any(out_dir.iterdir()):
+            return _reuse(out_dir, recipe)
+        with written_aside(out_dir) as aside:
+            (aside / "audio").mkdir(parents=True)
+            _fill(aside, recipe, progress)
     return out_dir / "train.jsonl", out_dir / "test.jsonl"
-
-
-def _remove_orphans(folder: Path, name: str) -> None:
-    """What processes of this machine left, whose numbers end the name, that are no more."""
-    for left in folder.glob(f"{glob.escape(name)}*"):
-        number = left.name.removeprefix(name)
-        if number.isdecimal() and (int(number) == os.getpid() or not _lives(int(number))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether there is such a process; where that cannot be asked, there is."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
-def _is_free(folder: Path) -> bool:
-    """Nothing there, or an empty folder."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _reuse(folder: Path, recipe: _Recipe) -> tuple[Path, Path]:
@@ -183,15 +150,6 @@ def _reuse(folder: Path, recipe: _Recipe) -> tuple[Path, Path]:
         if not manifest.is_file():
             raise InputError(f"out_dir: {folder} has lost its {manifest.name}; remove the folder")
     return manifests
-
-
-def _publish(partial: Path, out_dir: Path, recipe: _Recipe) -> None:
-    try:
-        os.replace(partial, out_dir)
-    except OSError:
-        if _is_free(out_dir):
-            raise
-        _reuse(out_dir, recipe)  # another process was faster; its corpus is the same
 
 
 def _fill(folder: Path, recipe: _Recipe, progress: Progress | None) -> None:

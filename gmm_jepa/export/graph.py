@@ -63,7 +63,10 @@ def to_program(encoder: SpeechEncoder) -> torch.export.ExportedProgram:
         encoder.train(was_training)
     table = torch.export.default_decompositions()
     table[torch.ops.aten.scaled_dot_product_attention.default] = _attention
-    return program.run_decompositions(table)
+    with warnings.catch_warnings():
+        # PyTorch copies trees of its own in a way it calls deprecated.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        return program.run_decompositions(table)
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gmm_jepa import locks
 from gmm_jepa.data.commands import MOODS, commands, spoken
 from gmm_jepa.data.espeak import Speaker
 from gmm_jepa.data.phones import SILENCE, label_phones, phone_symbol
 from gmm_jepa.data.synthesis import synthesize
 from gmm_jepa.data.voices import N_VOICES, cast_parts, sentences
 from gmm_jepa.errors import InputError
+from gmm_jepa.files import UNFINISHED
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
@@ -158,16 +157,15 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    dead, alive, other = (
-        tmp_path / f".c.partial-{node}-{number}"
-        for node, number in ((platform.node(), process.pid), (platform.node(), 1), ("far", 1))
-    )
-    for folder in (dead, alive, other):
-        folder.mkdir()
+    left = tmp_path / f"c{UNFINISHED}"
+    (left / "audio").mkdir(parents=True)
     synthesize(tmp_path / "c", **SMALL)
-    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_folder_that_another_process_fills_is_refused(tmp_path: Path) -> None:
+    with locks.held(tmp_path / "c"), pytest.raises(InputError, match="another process works here"):
+        synthesize(tmp_path / "c", **SMALL)
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
