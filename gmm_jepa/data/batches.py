@@ -120,7 +120,6 @@ class BatchPlan:
         self._fill_slots(weight[order], np.bincount(bucket[used], minlength=len(self._edges)))
         self._n_bucket_batches, self._rows = split_rows(self._n_slots, self._edges, batch_samples)
         self._batch_ends = np.cumsum(self._n_bucket_batches)
-        self._batch_samples = batch_samples
 
     def n_batches(self) -> int:
         """Batches per epoch, the same in every one."""
@@ -137,20 +136,9 @@ class BatchPlan:
 
     def padding(self, world_size: int = 1) -> float:
         """The share of what so many ranks compute that is padding, empty rows included."""
-        return 1.0 - self._real_samples / self._held_samples(world_size)
-
-    @property
-    def fill(self) -> float:
-        """How full batches are on average, as a share of `batch_samples`.
-
-        Low where the corpus is small: each bucket has at least one batch.
-        """
-        return self._held_samples() / (self.n_batches() * self._batch_samples)
-
-    def _held_samples(self, world_size: int = 1) -> float:
-        """Samples in an epoch's batches, with the empty rows that so many ranks need."""
         rows = -(-self._rows // world_size) * world_size
-        return float((self._n_bucket_batches * rows * self._edges).sum())
+        held = float((self._n_bucket_batches * rows * self._edges).sum())
+        return 1.0 - self._real_samples / held
 
     def batch(self, step: int) -> BatchRows:
         """The global batch of a step; steps run on over the epochs."""

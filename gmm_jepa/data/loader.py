@@ -57,24 +57,17 @@ class Batch:
     rejects: list[Reject] = field(default_factory=list)
     wait_s: float = 0.0
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """A copy whose tensors, `extras` included, are on a device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
     def pin_memory(self) -> Batch:
-        """A copy whose tensors are page-locked."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy whose tensors, `extras` included, are page-locked."""
         return replace(
             self,
-            waveform=change(self.waveform),
-            lengths_samples=change(self.lengths_samples),
-            utterance=change(self.utterance),
-            start_samples=change(self.start_samples),
-            rows=change(self.rows),
+            waveform=self.waveform.pin_memory(),
+            lengths_samples=self.lengths_samples.pin_memory(),
+            utterance=self.utterance.pin_memory(),
+            start_samples=self.start_samples.pin_memory(),
+            rows=self.rows.pin_memory(),
             extras={
-                key: change(value) if isinstance(value, Tensor) else value
+                key: value.pin_memory() if isinstance(value, Tensor) else value
                 for key, value in self.extras.items()
             },
         )

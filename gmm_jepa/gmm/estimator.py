@@ -13,7 +13,7 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import AllReduce, EMResult, OnIteration, expectation_maximisation
-from gmm_jepa.gmm.seeding import GatherRows, generators, start_from, start_sample
+from gmm_jepa.gmm.seeding import generators, start_from, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
 from gmm_jepa.ops import Mixture, gmm_log_likelihood, gmm_posterior, gmm_topk
@@ -128,7 +128,6 @@ class GaussianMixture(SklearnProtocol):
         *,
         on_iteration: OnIteration | None = None,
         all_reduce: AllReduce | None = None,
-        gather_rows: GatherRows | None = None,
         start_frames: Frames | None = None,
     ) -> GaussianMixture:
         """Fit by EM; every iteration is one pass over `X`.
@@ -140,10 +139,8 @@ class GaussianMixture(SklearnProtocol):
             y: not used, as in scikit-learn.
             on_iteration: called as ``(iteration, mean log-likelihood)`` after every pass.
             all_reduce: sums `EMStatistics` over processes that hold different frames.
-            gather_rows: with `all_reduce`: returns the rows of all processes, in the same order
-                in each, for the common start. Not needed with `start_frames` or all three `*_init`.
-            start_frames: (n, D) to start from in the place of a sample of `X`; with `all_reduce`
-                the same in every process.
+            start_frames: (n, D) to start from in the place of a sample of `X`. Needed with
+                `all_reduce`, the same in every process, where not all three `*_init` are given.
 
         Raises:
             InputError: a parameter or `X` makes no sense, or there are fewer frames than
@@ -151,7 +148,7 @@ class GaussianMixture(SklearnProtocol):
         """
         self._check_parameters()
         stream = FrameStream(X)
-        start = self._start(stream, all_reduce, gather_rows, start_frames)
+        start = self._start(stream, all_reduce, start_frames)
         result = expectation_maximisation(
             stream,
             start,
@@ -289,21 +286,20 @@ class GaussianMixture(SklearnProtocol):
         self,
         stream: FrameStream,
         all_reduce: AllReduce | None,
-        gather_rows: GatherRows | None,
         start_frames: Frames | None,
     ) -> Mixture:
         weights, means, precisions = self._given_start()
         if weights is not None and means is not None and precisions is not None:
             return Mixture(weights.log(), means, self._floored(precisions))
-        if all_reduce is not None and gather_rows is None and start_frames is None:
+        if all_reduce is not None and start_frames is None:
             raise InputError(
-                "gather_rows: expected with all_reduce, so that all processes start alike; "
-                "or give start_frames, or weights_init, means_init and precisions_init"
+                "start_frames: expected with all_reduce, so that all processes start alike; "
+                "or give weights_init, means_init and precisions_init"
             )
         if all_reduce is not None and self.random_state is None:
             raise InputError("random_state: expected a number with all_reduce, got None")
         sampling, choosing = generators(self.random_state)
-        sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
+        sample = start_sample(stream, self.n_init_frames, sampling, start_frames)
         n_samples, n_features = sample.shape
         if n_samples < self.n_components:
             raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
 from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed, zero_statistics
-from gmm_jepa.gmm.seeding import GatherRows, first_centroids, generators, start_sample
+from gmm_jepa.gmm.seeding import first_centroids, generators, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
 from gmm_jepa.ops import EMStatistics, Mixture, kmeans_assign, kmeans_statistics
@@ -65,7 +65,6 @@ class KMeans(SklearnProtocol):
         *,
         on_iteration: OnIteration | None = None,
         all_reduce: AllReduce | None = None,
-        gather_rows: GatherRows | None = None,
         start_frames: Frames | None = None,
     ) -> KMeans:
         """Fit; every iteration is one pass over `X`.
@@ -73,9 +72,9 @@ class KMeans(SklearnProtocol):
         Arguments and errors as in `GaussianMixture.fit`; `on_iteration` is called with the
         iteration and the mean squared distance.
         """
-        self._check_parameters(all_reduce, gather_rows, start_frames)
+        self._check_parameters(all_reduce, start_frames)
         stream = FrameStream(X)
-        current = self._start(stream, gather_rows, start_frames)
+        current = self._start(stream, start_frames)
         reseeds = torch.zeros(self.n_clusters, dtype=torch.int64, device="cpu")
         for iteration in range(1, self.max_iter + 1):
             sums = _sums(stream, current.means)
@@ -125,11 +124,9 @@ class KMeans(SklearnProtocol):
         self.n_features_in_ = self.cluster_centers_.shape[1]
         self.front_end_: LogMelSpec | None = None
 
-    def _start(
-        self, stream: FrameStream, gather_rows: GatherRows | None, start_frames: Frames | None
-    ) -> Mixture:
+    def _start(self, stream: FrameStream, start_frames: Frames | None) -> Mixture:
         sampling, choosing = generators(self.random_state)
-        sample = start_sample(stream, self.n_init_frames, sampling, gather_rows, start_frames)
+        sample = start_sample(stream, self.n_init_frames, sampling, start_frames)
         if len(sample) < self.n_clusters:
             raise InputError(f"n_samples={len(sample)} should be >= n_clusters={self.n_clusters}.")
         centroids = first_centroids(sample, self.n_clusters, choosing)
@@ -141,20 +138,14 @@ class KMeans(SklearnProtocol):
         centers = torch.as_tensor(self.cluster_centers_, device=frames.device)
         return kmeans_assign(frames, centers)
 
-    def _check_parameters(
-        self,
-        all_reduce: AllReduce | None,
-        gather_rows: GatherRows | None,
-        start_frames: Frames | None,
-    ) -> None:
+    def _check_parameters(self, all_reduce: AllReduce | None, start_frames: Frames | None) -> None:
         self._check_sizes("n_clusters")
         if not self.tol >= 0.0:
             raise InputError(f"tol: expected 0 or more, got {self.tol!r}")
-        shared = gather_rows is not None or start_frames is not None
-        if all_reduce is not None and (not shared or self.random_state is None):
+        if all_reduce is not None and (start_frames is None or self.random_state is None):
             raise InputError(
-                "gather_rows or start_frames, and random_state: expected with all_reduce, so that "
-                "all processes start alike"
+                "start_frames and random_state: expected with all_reduce, so that all processes "
+                "start alike"
             )
 
 

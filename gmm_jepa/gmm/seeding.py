@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Integral
 
 import numpy as np
@@ -19,8 +19,6 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.gmm.em import maximisation
 from gmm_jepa.gmm.stream import Frames, as_frames
 from gmm_jepa.ops import Mixture, kmeans_statistics
-
-GatherRows = Callable[[Tensor], Tensor]
 
 LLOYD_STEPS = 5
 # Frames a component among which the first centroids are chosen: choosing costs a pass over all
@@ -74,17 +72,12 @@ def start_sample(
     stream: Iterable[Tensor],
     n_frames: int,
     random: np.random.Generator,
-    gather_rows: GatherRows | None,
     start_frames: Frames | None,
 ) -> Tensor:
-    """Frames (n, D) on the CPU that a fit starts from: those given, or a sample of the stream.
-
-    Of several processes that sample, `gather_rows` makes one sample.
-    """
+    """Frames (n, D) on the CPU that a fit starts from: those given, or a sample of the stream."""
     if start_frames is not None:
         return as_frames(start_frames).cpu()
-    sample = sample_stream(stream, n_frames, random)
-    return sample if gather_rows is None else gather_rows(sample)
+    return sample_stream(stream, n_frames, random)
 
 
 def _lowest(

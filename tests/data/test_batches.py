@@ -172,12 +172,11 @@ def test_ranks_that_do_not_divide_the_rows_compute_empty_ones():
     assert plan.padding() < 0.05 < 0.2 < plan.padding(64)
 
 
-def test_looser_padding_makes_fuller_batches():
+def test_looser_padding_needs_fewer_shapes():
     tight = made(log_normal(300), batch_samples=480 * RATE)
     loose = made(log_normal(300), batch_samples=480 * RATE, target_padding=0.2)
     assert loose.padding() <= 0.2
     assert len(loose.shapes) < len(tight.shapes)
-    assert tight.fill < loose.fill <= 1
 
 
 @pytest.mark.parametrize("name", ["arctic", "digits"])

@@ -295,11 +295,3 @@ def test_bad_arguments_are_named(corpus, plan):
     ]:
         with pytest.raises(InputError, match=words):
             loaded(corpus, plan, **options)
-
-
-def test_batches_move(corpus, plan):
-    batch = loaded(corpus, plan, prepare=mixing, stop_step=1)[0]
-    moved = batch.to("meta")
-    assert moved.waveform.device.type == moved.extras["noisy"].device.type == "meta"
-    assert moved.extras["note"] == "step 0"
-    assert batch.waveform.device.type == "cpu"

@@ -216,14 +216,11 @@ def test_two_processes_equal_one(blobs):
     def all_reduce(rank):
         return lambda part: EMStatistics(*(sum(p) for p in zip(*exchange(rank, part))))
 
-    def gather(rank):
-        return lambda rows: torch.cat(exchange(rank, rows))
-
     def fit(rank):
         fitted[rank] = GaussianMixture(5).fit(
             blobs[rank * 1000 : 1000 + rank * 2000],
             all_reduce=all_reduce(rank),
-            gather_rows=gather(rank),
+            start_frames=blobs,
         )
 
     threads = [threading.Thread(target=fit, args=(rank,)) for rank in range(2)]
@@ -239,7 +236,7 @@ def test_two_processes_equal_one(blobs):
 
 
 def test_processes_must_share_a_start(blobs):
-    with pytest.raises(InputError, match="gather_rows: expected with all_reduce"):
+    with pytest.raises(InputError, match="start_frames: expected with all_reduce"):
         GaussianMixture(3).fit(blobs, all_reduce=lambda part: part)
     start = _start(blobs, 3)
     GaussianMixture(3, **start).fit(blobs, all_reduce=lambda part: part)

@@ -72,7 +72,7 @@ def test_two_processes_fit_the_same(blobs):
         return total
 
     one = KMeans(6, max_iter=4, tol=0.0)
-    one.fit(blobs[::2], all_reduce=all_reduce, gather_rows=lambda _: sample)
+    one.fit(blobs[::2], all_reduce=all_reduce, start_frames=sample)
     np.testing.assert_allclose(one.cluster_centers_, whole.cluster_centers_, atol=1e-9)
 
 
