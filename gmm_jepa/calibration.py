@@ -122,6 +122,17 @@ def cost_settings(recipe: Recipe) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def labelling_flops(recipe: Recipe, rows: int, segment_s: float) -> float:
+    """Operations of the frozen encoder that labels a step's rows, the mean over all steps.
+
+    Of a recipe that relabels it is run in every iteration but the first, and what a calibration
+    times is the first.
+    """
+    n = recipe.objective.iterations
+    encoder = flops.encoder_flops(recipe.encoder, round(segment_s * SAMPLE_RATE_HZ))
+    return (n - 1) / n * rows * encoder
+
+
 def step_flops(recipe: Recipe, rows: int, segment_s: float) -> float:
     """Operations of a step of a recipe over so many rows of so many seconds."""
     objective = recipe.objective

@@ -136,7 +136,7 @@ class TrainConfig:
     """Decay at the first step; it goes to `teacher_decay` linearly."""
     accumulate: int = 1
     """Micro-batches a global batch is cut into, to bound memory; without dropout the result is
-    the same."""
+    the same, but of online-gmm, whose clusters start from frames of the last one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast for the forward pass; losses, statistics and weights stay fp32."""
     reduce_precision: Literal["fp32", "bf16"] = "fp32"

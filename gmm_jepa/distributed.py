@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +95,12 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def say(self, *lines: str) -> None:
+        """Print lines, in the main process alone."""
+        if self.is_main:
+            for line in lines:
+                print(line)
+
 
 def refuse_torchrun(why: str) -> None:
     """For commands that torchrun would start in vain, several times.
@@ -108,6 +116,9 @@ def refuse_torchrun(why: str) -> None:
 def processes() -> Iterator[Processes]:
     """Join the process group that torchrun announces, nccl on CUDA and gloo on CPU, and leave it.
 
+    To leave nccl's takes all processes. One that failed while others wait for it does not: it ends
+    without, for torchrun to see it and end them.
+
     Raises:
         InputError: the environment names several processes, but not this one's rank.
     """
@@ -119,18 +130,34 @@ def processes() -> Iterator[Processes]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1:
         # What imports it later takes hold of the process group, which then outlives its end: a
         # thread of gloo's that drops a tensor while Python shuts down aborts the process.
         importlib.import_module("torch._dynamo")
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device)
-    finally:
-        if world_size > 1:
-            gc.collect()  # what sharded models in cycles hold of the group
-            dist.destroy_process_group()
+    except BaseException:
+        if world_size > 1 and backend == "nccl":
+            atexit.register(_end_at_once)
+        elif world_size > 1:
+            _leave()
+        raise
+    if world_size > 1:
+        _leave()
+
+
+def _leave() -> None:
+    gc.collect()  # what sharded models in cycles hold of the group
+    dist.destroy_process_group()
+
+
+def _end_at_once() -> None:
+    """Not by way of destructors, of which nccl's wait for the other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _world_size() -> int:

@@ -36,6 +36,8 @@ class Memory(NamedTuple):
     teacher: float
     activations: float
     """What autograd keeps of the forward pass of a micro-batch."""
+    labels: float = 0.0
+    """The frozen encoder whose frames are clustered, of iterations after the first."""
     gathered: float = 0.0
     """Of sharded networks what is whole for a while: the root, two units, and the gradient of one
     as it is computed and as it is sent."""
@@ -51,12 +53,14 @@ def memory_of(recipe: Recipe, rows: int, segment_s: float) -> Memory:
     model = _fake_model(recipe)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     taught = 0 if model.teacher is None else sum(p.numel() for p in model.teacher.parameters())
+    encoder = sum(p.numel() for p in model.online.parameters())
     return Memory(
         parameters=FLOAT32_BYTES * (sum(p.numel() for p in model.parameters()) - taught),
         gradients=FLOAT32_BYTES * learned,
         optimizer=2 * FLOAT32_BYTES * learned,
         teacher=FLOAT32_BYTES * taught,
         activations=_activation_bytes(model, recipe, rows, round(segment_s * SAMPLE_RATE_HZ)),
+        labels=FLOAT32_BYTES * encoder if recipe.objective.iterations > 1 else 0.0,
     )
 
 
@@ -79,6 +83,7 @@ def sharded(whole: Memory, recipe: Recipe, gpus: int) -> Memory:
         optimizer=whole.optimizer / gpus,
         teacher=whole.teacher / gpus,
         activations=whole.activations,
+        labels=whole.labels / gpus,
         gathered=FLOAT32_BYTES * root + (3 * computed + sent) * max(sizes),
     )
 

@@ -1,7 +1,8 @@
 """The main job, stage by stage: read the audio, make the labels, train, evaluate, report.
 
-Every stage leaves its result in the run folder and is passed over when that is there already, so a
-run that was interrupted anywhere goes on by being started again.
+Every stage leaves its result in the run folder and all but the evaluation, which is made anew, are
+passed over when that is there already: a run that was interrupted anywhere goes on by being started
+again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gmm_jepa.labelling import Labeller
 from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.progress import Bar, Stages
 from gmm_jepa.train import checkpoint
+from gmm_jepa.train.advice import before_training
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.metrics import read_metrics
 from gmm_jepa.train.trained import newest
@@ -218,10 +220,12 @@ class Run:
         Every iteration first makes the labels that it needs. With `profile` a few steps are
         profiled into that folder.
         """
-        outcome = TrainOutcome(steps_done=self.peers.of_main(self._steps_done), finished=True)
-        for iteration in self.recipe.iterations:
-            if outcome.steps_done >= iteration.stop_step:
-                continue
+        done = self.peers.of_main(self._steps_done)
+        outcome = TrainOutcome(steps_done=done, finished=True)
+        left = [iteration for iteration in self.recipe.iterations if done < iteration.stop_step]
+        if left:
+            self.peers.say(*before_training(self.recipe.train, self.peers))
+        for iteration in left:
             outcome = train(
                 self.folder,
                 self.recipe,

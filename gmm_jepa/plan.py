@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gmm_jepa.calibration import Calibration, cost_settings, step_flops
+from gmm_jepa.calibration import Calibration, cost_settings, labelling_flops, step_flops
 from gmm_jepa.config import Recipe
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ
 from gmm_jepa.errors import InputError
@@ -122,9 +122,9 @@ class Plan:
     rows: int
     """Of a GPU's share of a batch, the largest."""
     step_flops: float
-    """Operations of a step on each GPU."""
+    """Operations of a step on each GPU, the mean over all."""
     step_s: float
-    """Seconds a step."""
+    """Seconds a step, likewise."""
     training_s: float
     """Seconds of the training, lines of metrics and checkpoints included."""
     realtime: float
@@ -178,7 +178,7 @@ def make_plan(
     if assumptions.epochs is not None:
         steps = max(1, math.ceil(assumptions.epochs * assumptions.hours * 3600 / heard_s))
     rows = math.ceil(int(recipe.data.batch_s / segment_s + 1e-9) / gpus)
-    flops = step_flops(recipe, 1, segment_s) * rows
+    flops = step_flops(recipe, rows, segment_s) + labelling_flops(recipe, rows, segment_s)
     step_s = flops / rate.flops_per_s
     training_s = steps * step_s + math.ceil(steps / train.log_every) * rate.log_s
     training_s += math.ceil(steps / train.checkpoint_every) * rate.checkpoint_s

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from gmm_jepa import calibration as calibrations
-from gmm_jepa.calibration import Calibration, calibrate, cost_settings, step_flops, synthetic_labels
+from gmm_jepa.calibration import (
+    Calibration,
+    calibrate,
+    cost_settings,
+    labelling_flops,
+    step_flops,
+    synthetic_labels,
+)
 from gmm_jepa.cli import main
 from gmm_jepa.cli.plan import memory_warning
 from gmm_jepa.config import Recipe
@@ -20,7 +27,9 @@ from gmm_jepa.data.corpus import open_corpus
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
+from gmm_jepa.flops import encoder_flops
 from gmm_jepa.memory import memory_of, sharded
+from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.ops.fused import composed
 from gmm_jepa.plan import DEVICES, Assumptions, make_plan
 from gmm_jepa.presets import SYSTEMS, preset
@@ -83,6 +92,17 @@ def test_epochs_gpus_and_the_price():
     assert four.price == pytest.approx(2.5 * 4 * four.training_s / 3600)
     assert four.memory.activations < 0.3 * alone.memory.activations
     assert any("communication" in line for line in four.assumed)
+
+
+def test_relabelling_costs_a_pass_of_a_frozen_encoder_in_all_iterations_but_the_first():
+    recipe, once = (preset("smoke", system=f"{name}-style") for name in ("hubert", "wavlm"))
+    assert (recipe.objective.iterations, once.objective.iterations) == (2, 1)
+    twice, alone = (make_plan(r, Assumptions(hours=1)) for r in (recipe, once))
+    encoder = encoder_flops(recipe.encoder, round(recipe.data.max_segment_s * 16_000))
+    assert twice.step_flops - alone.step_flops == pytest.approx(0.5 * twice.rows * encoder)
+    size = sum(p.numel() for p in initial_model(recipe).online.parameters())
+    assert (twice.memory.labels, alone.memory.labels) == (4 * size, 0)
+    assert twice.disk == alone.disk
 
 
 def test_a_known_gpu_by_its_peak_and_an_assumed_share():
@@ -206,7 +226,8 @@ def test_every_system_can_be_planned_and_calibrated(system):
     assert found.n_steps == calibrations.LEAST_STEPS
     assert found.step_s > 0 < found.share
     plan = make_plan(recipe, Assumptions(hours=1), found)
-    assert plan.step_s == pytest.approx(found.step_s, rel=1e-6)
+    labelling = labelling_flops(recipe, found.rows, found.segment_s) / found.flops_per_step
+    assert plan.step_s == pytest.approx((1 + labelling) * found.step_s, rel=1e-6)
 
 
 def test_a_batch_too_large_to_time_is_made_smaller(monkeypatch):
@@ -278,7 +299,10 @@ def test_the_command(tmp_path, capsys):
     [
         ((), "hours: expected --hours of audio, or --calibrate"),
         (("--hours", "1", "--calibration", "nowhere.json"), "nowhere.json: no such file"),
-        (("--calibrate", "--device", "h100"), "device: expected without --calibrate"),
+        (("--calibrate", "--device", "h100"), "device: expected with --hours"),
+        (("--calibrate", "--hours", "1", "--device", "h100"), "device: expected without --cal"),
+        (("--calibrate", "--hours", "1", "--utilisation", "1"), "utilisation: expected without"),
+        (("--calibrate", "--json", "plan.json"), "json: expected with --hours"),
         (("--hours", "1", "--device", "tpu"), "device: expected one of"),
     ],
 )
@@ -323,7 +347,8 @@ def test_the_prediction_holds_for_a_real_run(tmp_path, monkeypatch, one_thread):
     manifest = write_corpus(tmp_path / "audio", 48, seconds=(0.9, 1.0))
     corpus = open_corpus([str(manifest)], rejects=RejectLog(None))
     recipe = with_train(preset("smoke"), steps=60, tensorboard=False, log_every=10)
-    assert batch_plan(corpus, recipe).fill > 0.9, "a small corpus need not fill its batches"
+    for rows, padded in batch_plan(corpus, recipe).shapes:  # a small corpus need not fill them
+        assert rows * padded > 0.9 * recipe.data.batch_s * 16_000
     segment_s = float(corpus.total_s / len(corpus))
     assumptions = Assumptions(hours=corpus.total_s / 3600, segment_s=segment_s)
 

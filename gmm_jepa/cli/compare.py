@@ -20,6 +20,7 @@ from gmm_jepa.config import Recipe, System
 from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json
+from gmm_jepa.locks import held
 from gmm_jepa.train.advice import on_precision
 
 
@@ -36,8 +37,8 @@ class CompareOptions(RecipeOptions):
     """Several systems trained alike on the same audio, and one page on them.
 
     Every system and seed is an ordinary run in a folder of its own (OUT/SYSTEM/seed0). Settings
-    given here hold for all systems; a system's own come first. Started again, it goes on where it
-    stopped.
+    given here hold for all systems, in the place of a system's own. Started again, it goes on where
+    it stopped.
     """
 
     out: Path
@@ -62,18 +63,18 @@ def main(command: str, arguments: Sequence[str]) -> int:
         raise InputError(f"systems: expected different ones, got {' '.join(options.systems)}")
     recipes = {name: _recipe(command, arguments, name) for name in options.systems}
     planned = plan(options.out, recipes, options.seeds)
-    with processes() as peers:
-        for line in on_precision(planned[0].recipe.train, peers.device):
-            print(line)
-        prepare(planned, options.sources(), peers)
-    waiting = sum(not p.is_done for p in planned)
-    print(f"{len(planned)} runs, {waiting} to train, {options.jobs} at a time: {options.out}")
-    try:
-        run_all(planned, jobs=options.jobs, on_done=_tell)
-    except StoppedError as stopped:
-        print(f"{stopped}; start again to go on")
-        return EXIT_STOPPED
-    written = page.write(options.out, planned, jobs=options.jobs)
+    with held(options.out):
+        with processes() as peers:
+            peers.say(*on_precision(planned[0].recipe.train, peers.device))
+            prepare(planned, options.sources(), peers)
+        waiting = sum(not p.is_done for p in planned)
+        print(f"{len(planned)} runs, {waiting} to train, {options.jobs} at a time: {options.out}")
+        try:
+            run_all(planned, jobs=options.jobs, on_done=_tell)
+        except StoppedError as stopped:
+            print(f"{stopped}; start again to go on")
+            return EXIT_STOPPED
+        written = page.write(options.out, planned, jobs=options.jobs)
     print(format_table(page.summary_rows(read_json(options.out / "compare.json"))))
     print(f"report: {written}")
     return 0

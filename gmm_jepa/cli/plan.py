@@ -72,6 +72,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
         _refuse_other("json", options.json, "training_s")
     if options.calibrate and options.calibration is not None:
         _refuse_other("calibration", options.calibration, "matrix_flops_per_s")
+    if options.hours is None:
+        _refuse_idle(options)
     assumptions = None if options.hours is None else options.assumptions()
     calibration = _calibration(options)
     if assumptions is None:
@@ -86,6 +88,13 @@ def main(command: str, arguments: Sequence[str]) -> int:
     if options.json is not None:
         write_json(options.json, plan.to_dict())
     return 0
+
+
+def _refuse_idle(options: PlanOptions) -> None:
+    """Raise `InputError` for what a calibration alone has no use for."""
+    for name in ("json", "device", "utilisation", "epochs", "price_per_hour"):
+        if getattr(options, name) is not None:
+            raise InputError(f"{name}: expected with --hours, which asks for a plan")
 
 
 def _refuse_other(option: str, path: Path, key: str) -> None:
@@ -104,8 +113,9 @@ def _calibration(options: PlanOptions) -> Calibration | None:
     """What is measured now, or was before."""
     if not options.calibrate:
         return None if options.calibration is None else Calibration.load(options.calibration)
-    if options.device is not None:
-        raise InputError("device: expected without --calibrate, which measures this machine")
+    for name in ("device", "utilisation"):
+        if getattr(options, name) is not None:
+            raise InputError(f"{name}: expected without --calibrate, which measures this machine")
     if options.gpus < 1:
         raise InputError(f"gpus: expected 1 or more, got {options.gpus}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +142,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         *(
             [f"  {name}", _bytes(value)]
             for name, value in memory._asdict().items()
-            if value or name != "gathered"
+            if value or name not in ("labels", "gathered")
         ),
         ["disk: packed corpus", _bytes(disk.packed_corpus)],
         ["disk: checkpoints", f"{_bytes(disk.checkpoints)} ({_bytes(disk.checkpoint)} each)"],

@@ -13,7 +13,7 @@ from gmm_jepa.cli import EXIT_STOPPED
 from gmm_jepa.cli.parse import ModelName, PresetName, parse
 from gmm_jepa.cli.table import format_table
 from gmm_jepa.config import Recipe, Sources
-from gmm_jepa.distributed import Processes, processes
+from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.evaluate.report import summary_rows
 from gmm_jepa.pipeline import Audio, Run, open_run
@@ -86,9 +86,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
     sources = options.sources()
     with processes() as peers, held(options.out, peers):
         run = open_run(options.out, sources, options.recipe, peers, audio_may_differ=True)
-        if peers.is_main and not run.folder.has_results():
-            for line in on_precision(options.recipe.train, peers.device):
-                print(line)
+        if not run.folder.has_results():
+            peers.say(*on_precision(options.recipe.train, peers.device))
         path = options.gmm if isinstance(options, TrainOptions) else None
         given = None if path is None else run.given_mixture(path)  # before all audio is read
         audio = run.audio()
@@ -96,13 +95,13 @@ def main(command: str, arguments: Sequence[str]) -> int:
             run.take_mixture(given, audio.train)
         outcome = run.train(audio.train, profile=options.profile)
         if not outcome.finished:
-            _say(peers, f"stopped at step {outcome.steps_done}; start again to go on")
+            peers.say(f"stopped at step {outcome.steps_done}; start again to go on")
             return EXIT_STOPPED if peers.world_size == 1 else 0  # torchrun would start it again
         if command == "run":
             _evaluate(run, audio)
         else:
-            _say(peers, f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
-        _say(peers, run.rejects.summary())
+            peers.say(f"trained {outcome.steps_done} steps: {run.folder.checkpoints}")
+        peers.say(run.rejects.summary())
     return 0
 
 
@@ -111,11 +110,6 @@ def _evaluate(run: Run, audio: Audio) -> None:
         evaluation = run.evaluate(audio)
         print(format_table(summary_rows(evaluation.numbers)))
         print(f"report: {run.folder.report}")
-
-
-def _say(peers: Processes, line: str) -> None:
-    if peers.is_main:
-        print(line)
 
 
 def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -63,6 +63,9 @@ class TrainState:
             self.parameters = self._shards.parameters
         elif peers.world_size > 1:
             self.forward = _shared(self.objective, config)
+        # From its third backward pass on DDP sends gradients in other parts, which adds them up in
+        # another order: a resumed training would make other first steps than one that went on.
+        self.n_rehearsals = 0 if self.forward is self.objective else 2
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -102,6 +105,11 @@ class TrainState:
         if self._peers.is_main:
             checkpoint.save(root, self.step, weights, state, keep=keep)
         self._peers.wait()
+
+    def forget_rehearsal(self) -> None:
+        """Drop the gradients of a backward pass before the first step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.n_rehearsals -= 1
 
     def update(self, schedule: Schedule, clip_norm: float) -> tuple[Tensor, Tensor]:
         """Clip, step, clear the gradients and move what follows by averages.

@@ -19,10 +19,11 @@ from gmm_jepa.data.batches import BatchPlan
 from gmm_jepa.data.loader import Batch, make_loader
 from gmm_jepa.data.rejects import Reject, RejectLog
 from gmm_jepa.distributed import Processes
+from gmm_jepa.objectives.batch import Losses, MaskedBatch
 from gmm_jepa.objectives.build import Labels
 from gmm_jepa.objectives.prepare import MaskAndDisturb, micro_batches
 from gmm_jepa.objectives.schedules import Schedule, schedule_at
-from gmm_jepa.train.advice import before_training, on_batches
+from gmm_jepa.train.advice import on_batches
 from gmm_jepa.train.folder import RunFolder
 from gmm_jepa.train.log import training_log
 from gmm_jepa.train.profile import StepProfile
@@ -71,10 +72,6 @@ def train(
             finite gradient.
     """
     config = recipe.train
-    if peers.is_main:
-        for line in before_training(config, peers):
-            print(line)
-
     # Model
     state = TrainState(recipe, labels, peers, first_step=iteration.first_step)
     state.resume(folder.checkpoints)
@@ -117,6 +114,7 @@ def train(
                 state.save(folder.checkpoints, keep=config.keep_checkpoints)
             if stop:
                 break
+        stop = stop or peers.any(stop_asked.is_set())  # while the last checkpoint was written
     return TrainOutcome(steps_done=state.step, finished=last and not stop)
 
 
@@ -139,9 +137,7 @@ def _batches(
 ) -> Iterator[Batch]:
     """This process's batches of the steps, masked and disturbed."""
     plan = batch_plan(corpus, recipe)
-    if peers.is_main:
-        for line in on_batches(plan, peers.world_size):
-            print(line)
+    peers.say(*on_batches(plan, peers.world_size))
     return make_loader(
         corpus,
         plan,
@@ -173,19 +169,30 @@ def _accumulate(
     state: TrainState, batch: Batch, schedule: Schedule, recipe: Recipe, peers: Processes
 ) -> None:
     """Gradients and meters of one global batch, in micro-batches."""
-    config = recipe.train
-    torch.manual_seed(_dropout_seed(recipe.seed, state.step, peers.rank))
     weight = recipe.objective.unmasked_weight
-    parts = list(micro_batches(batch, config.accumulate, unmasked_weight=weight))
+    parts = list(micro_batches(batch, recipe.train.accumulate, unmasked_weight=weight))
+    for _ in range(state.n_rehearsals):
+        no_target_moves = schedule._replace(step=-1)
+        _backward(state, parts[0], no_target_moves, recipe.train, peers)
+        state.forget_rehearsal()
+    torch.manual_seed(_dropout_seed(recipe.seed, state.step, peers.rank))
     for part in parts:
-        if config.cuda_graphs:  # what the graphs of the part before left is no longer needed
-            torch.compiler.cudagraph_mark_step_begin()
         with gradient_sync(state.forward, wanted=part is parts[-1]):
-            with _precision(config, peers.device):
-                losses = state.forward(state.copied(part), schedule)
-            # Gradients are averaged over the processes, but the losses are parts of a sum.
-            (losses.total * peers.world_size).backward()
+            losses = _backward(state, part, schedule, recipe.train, peers)
         state.meters.add_losses(losses)
+
+
+def _backward(
+    state: TrainState, part: MaskedBatch, schedule: Schedule, config: TrainConfig, peers: Processes
+) -> Losses:
+    """Losses of a micro-batch; its gradients are added to those that are there."""
+    if config.cuda_graphs:  # what the graphs of the part before left is no longer needed
+        torch.compiler.cudagraph_mark_step_begin()
+    with _precision(config, peers.device):
+        losses = state.forward(state.copied(part), schedule)
+    # Gradients are averaged over the processes, but the losses are parts of a sum.
+    (losses.total * peers.world_size).backward()
+    return losses
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.study import override
+from gmm_jepa import locks
 from gmm_jepa.cli import EXIT_STOPPED, main
 from gmm_jepa.compare import job, jobs, page, plan, results
 from gmm_jepa.config import Sources
@@ -240,10 +242,10 @@ def run_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.01)
 
     def run(program: str) -> None:
-        def start(planned, **_threads):
+        def start(planned, **_share):
             with (planned.folder.root / jobs.LOG).open("ab") as log:
                 words = [sys.executable, "-c", program]
-                return jobs._Job(planned, subprocess.Popen(words, stdout=log, stderr=log))
+                return subprocess.Popen(words, stdout=log, stderr=log)
 
         monkeypatch.setattr(jobs, "_start", start)
         jobs.run_all([planned], jobs=1)
@@ -287,15 +289,27 @@ def test_fewer_runs_than_jobs_share_all_cores(tmp_path, monkeypatch):
     planned = plan.plan(tmp_path, {"pure": preset("smoke", system="pure-jepa")}, [0, 1])
     given = []
 
-    def start(planned, *, threads):
-        given.append(threads)
-        return jobs._Job(planned, subprocess.Popen([sys.executable, "-c", ""]))
+    def start(planned, *, slot, threads):
+        given.append((slot, threads))
+        return subprocess.Popen([sys.executable, "-c", ""])
 
     monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(jobs, "_start", start)
     monkeypatch.setattr(jobs, "usable_cores", lambda: 8)
     jobs.run_all(planned, jobs=4)
-    assert given == [4, 4]
+    assert given == [(0, 4), (1, 4)]
+
+
+def test_jobs_at_a_time_are_on_different_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [jobs._share(slot, 1)["LOCAL_RANK"] for slot in range(3)] == ["0", "1", "0"]
+
+
+def test_a_folder_where_a_comparison_works_is_refused(manifest, tmp_path, capsys):
+    with locks.held(tmp_path / "out"):
+        assert main(words(manifest, tmp_path / "out")) == 2
+    assert "another process works here" in capsys.readouterr().err
 
 
 def test_help_lists_what_a_comparison_takes(capsys):

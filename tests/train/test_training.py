@@ -193,22 +193,32 @@ def test_two_nodes_give_the_losses_of_one_process(one_process, manifest, tmp_pat
 
 
 def test_a_whole_run_under_torchrun_resumes_exactly(manifest, tmp_path):
-    """Mixture, training and report by two processes; the line after a resume is the same."""
+    """Mixture, training and report by three processes, whose sums depend on their order.
+
+    Lines and weights after a resume are the same.
+    """
     more = ("--train.steps", "12", "--train.log-every", "5", "--train.checkpoint-every", "4")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    more += ("--train.keep-checkpoints", "3")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     whole = process(manifest, tmp_path / "whole", *more, launcher=launcher, command="run")
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
     assert (tmp_path / "whole" / "report.html").exists()
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
-    shutil.rmtree(cut / "checkpoints" / "step_00000012")
+    for last in ("step_00000008", "step_00000012"):
+        shutil.rmtree(cut / "checkpoints" / last)
     again = process(manifest, cut, *more, launcher=launcher, command="run")
     output, _ = again.communicate()
     assert again.returncode == 0, output
     lines = [losses(read_metrics(out / "metrics.jsonl")) for out in (tmp_path / "whole", cut)]
     assert [line[0] for line in lines[0]] == [5, 10, 12]
     assert lines[0] == lines[1]
+    weights = [
+        (out / "checkpoints" / "step_00000012" / "model.safetensors").read_bytes()
+        for out in (tmp_path / "whole", cut)
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_ctrl_c_saves_like_sigterm(manifest, tmp_path):
@@ -267,6 +277,21 @@ def test_a_stop_in_the_last_step_is_obeyed(manifest, tmp_path, monkeypatch, caps
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert main(words) == 0
     assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_stop_while_the_last_checkpoint_is_written_is_obeyed(
+    manifest, tmp_path, monkeypatch, capsys
+):
+    save_state = trainer.TrainState.save
+
+    def stopped(state, *where, **options):
+        save_state(state, *where, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.TrainState, "save", stopped)
+    more = ("--train.steps", "10", "--train.checkpoint-every", "100")
+    assert main(["run", *arguments(manifest, tmp_path / "run", *more)[1:]]) == EXIT_STOPPED
+    assert "stopped at step 10" in capsys.readouterr().out
 
 
 def test_what_went_bad_before_a_stop_is_written_down(manifest, tmp_path, monkeypatch):
