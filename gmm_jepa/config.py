@@ -378,8 +378,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is EncoderConfig or dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where=where)
     if get_origin(hint) is tuple:
-        check(isinstance(value, list), f"{where}: expected a list, got {value!r}")
-        return tuple(value)
+        return _items(get_args(hint), value, where)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         check(value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}")
@@ -389,6 +388,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(kinds[0], value, where)
     check(_fits(value, hint), f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _items(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A tuple from a JSON list; its items are all of one kind (``X, ...``) or each of its own."""
+    check(isinstance(value, list), f"{where}: expected a list, got {value!r}")
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(value)
+    check(len(value) == len(hints), f"{where}: expected {len(hints)} values, got {value!r}")
+    items = zip(hints, value, strict=True)
+    return tuple(_value(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(items))
 
 
 def _fits(value: Any, kind: type) -> bool:

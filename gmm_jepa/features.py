@@ -64,9 +64,10 @@ class LogMelSpec:
             )
         if not (self.floor > 0.0 and math.isfinite(self.floor)):
             raise InputError(f"floor: expected a finite number above 0, got {self.floor}")
-        object.__setattr__(self, "_filters", _make_filters(self))
-        window = torch.hann_window(self.n_fft, dtype=torch.float32, device="cpu")
-        object.__setattr__(self, "_window", window)
+        with torch.inference_mode(False):  # they outlive the mode, and autograd keeps them
+            object.__setattr__(self, "_filters", _make_filters(self))
+            window = torch.hann_window(self.n_fft, dtype=torch.float32, device="cpu")
+            object.__setattr__(self, "_window", window)
         object.__setattr__(self, "_copies", {})
         empty = (self._filters.amax(0) == 0).nonzero().flatten().tolist()
         if empty:
@@ -88,7 +89,8 @@ class LogMelSpec:
         """Filters and window on a device, copied there once."""
         key = str(device)
         if key not in self._copies:
-            self._copies[key] = (self._filters.to(device), self._window.to(device))
+            with torch.inference_mode(False):
+                self._copies[key] = (self._filters.to(device), self._window.to(device))
         return self._copies[key]
 
     def to_dict(self) -> dict[str, int | float]:

@@ -147,6 +147,23 @@ def test_a_value_outside_its_choices_is_refused():
         from_dict(Recipe, values)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("objective", "mask_share", ["a", "b"], r"mask_share\[0\]: expected float, got 'a'"),
+        ("objective", "mask_share", [0.1, 0.2, 0.3], "mask_share: expected 2 values"),
+        ("objective", "mask_span_frames", [10.5, 25], r"mask_span_frames\[0\]: expected int"),
+        ("encoder", "channels", [4, "8", 16, 32], r"channels\[1\]: expected int, got '8'"),
+        ("train", "betas", 0.9, "betas: expected a list"),
+    ],
+)
+def test_the_values_of_a_list_are_looked_at(part, name, value, said):
+    values = to_dict(PRESETS["cpu"]())
+    values[part][name] = value
+    with pytest.raises(InputError, match=said):
+        from_dict(Recipe, values)
+
+
 def test_every_field_has_its_unit_line():
     """Each field is followed by a docstring line, which is what --help shows."""
     import ast

@@ -188,6 +188,31 @@ def test_an_encoder_says_what_it_cannot_take(tmp_path: Path):
         encoder(waveform, [8_000.0, 5.5])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encoders_of_16_bits_take_any_length(tmp_path: Path, dtype: torch.dtype):
+    """Lengths are not rounded to the type, and a quiet row's gain is within it."""
+    config = replace(FULL, unit_rms=True)
+    save_model(tmp_path / "m.safetensors", JepaModel(config, n_clusters=8))
+    encoder = gmm_jepa.load_encoder(tmp_path / "m.safetensors").to(dtype)
+    with torch.inference_mode():
+        for n_samples in (5_001, 66_013, 70_148):
+            waveform = 0.1 * torch.randn(3, n_samples)
+            waveform[1] *= 1e-4
+            waveform[2] = 0
+            got = encoder(waveform).last_hidden_state
+            assert got.isfinite().all()
+            given = encoder(waveform, torch.full((3,), n_samples)).last_hidden_state
+            torch.testing.assert_close(got, given, rtol=0.1, atol=0.1)
+            ragged = encoder(waveform, torch.tensor([n_samples, 0, 400])).last_hidden_state
+            assert ragged.isfinite().all()
+
+
+def test_masked_frames_need_a_token(tmp_path: Path):
+    encoder = JepaModel(FULL, n_clusters=8).online
+    with pytest.raises(InputError, match="mask_token: expected with keep"):
+        encoder(torch.zeros(1, 3_200), keep=torch.ones(1, encoder.n_frames(3_200)))
+
+
 def test_encoders_from_a_model_file(tmp_path: Path):
     model = shake(JepaModel(FULL, 5))
     save_model(tmp_path / "m.safetensors", model)

@@ -196,9 +196,15 @@ class ConformerEncoder(Encoder[ConformerConfig]):
             else None
         )
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.layers))
-        self.aggregation = (
-            LayerAggregation(config.code_dim) if config.aggregation == "attention" else None
-        )
+        self.aggregation = self.dropout = None
+        if config.aggregation == "attention":
+            self.aggregation = LayerAggregation(config.code_dim)
+        else:  # as the published WavLM-style model has it
+            self.dropout = Dropout(config.dropout)
+
+    def blocks_of(self, x: Tensor, mask: FrameMask | None) -> list[Tensor]:
+        """Frames (B, T, D) with zero padding -> the output of every block, the same."""
+        return super().blocks_of(x if self.dropout is None else self.dropout(x), mask)
 
     def combine(self, layers: tuple[Tensor, ...], mask: FrameMask | None) -> tuple[Tensor, Tensor]:
         """Layers, each (B, T, D) -> output (B, T, D) and the layers' weights (B, L)."""

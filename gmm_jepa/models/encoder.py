@@ -100,9 +100,11 @@ class Encoder(nn.Module, Generic[Config]):
             mask_token: (D,), needed with `keep`.
 
         Raises:
-            InputError: shapes do not fit.
+            InputError: shapes or lengths do not fit, or there is no `mask_token` for `keep`.
         """
         _check_batch(waveform, lengths_samples)
+        if keep is not None and mask_token is None:
+            raise InputError("mask_token: expected with keep, got None")
         if lengths_samples is not None:
             lengths_samples = lengths_samples.to(waveform.device, torch.int64)
         n_frames = self.n_frames(waveform.shape[1])
@@ -151,3 +153,16 @@ def _check_batch(waveform: Tensor, lengths_samples: Tensor | None) -> None:
             f"lengths_samples: expected one length a row, shape ({waveform.shape[0]},), "
             f"got {tuple(lengths_samples.shape)}"
         )
+    if lengths_samples is not None:
+        _check_lengths(lengths_samples, waveform.shape[1])
+
+
+def _check_lengths(lengths: Tensor, n_samples: int) -> None:
+    """Refuse what is no number of samples; values only where nobody would have to wait for them."""
+    if lengths.is_floating_point() or lengths.is_complex():
+        raise InputError(f"lengths: expected integers, got {lengths.dtype}")
+    readable = type(lengths) is Tensor and lengths.device.type == "cpu"  # and no fake one
+    if not readable or torch.compiler.is_compiling():
+        return
+    if ((lengths < 0) | (lengths > n_samples)).any():
+        raise InputError(f"lengths: expected 0 to {n_samples} samples each, got {lengths.tolist()}")

@@ -153,4 +153,4 @@ def to_unit_rms(waveform: Tensor, lengths_samples: Tensor | None) -> Tensor:
         power = power / max(waveform.shape[1], 1)
     else:
         power = power / lengths_samples.clamp(min=1)
-    return waveform * (power + 1e-10).rsqrt().to(waveform.dtype)[:, None]
+    return (waveform * (power + 1e-10).rsqrt()[:, None]).to(waveform.dtype)

@@ -44,11 +44,9 @@ def zero_padding(x: Tensor, mask: FrameMask | None) -> Tensor:
     return x if mask is None else x * mask.keep.to(x.dtype)
 
 
-def conv_length(
-    length: Count, kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1
-) -> Count:
+def conv_length(length: Count, kernel: int, *, stride: int = 1, padding: int = 0) -> Count:
     """Frames that a convolution makes of `length` frames (an int, or an integer tensor)."""
-    out = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    out = (length + 2 * padding - kernel) // stride + 1
     return out.clamp(min=0) if isinstance(out, Tensor) else max(out, 0)
 
 

@@ -40,7 +40,9 @@ def stem(
     stride, margin = strided.stride, strided.padding
     n_frames = stage_length(waveform.shape[1], stride)
     if lengths_samples is None:
-        lengths_samples = waveform.new_full(waveform.shape[:1], waveform.shape[1]).long()
+        lengths_samples = waveform.new_full(
+            waveform.shape[:1], waveform.shape[1], dtype=torch.int64
+        )
     taps, bias = _compose(first, strided)
     taps = F.pad(taps, (0, -taps.shape[1] % 8))  # rows of 16 bytes, which fast products ask for
     left = first.padding + margin

@@ -3,8 +3,8 @@
 Each is a `torch.library.custom_op` under ``gmm_jepa::`` with a plain-torch kernel for every
 device, a fake and (where a gradient makes sense) an autograd registration: PyTorch's dispatcher
 picks the backend and `torch.compile` sees through. Faster kernels take the place of the plain
-ones by ``register_kernel``. All work in chunks of bounded memory, are deterministic, and accept
-empty inputs.
+ones by ``register_kernel``. All work in chunks of bounded memory and are deterministic. All but
+attention, convolutions and what is built of them accept empty inputs.
 """
 
 from gmm_jepa.ops import (

@@ -3,7 +3,8 @@
     r_nk = posterior of component k for frame n
     counts_k = sum_n r_nk,  first_k = sum_n r_nk x_n,  second_k = sum_n r_nk x_n^2
 
-Responsibilities live one chunk at a time and never as a whole.
+Responsibilities live one chunk at a time and never as a whole. On the CPU alone they are added up
+by index: elsewhere that would be in any order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gmm_jepa.errors import InputError
@@ -120,7 +122,6 @@ def em_statistics_reference(
     K, D = means.shape
     mixture = Mixture(log_weights, means, variances)
     form = quadratic(mixture, torch.float64)
-    # Sums by index are deterministic on the CPU only.
     screen = Screen(mixture, form) if frames.device.type == "cpu" else None
     counts = form.bias.new_zeros(K)
     moments = form.bias.new_zeros(K, 2 * D)
@@ -192,9 +193,15 @@ def kmeans_statistics_reference(
     for part in frames.split(BLOCK_ROWS):
         labels, distances = _kmeans_assign(part, centroids)
         x = part.double()
-        counts += torch.bincount(labels, minlength=len(counts))
-        first.index_add_(0, labels, x)
-        second.index_add_(0, labels, x.square())
+        if x.device.type == "cpu":
+            counts += torch.bincount(labels, minlength=len(counts))
+            first.index_add_(0, labels, x)
+            second.index_add_(0, labels, x.square())
+        else:
+            responsibilities = F.one_hot(labels, len(counts)).double()
+            counts += responsibilities.sum(0)
+            first.addmm_(responsibilities.T, x)
+            second.addmm_(responsibilities.T, x.square())
         inertia -= distances.sum(dtype=torch.float64)
     return counts, first, second, inertia
 

@@ -103,9 +103,13 @@ def _narrows(x: Tensor) -> bool:
     return takes_float32(x) and torch.is_autocast_enabled("cpu") and multiplies_bfloat16()
 
 
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of what Triton kernels read and write: all that float32 holds."""
+
+
 def covers(*tensors: Tensor) -> bool:
-    """Whether Triton kernels are made for such types: all that float32 holds."""
-    return all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+    """Whether Triton kernels are made for such types."""
+    return all(t.dtype in KERNEL_TYPES for t in tensors)
 
 
 def where_unproven(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

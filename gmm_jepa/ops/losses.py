@@ -101,8 +101,8 @@ def masked_kl_targets(logits: Tensor, targets: Tensor, row_weights: Tensor) -> M
         row_weights: (N,), 0 leaves a row out.
 
     Raises:
-        InputError: shapes or devices make no sense.
-        TypeError: a tensor is not of a floating-point type.
+        InputError: shapes, devices or the type of `targets` make no sense.
+        TypeError: `logits` or `row_weights` are not of a floating-point type.
     """
     _check_rows(logits, row_weights, "logits")
     if targets.shape != logits.shape or not targets.is_floating_point():
@@ -124,8 +124,8 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, row_weights: Tensor) ->
         row_weights: (N,), 0 leaves a row out.
 
     Raises:
-        InputError: shapes or devices make no sense.
-        TypeError: a tensor is of the wrong type.
+        InputError: shapes, devices or the type of `labels` make no sense.
+        TypeError: `logits` or `row_weights` are not of a floating-point type.
     """
     _check_rows(logits, row_weights, "logits")
     if labels.dtype != torch.int64 or labels.shape != row_weights.shape:
@@ -387,6 +387,8 @@ def _scale_gradient(ctx, grad_loss, *others):
     (gradient,) = ctx.saved_tensors
     if not _is_one(grad_loss):
         gradient = (gradient * grad_loss).to(gradient.dtype)
+    elif not torch.is_grad_enabled():
+        gradient = gradient.detach()  # of what was saved, which knows of this node
     return gradient, *ctx.nothing
 
 

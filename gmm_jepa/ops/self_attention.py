@@ -198,12 +198,13 @@ _self_attention_backward = Operator(
 def _(x, qkv, qkv_bias, out, out_bias, table, gate_u, gate_r, gate_scale, *options):
     B, T, D = x.shape
     of_heads = x.new_empty((B, len(gate_scale), T))
+    log_sum = torch.empty_like(of_heads, dtype=torch.promote_types(x.dtype, torch.float32))
     return (
         x.new_empty(x.shape),
         x.new_empty((B, T, 3 * D)),
         x.new_empty(x.shape),
+        log_sum,
         of_heads,
-        torch.empty_like(of_heads),
     )
 
 

@@ -6,12 +6,10 @@ heads wider than 128, the plain-torch implementation that defines the op stays.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gmm_jepa.ops import attention, fused
 
-_COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 128
 
 
@@ -36,7 +34,7 @@ def gated_bias_attention_backward(
 
 
 def _covered(q: Tensor) -> bool:
-    return q.dtype in _COVERED and q.shape[3] <= _WIDEST_HEAD
+    return fused.covers(q) and q.shape[3] <= _WIDEST_HEAD
 
 
 if fused.has_triton:

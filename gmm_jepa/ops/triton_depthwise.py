@@ -6,12 +6,10 @@ more than 63 taps, the plain-torch implementation that defines the op stays.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gmm_jepa.ops import depthwise, fused
 
-_COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 63
 
 
@@ -36,7 +34,7 @@ def depthwise_conv_backward(
 
 
 def _covered(x: Tensor, weight: Tensor) -> bool:
-    return all(t.dtype in _COVERED for t in (x, weight)) and weight.shape[-1] <= _MOST_TAPS
+    return fused.covers(x, weight) and weight.shape[-1] <= _MOST_TAPS
 
 
 if fused.has_triton:

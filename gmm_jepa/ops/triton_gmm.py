@@ -17,11 +17,10 @@ from torch import Tensor
 
 from gmm_jepa.ops import losses, posterior
 from gmm_jepa.ops.ensemble import chunks_of, mean_of_chunk
-from gmm_jepa.ops.fused import has_triton
+from gmm_jepa.ops.fused import KERNEL_TYPES, covers, has_triton
 from gmm_jepa.ops.mixture import Mixture, quadratic
 from gmm_jepa.ops.packed import PackedMixtures
 
-_COVERED = (torch.float32, torch.bfloat16, torch.float16)
 _TOPK_VALUES = 1 << 24  # posteriors alive at one time where k best are asked for: 64 MB
 
 
@@ -42,7 +41,7 @@ def gmm_posterior(
 ) -> Tensor:
     """As the op `gmm_jepa::gmm_posterior`."""
     mixture = Mixture(log_weights, means, variances)
-    if frames.dtype not in _COVERED or out_dtype not in _COVERED:
+    if not covers(frames) or out_dtype not in KERNEL_TYPES:
         return posterior.posterior_reference(
             frames, *mixture, temperature, log, precision, out_dtype
         )
@@ -59,7 +58,7 @@ def gmm_log_likelihood(
 ) -> Tensor:
     """As the op `gmm_jepa::gmm_log_likelihood`."""
     mixture = Mixture(log_weights, means, variances)
-    if frames.dtype not in _COVERED:
+    if not covers(frames):
         return posterior.log_likelihood_reference(frames, *mixture, precision)
     from gmm_jepa.kernels import gmm_log_likelihood as kernel
 
@@ -76,7 +75,7 @@ def gmm_topk(
 ) -> tuple[Tensor, Tensor]:
     """As the op `gmm_jepa::gmm_topk`; beyond the argmax, a sort of posteriors chunk by chunk."""
     mixture = Mixture(log_weights, means, variances)
-    if frames.dtype not in _COVERED:
+    if not covers(frames):
         return posterior.topk_reference(frames, *mixture, k, temperature)
     if k == 1:
         from gmm_jepa.kernels import gmm_log_likelihood as kernel
@@ -105,7 +104,7 @@ def masked_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the op `gmm_jepa::masked_kl`."""
     mixture = Mixture(log_weights, means, variances)
-    if not _all_covered(logits, frames, row_weights):
+    if not covers(logits, frames, row_weights):
         return losses.masked_kl_reference(
             logits, frames, row_weights, *mixture, temperature, with_gradient
         )
@@ -140,7 +139,7 @@ def masked_kl_ensemble(
     are alive at a time.
     """
     mixtures = (log_weights, means, variances, shares)
-    if not _all_covered(logits, frames, row_weights):
+    if not covers(logits, frames, row_weights):
         return losses.masked_kl_ensemble_reference(
             logits, frames, row_weights, *mixtures, temperature, with_gradient
         )
@@ -160,7 +159,7 @@ def masked_kl_targets(
     logits: Tensor, targets: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the op `gmm_jepa::masked_kl_targets`."""
-    if not _all_covered(logits, targets, row_weights):
+    if not covers(logits, targets, row_weights):
         return losses.masked_kl_targets_reference(logits, targets, row_weights, with_gradient)
     from gmm_jepa.kernels import masked_kl_targets as kernel
 
@@ -171,7 +170,7 @@ def masked_cross_entropy(
     logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the op `gmm_jepa::masked_cross_entropy`."""
-    if not _all_covered(logits, row_weights):
+    if not covers(logits, row_weights):
         return losses.masked_cross_entropy_reference(logits, labels, row_weights, with_gradient)
     from gmm_jepa.kernels import masked_cross_entropy as kernel
 
@@ -182,7 +181,7 @@ def masked_mse(
     prediction: Tensor, target: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """As the op `gmm_jepa::masked_mse`."""
-    if not _all_covered(prediction, target, row_weights):
+    if not covers(prediction, target, row_weights):
         return losses.masked_mse_reference(prediction, target, row_weights, with_gradient)
     from gmm_jepa.kernels import masked_mse as kernel
 
@@ -205,10 +204,6 @@ _packed = PackedMixtures(_pack, n_kept=8)
 def operand_of(mixture: Mixture, *, exact: bool):
     """The mixture packed for the kernels (`gmm_jepa.kernels.gaussian.Operand`)."""
     return _packed(mixture, exact)
-
-
-def _all_covered(*tensors: Tensor) -> bool:
-    return all(tensor.dtype in _COVERED for tensor in tensors)
 
 
 def register() -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_jepa.ops.fused import has_triton
+from gmm_jepa.ops.fused import KERNEL_TYPES, has_triton
 from gmm_jepa.ops.log_mel import _log_mel, log_mel_reference
-
-_COVERED = (torch.float32, torch.bfloat16, torch.float16, torch.int16)
-_COVERED_OUT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def log_mel(
@@ -26,7 +23,7 @@ def log_mel(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """As the op `gmm_jepa::log_mel`."""
-    if waveform.dtype not in _COVERED or out_dtype not in _COVERED_OUT:
+    if waveform.dtype not in (*KERNEL_TYPES, torch.int16) or out_dtype not in KERNEL_TYPES:
         return log_mel_reference(waveform, lengths_samples, window, filters, hop, floor, out_dtype)
     from gmm_jepa.kernels import log_mel as kernel
 

@@ -140,6 +140,17 @@ def test_gradient_reaches_the_waveform():
     assert (waveform.grad[10:] != 0).any()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_first_use_in_inference_mode_leaves_gradients_possible(device):
+    waveform = torch.zeros(1000, device=device)
+    with torch.inference_mode():
+        spec = LogMelSpec(n_mels=41)
+        log_mel(waveform, spec=spec)
+    leaf = torch.zeros(1000, device=device, requires_grad=True)
+    log_mel(leaf, spec=spec).sum().backward()
+    assert leaf.grad.shape == (1000,)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16])
 def test_lengths_of_any_integers(dtype):
     waveform, lengths = np.random.default_rng(0).standard_normal((2, 700)), [200, 10]

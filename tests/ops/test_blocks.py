@@ -348,8 +348,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("narrow", "dtype"),
-    [(False, torch.float32), (True, torch.float32), (False, torch.float64)],
-    ids=["float32", "bfloat16", "float64"],
+    [
+        (False, torch.float32),
+        (True, torch.float32),
+        (False, torch.float64),
+        (False, torch.bfloat16),
+    ],
+    ids=["float32", "narrow", "float64", "bfloat16"],
 )
 @pytest.mark.parametrize("name", EACH)
 def test_opcheck(name, narrow, dtype):

@@ -100,6 +100,19 @@ def test_statistics_of_nearest_centroids(shape):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n_features", [13, 600])
+def test_statistics_of_nearest_centroids_on_cuda(n_features):
+    """Beyond what the native kernels take, too; the same bits every time."""
+    frames, centroids = torch.randn(20_001, n_features), torch.randn(37, n_features)
+    expected = ops.kmeans_statistics(frames, centroids)
+    first, second = (ops.kmeans_statistics(frames.cuda(), centroids.cuda()) for _ in range(2))
+    for e, g, again in zip(expected, first, second, strict=True):
+        torch.testing.assert_close(g.cpu(), e, rtol=1e-6, atol=1e-6)
+        assert torch.equal(g, again)
+
+
 def test_published_labels(shared):
     """The published WavLM-style labels are nearest centroids of log-mel frames."""
     from safetensors.torch import load_file

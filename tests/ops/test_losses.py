@@ -47,6 +47,16 @@ def batch(request, drawn):
     return logits, case.frames, weights, case.mixture
 
 
+def test_a_gradient_is_a_plain_tensor():
+    """Also where the incoming one is 1, and what was saved is given out as it is."""
+    logits = torch.randn(4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        ops.masked_mse(logits, torch.zeros(4, 5), torch.ones(4)), logits
+    )
+    assert not gradient.requires_grad
+    gradient.numpy()
+
+
 def _oracle(logits, targets, weights):
     """loss, entropy, agreement in float64, from the definitions; loss differentiable."""
     p, log_q = targets.double(), torch.log_softmax(logits.double(), 1)
