@@ -185,7 +185,7 @@ def log_mel(
         raise InputError(f"shift_samples: expected 0 or more, got {shift_samples}")
     lengths = _lengths(rows, lengths_samples, batched=signal.ndim == 2)
     rows = rows[:, min(shift_samples, rows.shape[1]) :]
-    lengths = (lengths - shift_samples).clamp_min(0)
+    lengths = (lengths - shift_samples).clamp(0, rows.shape[1])
     device = rows.device
     frames = ops.log_mel(
         rows.contiguous(),

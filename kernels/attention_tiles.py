@@ -38,7 +38,7 @@ def keys_of(lengths_ptr, b, T, RAGGED: tl.constexpr):
     """Keys that batch row b has."""
     n_keys = T
     if RAGGED:
-        n_keys = tl.load(lengths_ptr + b).to(tl.int32)
+        n_keys = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32)
     return n_keys
 
 
@@ -163,7 +163,7 @@ def config(kernel: str, D_pad: int, dtype: torch.dtype) -> Tiles:
     Those of 16 bits and d up to 32 are chosen by instructions a score and registers, of which 168
     a thread leave room for twelve warps up to 16 (beyond, they would spill; not measured yet); the
     others by what compiles. In float32 heads of more than 64 spill some registers, in 16 bits
-    none do (bench/results/compile.jsonl).
+    those of 8 and of no power of two (bench/results/compile.jsonl has some of them).
     """
     if dtype == torch.float32:
         if D_pad > 32:

@@ -16,7 +16,7 @@ a fraction of what sums along the diagonals of every row of the batch did (13 ms
 gradients themselves). Atomics into (H, 2 T - 1) would need one addition a score and would not keep
 the bits.
 
-The sums take 2 H T (T / BLOCK + 1) floats, which no length of batch adds to.
+The sums take 2 H BLOCK ceil(T / BLOCK)^2 floats, which no length of batch adds to.
 
 Source: gmm_jepa.ops.attention; the walk is that of FlashAttention-2 (arXiv 2307.08691).
 """
@@ -445,6 +445,8 @@ def gated_bias_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (with the memory of (B, T, H, d)), table and gate."""
     B, H, T, D = q.shape
+    # As the forward pass left them, unless somebody moved them meanwhile.
+    out, log_sum = out.transpose(1, 2).contiguous().transpose(1, 2), log_sum.contiguous()
     dq, dk, dv = (q.new_empty((B, T, H, D)).transpose(1, 2) for _ in range(3))
     d_table = q.new_empty(table.shape, dtype=torch.float32)
     d_gate = q.new_empty((B, H, T), dtype=torch.float32)

@@ -204,7 +204,7 @@ def log_joint(
         for d0 in range(0, F, DIRECT_STEP):
             part = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
             for d in range(d0, d0 + DIRECT_STEP):
-                x_ptrs = x_ptr + rows * stride_x_t + d * stride_x_d
+                x_ptrs = x_ptr + rows * stride_x_t + tl.cast(d, tl.int64) * stride_x_d
                 x = tl.load(x_ptrs, mask=mask_t & (d < D), other=0.0).to(tl.float32)
                 x *= tl.load(affine_ptr + d)
                 half_precision = tl.load(weight_ptr + d * K_PAD + offs_k)

@@ -195,7 +195,7 @@ def residual_unit_backward(
 
     grad, x and the forward's a (B, T, C) of one dtype; those that are not dense are copied.
     """
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, a = grad.contiguous(), x.contiguous(), a.contiguous()
     d_x, d_hidden = x.new_empty(x.shape), x.new_empty(x.shape)
     gradients = [p.new_empty(p.shape) for p in (weight1, bias1, weight2, bias2)]
     if x.numel() == 0:

@@ -34,17 +34,20 @@ void check(cudaError_t code, const char* what) {
     throw std::runtime_error(is_no_device(code) ? "no CUDA device (" + reason + ")" : reason);
 }
 
-// The device of a call, and after it the one before.
+// The device of a call, and after it the one before. Nothing is set where both are one: that would
+// make a context on a device that had none.
 class OnDevice {
   public:
-    explicit OnDevice(int device) {
+    explicit OnDevice(int device) : device_(device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
+        if (device_ != before_) check(cudaSetDevice(device_), "cudaSetDevice");
     }
-    ~OnDevice() { cudaSetDevice(before_); }
+    ~OnDevice() {
+        if (device_ != before_) cudaSetDevice(before_);
+    }
 
   private:
-    int before_ = 0;
+    int device_, before_ = 0;
 };
 
 // How the workspace is laid out; every part is aligned to 256 bytes.

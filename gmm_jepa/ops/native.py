@@ -8,6 +8,7 @@ operators run on torch alone. ``GMM_JEPA_CUDA_EM=0`` leaves its CUDA part out.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.machinery
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ except ImportError as error:
     _why_absent = BARE_CHECKOUT if is_bare_checkout() else str(error)
 
 _CUDA_SWITCH = "GMM_JEPA_CUDA_EM"
+_SHARED_BYTES = 222_208  # of a block of em_screen_kernel at most (make ptxas)
 _SOURCES = (".h", ".cpp", ".cuh", ".cu")
 _PF_FORKNOEXEC = 0x40  # of Linux, include/linux/sched.h
 
@@ -91,6 +93,34 @@ def uses_cuda() -> bool:
     return bool(cuda_architectures()) and os.environ.get(_CUDA_SWITCH) != "0"
 
 
+@functools.cache
+def runs_em_on(device_index: int) -> bool:
+    """Whether EM's kernels were built for a CUDA device, and find the shared memory they take."""
+    if device_index >= _native.cuda_device_count():  # a driver for torch, but not for newer nvcc
+        return False
+    found = torch.cuda.get_device_properties(device_index)
+    is_built = _runs_on((found.major, found.minor), cuda_architectures())
+    return is_built and found.shared_memory_per_block_optin >= _SHARED_BYTES
+
+
+def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU can run code of architectures such as ``sm_80,sm_90a``.
+
+    Code runs within its generation, with a letter on that GPU alone; that of the last architecture
+    is there as PTX, too, which later GPUs compile.
+    """
+    *_, last = names = [name.removeprefix("sm_") for name in architectures.split(",")]
+    for name in names:
+        own = not name[-1].isdigit()
+        number = int(name.rstrip("af"))
+        major, minor = divmod(number, 10)
+        if own and (major, minor) == capability:
+            return True
+        if not own and (capability[0] == major or name is last) and capability >= (major, minor):
+            return True
+    return False
+
+
 def cuda_status() -> str:
     """One line for people: whether the CUDA part of the module is built and used."""
     if _native is None:
@@ -100,7 +130,11 @@ def cuda_status() -> str:
     built = f"built for {cuda_architectures()}"
     if not uses_cuda():
         return f"off: {built}; {_CUDA_SWITCH}=0 is set"
-    return f"on, {built}" if _native.cuda_device_count() else f"off: {built}; no CUDA device"
+    if not _native.cuda_device_count():
+        return f"off: {built}; no CUDA device that its runtime can drive"
+    if not all(map(runs_em_on, range(torch.cuda.device_count()))):
+        return f"off on a device here, which it was not made for: {built}"
+    return f"on, {built}"
 
 
 def is_intel() -> bool:

@@ -20,7 +20,14 @@ from gmm_jepa.ops.em import (
     kmeans_statistics_reference,
 )
 from gmm_jepa.ops.mixture import Mixture, check_frames
-from gmm_jepa.ops.native import _native, chosen_set, instruction_sets, matrix_of, uses_cuda
+from gmm_jepa.ops.native import (
+    _native,
+    chosen_set,
+    instruction_sets,
+    matrix_of,
+    runs_em_on,
+    uses_cuda,
+)
 from gmm_jepa.ops.packed import MixturesByValue, PackedMixtures, array_of
 from gmm_jepa.ops.posterior import (
     _log_likelihood,
@@ -69,22 +76,23 @@ def em_statistics_cuda(
     """`em_statistics` on a CUDA device; `hard` gives all of a frame to its best component."""
     K, D = means.shape
     mixture = (log_weights, means, variances)
-    if not hard and not _cuda_covers(K, D):
+    if not hard and not _cuda_covers(frames, K):
         return em_statistics_reference(frames, *mixture)
     x, operands = _frames(frames), _packed(Mixture(*mixture))
     out = _statistics(K, D, x.device)
     n_bytes = _native.em_workspace_bytes(K, D)
     workspace = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device)
-    _native.em_statistics_cuda(
-        matrix_of(x),
-        x.dtype == torch.float64,
-        operands.addresses(),
-        tuple(o.data_ptr() for o in out),
-        (hard, cuda_em.MARGIN_NATS),
-        (workspace.data_ptr(), n_bytes),
-        (x.device.index, stream.cuda_stream),
-    )
+    with torch.cuda.device_of(x):
+        _native.em_statistics_cuda(
+            matrix_of(x),
+            x.dtype == torch.float64,
+            operands.addresses(),
+            tuple(o.data_ptr() for o in out),
+            (hard, cuda_em.MARGIN_NATS),
+            (workspace.data_ptr(), n_bytes),
+            (x.device.index, stream.cuda_stream),
+        )
     return out
 
 
@@ -93,7 +101,7 @@ def kmeans_statistics_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kmeans_statistics` on a CUDA device: of a mixture of equal weights and variances of one."""
     K, D = centroids.shape
-    if not _cuda_covers(K, D):
+    if not _cuda_covers(frames, K):
         return kmeans_statistics_reference(frames, centroids)
     means, ones = centroids.double(), torch.ones_like(centroids, dtype=torch.float64)
     log_weight = -math.log(K)
@@ -197,8 +205,11 @@ def kmeans_assign(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return labels, distances
 
 
-def _cuda_covers(K: int, D: int) -> bool:
-    return 1 <= K <= _MOST_COMPONENTS and 1 <= D <= _MOST_FEATURES
+def _cuda_covers(frames: Tensor, K: int) -> bool:
+    """Whether the module has kernels for so many components of such frames, on their device."""
+    D = frames.shape[1]
+    is_small = 1 <= K <= _MOST_COMPONENTS and 1 <= D <= _MOST_FEATURES
+    return is_small and runs_em_on(frames.device.index)
 
 
 def _statistics(K: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -49,6 +49,17 @@ def test_addresses_have_64_bits(draw, op):
     assert torch.equal(near, far)
 
 
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_addresses_of_features_have_64_bits(draw, precision):
+    frames, mixture, _, _ = draw(3, 16, 9)
+    frames = frames.bfloat16()
+    memory = torch.empty(STRIDE // 4 * 8 + 3, dtype=torch.bfloat16, device=frames.device)
+    far = memory.as_strided((3, 9), (1, STRIDE // 4))
+    far.copy_(frames)
+    near, got = (triton_gmm.gmm_log_likelihood(f, *mixture, precision) for f in (frames, far))
+    assert torch.equal(near, got)
+
+
 @pytest.mark.gpu
 def test_outputs_beyond_32_bits(draw):
     """2^31 posteriors and more; the last row is right."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,6 +262,41 @@ def test_log_mel_keeps_nan_to_its_frames(instruction_set):
     frames = log_mel(wave[0], spec=spec)
     spoilt = frames.isnan().any(1).nonzero()[:, 0].tolist()
     assert spoilt == [25]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((9, 0), "sm_90a", True),
+        ((8, 9), "sm_90a", False),
+        ((10, 0), "sm_90a", False),
+        ((8, 9), "sm_80", True),
+        ((7, 5), "sm_80", False),
+        ((10, 0), "sm_90a,sm_90", True),  # compiled there
+        ((10, 0), "sm_90,sm_120", False),
+        ((12, 1), "sm_90,sm_120", True),
+    ],
+)
+def test_which_gpus_run_what_was_built(capability, architectures, runs):
+    assert native._runs_on(capability, architectures) == runs
+
+
+@pytest.mark.parametrize("why", ["", "older driver", "other GPU", "little shared memory"])
+def test_em_is_left_to_torch_where_its_kernels_do_not_run(why, monkeypatch):
+    found = SimpleNamespace(
+        major=8 if why == "other GPU" else 9,
+        minor=0,
+        shared_memory_per_block_optin=101_376 if why == "little shared memory" else 232_448,
+    )
+    module = SimpleNamespace(
+        cuda_architectures="sm_90a", cuda_device_count=lambda: int(why != "older driver")
+    )
+    monkeypatch.setattr(native, "_native", module)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: found)
+    monkeypatch.setattr(native, "runs_em_on", native.runs_em_on.__wrapped__)
+    assert native.runs_em_on(0) == (not why)
+    assert native.cuda_status().startswith("off" if why else "on")
 
 
 def test_unknown_instruction_set():
