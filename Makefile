@@ -100,7 +100,7 @@ bench: setup
 
 bench-train: setup
 	@$(BIN)/python -m bench.train --preset cpu --precision fp32 bf16 --out "$(OUT)"
-	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --precision fp32 bf16 --repeats 3 \
+	@$(BIN)/python -m bench.train --preset paper --rows 4 --seconds 4 --precision fp32 bf16 --repeats 7 \
 		--out "$(OUT)"
 
 bench-data: setup

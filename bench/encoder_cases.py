@@ -8,6 +8,7 @@ depthwise convolution (512 channels, 31 taps).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -300,15 +301,33 @@ def gated_bias_attention(
 
     ours, peer = ops.gated_bias_attention, attention_with_bias
     allowed = 1e-3 if dtype == torch.float32 else 5e-2
+
+    def check() -> float:
+        exact = _error(side(ours, 0.0), side(peer, 0.0), allowed)
+        return max(exact, _dropout_error(leaves, dropout_p)) if dropout_p else exact
+
+    products = "bfloat16"
+    if dtype == torch.float32:
+        products = "tf32 in three" if device == "cuda" else "float32"
     return Case(
         f"gated_bias_attention{', dropout' if dropout_p else ''} + gradient",
         short_name(dtype),
         side(ours, dropout_p),
         {"torch": side(peer, dropout_p)},
-        lambda: _error(side(ours, 0.0), side(peer, 0.0), allowed),
+        check,
         floors.attention(B, HEADS, T, HEAD_DIM, value_bytes=dtype.itemsize),
-        "float32" if dtype == torch.float32 else "bfloat16",
+        products,
     )
+
+
+def _dropout_error(leaves: Sequence[Tensor], probability: float) -> float:
+    """What is left of each softmax's weights, which is one in the mean, in five standard errors."""
+    q, k, v, *bias = (leaf.detach() for leaf in leaves)
+    kept = ops.gated_bias_attention(q, k, torch.ones_like(v), *bias, dropout_p=probability)
+    kept = kept[..., 0].double()
+    if not kept.std() > 1e-2:  # nothing was dropped
+        return math.inf
+    return float((kept.mean() - 1.0).abs() / (5 * kept.std() / kept.numel() ** 0.5))
 
 
 def attention_with_dropout(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -356,9 +375,13 @@ def dropout(shape: Shape, device: str) -> Case:
     run = _through(lambda: ops.dropout(x, DROPOUT), leaves, grad)
 
     def check() -> float:
-        """Share of zeros, in five standard deviations."""
-        dropped = float((run()[0] == 0).double().mean())
-        return abs(dropped - DROPOUT) / (5 * (DROPOUT * (1 - DROPOUT) / x.numel()) ** 0.5)
+        """Share of zeros in the gradient, in five standard deviations, and what the rest is."""
+        (gradient,), y = run(), ops.dropout(x.detach(), DROPOUT)
+        dropped = float((gradient == 0).double().mean())
+        share = abs(dropped - DROPOUT) / (5 * (DROPOUT * (1 - DROPOUT) / x.numel()) ** 0.5)
+        kept, scaled = y != 0, x.detach() / (1 - DROPOUT)
+        off = [gradient[gradient != 0] * (1 - DROPOUT) - 1, (y - scaled)[kept]]
+        return max(share, *(float(o.abs().max()) / 1e-5 for o in off))
 
     return Case(
         "dropout + gradient",

@@ -2,11 +2,11 @@
 
     python -m bench.ops --shapes small paper --device cpu
 
-Correctness comes first: an op that is further from float64 than its contract allows is not timed,
-and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80; on CPUs
-each is settled before (`bench.records.settle`), which ``--seconds`` does not count.
-Gradients are cleared before every run. Floors are `bench.floors` over `bench.peaks`; blank where
-no peak is known. ``--tune`` times other tiles of the mixture kernels instead (CUDA only), see
+Correctness comes first: an op that is further from its reference than allowed (`Case.check`) is not
+timed, and the command fails. Then warm-ups, and the op and its peers in turn: median, p20 and p80;
+on CPUs each is settled before (`bench.records.settle`), which ``--seconds`` does not count.
+Gradients are cleared before every run. Floors are `bench.floors` over `bench.peaks`; blank where no
+peak is known. ``--tune`` times other tiles of the mixture kernels instead (CUDA only), see
 `bench.tune`.
 
 On CUDA the times are those of the device alone, between two of its events: the L2 cache is flushed,
@@ -49,7 +49,7 @@ FLUSH_BYTES = 1 << 30  # many times any L2 cache
 # the host's time scatters; the bounds are for calls that are short, or still compiling.
 BUSY_PER_HOST, MIN_BUSY_S, MAX_BUSY_S = 3.0, 3e-3, 30e-3
 CYCLES_PER_S = 2.0e9  # of no GPU here more: the wait is at least as long as asked for
-MIN_RUNS, MAX_RUNS = 5, {"cpu": 20, "cuda": 50}
+MIN_RUNS, MAX_RUNS = 7, {"cpu": 20, "cuda": 50}
 WARM_UPS = 2  # the first may compile, the second tells how long the call takes to return
 HEADER = (
     f"{'op':32} {'dtype':12} {'ms':>9} {'p20':>9} {'p80':>9} {'host ms':>8} "
@@ -196,6 +196,7 @@ def main() -> None:
         shapes = [SHAPES[name] for name in options.shapes]
         sweep(shapes, options.device, options.only[0], options.out)
         return
+    torch.set_flush_denormal(True)  # before threads start, which take it over; see chunked_torch
     peaks = peaks_of(options.device)
     where = {
         **surroundings(options.device),
@@ -206,9 +207,9 @@ def main() -> None:
     for name in options.shapes:
         shape = SHAPES[name]
         print(f"\n{name}: {shape.describe()}\n{HEADER}")
-        for make in makers(shape, options.device):
+        for make in makers(options.device).values():
             torch.manual_seed(0)
-            case = make()
+            case = make(shape)
             if not any(part in case.name for part in options.only):
                 continue
             seen += 1

@@ -64,6 +64,12 @@ def peak_bytes() -> int:
     return 1024 * int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1])
 
 
+def forget_peak_bytes() -> int:
+    """Let `peak_bytes` begin anew, from what is resident now, which is returned (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
 def append(name: str, line: Mapping[str, Any], folder: Path = RESULTS) -> None:
     """Add one JSON line to ``<name>.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)

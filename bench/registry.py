@@ -78,17 +78,24 @@ UNPROVEN = (
 """On CUDA, by kernels that have not run on a GPU yet: where `fused.uses_unproven` asks for them."""
 
 
-def makers(shape: Shape, device: str) -> list[Callable[[], Case]]:
-    """Functions that make each case of a shape."""
-    made = [lambda make=make: make(shape, device) for make in EVERYWHERE]
+Maker = Callable[[Shape], Case]
+
+
+def makers(device: str) -> dict[str, Maker]:
+    """What makes each case that there is on a device, of a shape; by names that tell them apart."""
+    found = [partial(make, device=device) for make in EVERYWHERE]
     if device == "cpu":
-        made += [lambda make=make: make(shape, device) for make in ON_CPUS]
+        found += [partial(make, device=device) for make in ON_CPUS]
         if multiplies_bfloat16():
-            made += [lambda make=make: make(shape, device) for make in IN_BFLOAT16]
+            found += [partial(make, device=device) for make in IN_BFLOAT16]
     if device == "cuda":
-        made += [lambda make=make: make(shape, device) for make in ON_CUDA]
-        half = torch.bfloat16
-        made += [lambda make=make: make(shape, device, half) for make in IN_BOTH_TYPES]
+        found += [partial(make, device=device) for make in ON_CUDA]
+        found += [partial(make, device=device, dtype=torch.bfloat16) for make in IN_BOTH_TYPES]
         if fused.uses_unproven and fused.has_triton:
-            made += [lambda make=make: make(shape, device) for make in UNPROVEN]
-    return made
+            found += [partial(make, device=device) for make in UNPROVEN]
+    return {_name_of(make): make for make in found}
+
+
+def _name_of(make: partial) -> str:
+    settings = {name: value for name, value in make.keywords.items() if name != "device"}
+    return " ".join([make.func.__name__, *(f"{name}={value}" for name, value in settings.items())])

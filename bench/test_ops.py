@@ -12,24 +12,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.registry import EVERYWHERE, IN_BOTH_TYPES, ON_CPUS
+from bench.registry import Maker, makers
 from bench.shapes import SHAPES
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-HALF = torch.bfloat16
-CASES = [(make, ()) for make in (*EVERYWHERE, *ON_CPUS)]
-ON_CUDA = [(make, ()) for make in EVERYWHERE] + [(make, (HALF,)) for make in IN_BOTH_TYPES]
+ON_CPU, ON_CUDA = makers("cpu"), makers("cuda")
 
 
-def _name(case: tuple) -> str:
-    make, dtype = case
-    return make.__name__ + ("-bf16" if dtype else "")
-
-
-def _measure(benchmark, case: tuple, shape: str, device: str) -> None:
+def _measure(benchmark, make: Maker, shape: str, device: str) -> None:
     torch.manual_seed(0)
-    make, dtype = case
-    made = make(SHAPES[shape], device, *dtype)
+    made = make(SHAPES[shape])
     error = made.check()
     assert error <= 1.0, f"{error:.3g} times the error allowed"
     benchmark.group = f"{made.name} {shape} {device}"
@@ -47,20 +39,20 @@ def _measure(benchmark, case: tuple, shape: str, device: str) -> None:
     benchmark.pedantic(run, setup=clear, rounds=10, warmup_rounds=2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", ON_CPU)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_cpu(benchmark, case, shape, request):
     """One case; beyond the small shape only when named with -k."""
     if shape != "small" and shape not in request.config.option.keyword:
         pytest.skip(f"minutes on a CPU: ask for it with -k {shape}")
-    _measure(benchmark, case, shape, "cpu")
+    _measure(benchmark, ON_CPU[case], shape, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ON_CUDA, ids=_name)
+@pytest.mark.parametrize("case", ON_CUDA)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_cuda(benchmark, case, shape):
     """One case, in wall time with the device's answer waited for."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    _measure(benchmark, case, shape, "cuda")
+    _measure(benchmark, ON_CUDA[case], shape, "cuda")

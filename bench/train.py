@@ -4,21 +4,23 @@
     python -m bench.train --preset paper --rows 4 --seconds 4
 
 First the proof: from equal weights, with dropout and augmentation off, both sides must give the
-same loss at every one of a few steps in float32 (of at most four rows). Then, with both on, the
-sides take turns: median audio seconds per second, peak memory (on CUDA the allocator's; on a CPU
-the growth of a process of its own), the share of the device's peak by the operations of
-`gmm_jepa.flops`, and the operations that take longest (on CUDA the kernels, too, in the JSON
-lines). Our side includes the loader (reading, masks, noise) in the same process; the plain side
-is handed its audio and masks. Where the plain side runs out of the GPU's memory, ours is measured
-alone and the line says so. JSON lines go to ``train.jsonl``. ``--skip-proof`` is for several
-measurements in a row, of which one has the proof: with ``--compile`` the proof compiles another
-network, that of float32.
+same loss at every one of a few steps (of at most four rows) in float32, to 1e-4; where bf16 is
+measured, our side in bf16 must give the plain side's losses in float32, to 2e-3 (in bf16 the plain
+side itself is off by up to 3e-2 with the small presets). Then, with both on, the sides take turns:
+median audio seconds per second, peak memory (on CUDA the allocator's; on a CPU what its steps add
+to a process of its own), the share of the device's peak by the operations of `gmm_jepa.flops`, and
+the operations that take longest (on CUDA the kernels, too, in the JSON lines). Our side includes
+the loader (reading, masks, noise) in the same process; the plain side is handed its audio and
+masks. Where the plain side runs out of the GPU's memory, ours is measured alone and the line says
+so. JSON lines go to ``train.jsonl``. ``--skip-proof`` is for several measurements in a row, of
+which one has the proof: with ``--compile`` the proof compiles another network, that of float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +31,15 @@ import torch
 
 from bench.peaks import peaks_of
 from bench.peers.plain_step import PlainMixture, PlainSettings, PlainStep
-from bench.records import RESULTS, append, need_device, peak_bytes, surroundings, take_turns
+from bench.records import (
+    RESULTS,
+    append,
+    forget_peak_bytes,
+    need_device,
+    peak_bytes,
+    surroundings,
+    take_turns,
+)
 from gmm_jepa import flops
 from gmm_jepa.calibration import SyntheticCorpus, synthetic_labels
 from gmm_jepa.config import Recipe
@@ -51,7 +61,7 @@ from gmm_jepa.train.trainer import batch_plan, training_step
 PROOF_STEPS = 3
 PROOF_ROWS = 4
 """In float32 the plain step keeps 73 GB for 32 rows of 15 s of the default conformer."""
-PROOF_TOLERANCE = 1e-4
+PROOF_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-3}
 PROFILED_STEPS = 2
 SHOWN_OPS = 8
 SHOWN_KERNELS = 40
@@ -141,38 +151,41 @@ class Plain:
         return self.step(clean, keep, self.recipe.objective.anchor_start)
 
 
-def prove(recipe: Recipe, corpus: Corpus, device: torch.device) -> list[tuple[float, float]]:
-    """Losses of the first steps, ours and the peer's; SystemExit where they differ."""
-    recipe = quiet(
-        dataclasses.replace(
-            recipe,
-            train=dataclasses.replace(
-                recipe.train, precision="fp32", warmup_share=0.0, learning_rate_schedule="constant"
-            ),
-        )
-    )
+def prove(
+    recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
+) -> list[tuple[float, float]]:
+    """Losses of the first steps, ours in a precision and the peer's in float32.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    steady = {"warmup_share": 0.0, "learning_rate_schedule": "constant"}
+    train = dataclasses.replace(recipe.train, precision=precision, **steady)
+    recipe = quiet(dataclasses.replace(recipe, train=train))
     objective = dataclasses.replace(recipe.objective, anchor_schedule="constant")
     recipe = dataclasses.replace(recipe, objective=objective)
     ours = Ours(recipe, corpus, device)
     batches = [next(ours.batches) for _ in range(PROOF_STEPS)]
-    plain = Plain(recipe, ours, batches, augment=False)
+    wide = dataclasses.replace(recipe, train=dataclasses.replace(train, precision="fp32"))
+    plain = Plain(wide, ours, batches, augment=False)
     pairs = []
     for batch in batches:
         (part,) = micro_batches(batch, 1, unmasked_weight=recipe.objective.unmasked_weight)
         with torch.no_grad():
             part = type(part)(*(tensor.to(device) for tensor in part))
             schedule = schedule_at(recipe, ours.state.step)
-            own = ours.state.forward(part, schedule).total.item()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                own = ours.state.forward(part, schedule).total.item()
         training_step(ours.state, batch, recipe, ours.peers)
         pairs.append((own, plain()))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
-    if not worst < PROOF_TOLERANCE:
-        raise SystemExit(f"losses differ by {worst:.1e}: {pairs}")
+    if not worst < PROOF_TOLERANCE[precision]:
+        raise SystemExit(f"losses in {precision} differ by {worst:.1e}: {pairs}")
     return pairs
 
 
 def memory_growth(side: str, recipe: Recipe, rows: int, seconds: float) -> float:
-    """Bytes by which one side's steps raise the peak of a fresh CPU process."""
+    """Bytes that one side's steps add to a fresh CPU process at their peak."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_grown, (side, recipe, rows, seconds))
@@ -181,7 +194,9 @@ def memory_growth(side: str, recipe: Recipe, rows: int, seconds: float) -> float
 def _grown(side: str, recipe: Recipe, rows: int, seconds: float) -> float:
     ours = Ours(recipe, SyntheticCorpus(2 * rows, seconds), torch.device("cpu"))
     step = ours if side == "ours" else Plain(recipe, ours, [next(ours.batches)], augment=True)
-    before = peak_bytes()
+    del ours
+    gc.collect()
+    before = forget_peak_bytes()
     for _ in range(3):
         step()
     return float(peak_bytes() - before)
@@ -324,13 +339,14 @@ def main() -> None:
         rows = round(recipe.data.batch_s / seconds)
         corpus = SyntheticCorpus(4 * rows, seconds)
         small = sized(preset, min(rows, PROOF_ROWS), seconds, **settings)
-        pairs = None if options.skip_proof else prove(small, corpus, device)
+        proofs = {} if options.skip_proof else dict.fromkeys(("fp32", precision))
+        proofs = {name: prove(small, corpus, device, name) for name in proofs}
         found = measure(recipe, rows, seconds, device, options.repeats)
         show(f"{options.preset}, {rows} x {seconds:g} s, {precision}", found)
         line = {"name": "train_step", "preset": options.preset, "precision": precision}
         line |= {"shape": {"rows": rows, "seconds": seconds}, "compile": options.compile}
         line |= {"cuda_graphs": options.cuda_graphs, "unproven_kernels": fused.uses_unproven}
-        line |= {"losses_ours_plain": pairs}
+        line |= {"losses_ours_plain": proofs, "repeats": options.repeats}
         append("train", {**line, **found, **surroundings(options.device)}, options.out)
 
 

@@ -2,7 +2,8 @@
 
 Log-densities of a chunk are one matrix product of standardised [x, x^2] with packed parameters,
 responsibilities a softmax, and the moments a second product. float32 throughout; nothing is left
-out and nothing is computed twice.
+out and nothing is computed twice. On a CPU denormal responsibilities halve its speed unless they
+are flushed to zero (`torch.set_flush_denormal`), as the measurements do for all sides.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ class ChunkedMixture:
         log_weights: (K,)
         means: (K, D)
         variances: (K, D)
+        chunk_frames: worked on at a time.
     """
 
-    def __init__(self, log_weights: Tensor, means: Tensor, variances: Tensor) -> None:
+    def __init__(
+        self,
+        log_weights: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        *,
+        chunk_frames: int = CHUNK_FRAMES,
+    ) -> None:
+        self.chunk_frames = chunk_frames
         share = log_weights.exp()[:, None]
         self.centre = (share * means).sum(0)
         self.scale = (share * (variances + (means - self.centre).square())).sum(0).sqrt()
@@ -46,7 +56,7 @@ class ChunkedMixture:
     def posteriors(self, frames: Tensor) -> Tensor:
         """(N, D) float32 -> (N, K) float32."""
         out = frames.new_empty(len(frames), len(self.bias))
-        for rows, chunk in zip(out.split(CHUNK_FRAMES), frames.split(CHUNK_FRAMES)):
+        for rows, chunk in zip(out.split(self.chunk_frames), frames.split(self.chunk_frames)):
             torch.addmm(self.bias, self.features(chunk), self.weight, out=rows)
             rows.copy_(torch.softmax(rows, dim=1))
         return out
@@ -54,9 +64,9 @@ class ChunkedMixture:
     def statistics(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, D) float32 -> counts (K,), first (K, D), second (K, D), log-likelihood (), of z."""
         K, D = len(self.bias), frames.shape[1]
-        counts, moments = torch.zeros(K), torch.zeros(K, 2 * D)
-        log_likelihood = torch.zeros((), dtype=torch.float64)
-        for chunk in frames.split(CHUNK_FRAMES):
+        counts, moments = frames.new_zeros(K), frames.new_zeros(K, 2 * D)
+        log_likelihood = frames.new_zeros((), dtype=torch.float64)
+        for chunk in frames.split(self.chunk_frames):
             features = self.features(chunk)
             joint = torch.addmm(self.bias, features, self.weight)
             responsibilities = torch.softmax(joint, dim=1)
