@@ -95,10 +95,22 @@ def expectation_maximisation(
     return result
 
 
-def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
+def expectation(
+    batches: Iterable[Tensor],
+    mixture: Mixture,
+    statistics: Callable[[Tensor, Mixture], EMStatistics] = em_statistics,
+) -> EMStatistics:
     """Sufficient statistics of all batches, float64 on the CPU.
 
     Sums stay on the device of the batches until the last one.
+
+    Args:
+        batches: frames (n, D) each, on any device.
+        mixture: of K components, on any device.
+        statistics: of a batch under the mixture on its device.
+
+    Raises:
+        InputError: a batch has not D features.
     """
     K, D = mixture.means.shape
     total = zero_statistics(K, D)
@@ -107,7 +119,7 @@ def expectation(batches: Iterable[Tensor], mixture: Mixture) -> EMStatistics:
             raise InputError(f"X: expected {D} features, got {frames.shape[1]}")
         device = frames.device
         mixture = Mixture(*(parameter.to(device) for parameter in mixture))
-        part = em_statistics(frames, mixture)
+        part = statistics(frames, mixture)
         total = EMStatistics(*(t.to(device) + p for t, p in zip(total, part)))
     return EMStatistics(*(t.cpu() for t in total))
 

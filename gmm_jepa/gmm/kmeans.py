@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from os import PathLike
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from gmm_jepa.errors import InputError
 from gmm_jepa.features import LogMelSpec
-from gmm_jepa.gmm.em import AllReduce, OnIteration, maximisation, reseed, zero_statistics
+from gmm_jepa.gmm.em import AllReduce, OnIteration, expectation, maximisation, reseed
 from gmm_jepa.gmm.seeding import first_centroids, generators, start_sample
 from gmm_jepa.gmm.sklearn_protocol import SklearnProtocol
 from gmm_jepa.gmm.stream import Batches, Frames, FrameStream
@@ -77,7 +76,7 @@ class KMeans(SklearnProtocol):
         current = self._start(stream, start_frames)
         reseeds = torch.zeros(self.n_clusters, dtype=torch.int64, device="cpu")
         for iteration in range(1, self.max_iter + 1):
-            sums = _sums(stream, current.means)
+            sums = expectation(stream, current, _hard)
             if all_reduce is not None:
                 sums = EMStatistics(*all_reduce(sums))
             n_frames = float(sums.counts.sum())
@@ -149,14 +148,9 @@ class KMeans(SklearnProtocol):
             )
 
 
-def _sums(batches: Iterable[Tensor], centroids: Tensor) -> EMStatistics:
-    """Hard statistics of all batches, float64 on the CPU."""
-    total = zero_statistics(*centroids.shape)
-    for frames in batches:
-        device = frames.device
-        part = kmeans_statistics(frames, centroids.to(device))
-        total = EMStatistics(*(t.to(device) + p for t, p in zip(total, part)))
-    return EMStatistics(*(t.cpu() for t in total))
+def _hard(frames: Tensor, mixture: Mixture) -> EMStatistics:
+    """Statistics with all of a frame on its nearest centroid."""
+    return kmeans_statistics(frames, mixture.means)
 
 
 def _mean_variance(sums: EMStatistics) -> float:

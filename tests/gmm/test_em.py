@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture as Peer
 
-from gmm_jepa import GaussianMixture
+from gmm_jepa import GaussianMixture, ops
 from gmm_jepa.errors import InputError
-from gmm_jepa.gmm import ConvergenceWarning, KMeans
-from gmm_jepa.gmm.em import DEAD_FRAMES, MAX_RESEEDS, maximisation, reseed
+from gmm_jepa.gmm import ConvergenceWarning, KMeans, kmeans
+from gmm_jepa.gmm.em import DEAD_FRAMES, MAX_RESEEDS, expectation, maximisation, reseed
 from gmm_jepa.ops import EMStatistics, Mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::gmm_jepa.gmm.estimator.ConvergenceWarning")
@@ -202,9 +203,22 @@ def test_one_frame_one_component():
     assert ours.converged_
 
 
+@pytest.mark.parametrize("statistics", [ops.em_statistics, kmeans._hard])
+def test_long_streams_lose_nothing(blobs, statistics):
+    """Sums over 3 million frames, 1e3 times as far from zero as they are wide."""
+    block = torch.from_numpy(blobs).float() + 1e3
+    start = _start(block.numpy(), 4)
+    variances = torch.from_numpy(1.0 / start["precisions_init"])
+    mixture = Mixture(torch.zeros(4), torch.from_numpy(start["means_init"]), variances)
+    one = expectation([block], mixture, statistics)
+    many = expectation(itertools.repeat(block, 1000), mixture, statistics)
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(b, 1000 * a, rtol=1e-12, atol=0)
+
+
 def test_two_processes_equal_one(blobs):
     """Threads stand for processes; statistics are summed behind a barrier."""
-    barrier, shares, fitted = threading.Barrier(2), {}, {}
+    barrier, shares, fitted = threading.Barrier(2, timeout=60), {}, {}
 
     def exchange(rank, values):
         shares[rank] = values
@@ -223,7 +237,7 @@ def test_two_processes_equal_one(blobs):
             start_frames=blobs,
         )
 
-    threads = [threading.Thread(target=fit, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=fit, args=(rank,), daemon=True) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -23,6 +23,11 @@ if not native.instruction_sets():
 
 
 @pytest.fixture
+def outputs_begin_as_nan() -> None:
+    """They do not here: to fill them takes torch's threads, which a forked process has not."""
+
+
+@pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -177,8 +177,9 @@ def test_a_residual_unit_under_autocast(name, kernel):
 def test_snake(name, kernel):
     torch.manual_seed(0)
     (x, a), options = snake_case(name)
-    # Where a x is thousands of turns, the plain form has lost digits of it.
-    tolerance = 3e-6 if kernel != "torch" or SNAKES[name][4] <= 1 else 1.0
+    # Where a x is thousands of turns, the plain form has lost digits of it, which gradients show.
+    turns = SNAKES[name][4] if kernel == "torch" else 1.0
+    tolerances = (3e-6, *[3e-6 if turns <= 1 else min(0.5, 2e-6 * turns)] * 2)
 
     def oracle(x, a, lengths_frames):
         y = x + (a * x).sin().square() / a
@@ -187,7 +188,8 @@ def test_snake(name, kernel):
     expected = results_of(oracle, [x.double(), a.double()], options)
     got = results_of(ops.snake, [x, a], options)
     assert all(t.isfinite().all() for t in got)
-    assert_close(got, expected, tolerance)
+    for a, e, tolerance in zip(got, expected, tolerances, strict=True):
+        assert_close([a], [e], tolerance)
 
 
 @pytest.mark.parametrize("name", ["prime sizes", "several blocks", "channels that fill no vector"])
