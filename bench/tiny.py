@@ -17,6 +17,9 @@ from bench.cases import mixture_of
 from bench.records import need_device
 from bench.shapes import Shape
 from gmm_jepa import LogMelSpec, ops
+from gmm_jepa.models.daam import DensityAttention
+from gmm_jepa.models.frontend import ResidualBlock, Snake
+from gmm_jepa.models.padding import frame_mask
 from gmm_jepa.ops import native, native_mixture
 
 
@@ -39,6 +42,23 @@ def convolve(device: str, dtype: torch.dtype, channels: int) -> None:
     for n_frames in (133, 7):
         x = torch.randn(2, n_frames, channels, device=device, dtype=dtype, requires_grad=True)
         ops.depthwise_conv(x, weight, bias).float().sum().backward()
+
+
+def front_end(device: str) -> None:
+    """Layers of a front end's stages of ragged rows, forward and backward, under autocast.
+
+    By Triton kernels with ``GMM_JEPA_UNPROVEN_KERNELS=1``, else by plain torch.
+    """
+    for channels in (48, 64, 256):
+        layers = (ResidualBlock(channels, (1, 25)), Snake(channels), DensityAttention())
+        for n_frames in (133, 16):
+            lengths = torch.tensor([n_frames, 0, n_frames // 2], device=device)
+            for layer in layers:
+                x = torch.randn(3, n_frames, channels, device=device, requires_grad=True)
+                with torch.autocast(device, torch.bfloat16):
+                    mask = frame_mask(lengths, n_frames)
+                    y = layer.to(device)(x.bfloat16(), mask)
+                y.float().sum().backward()
 
 
 def accumulate(device: str) -> None:
@@ -96,6 +116,7 @@ def run(device: str) -> None:
     for dtype, channels in ((torch.float32, 37), (torch.bfloat16, 64), (torch.bfloat16, 100)):
         convolve(device, dtype, channels)
     ops.ema_update([targets, frames], [targets + 1.0, frames + 1.0], 0.996)
+    front_end(device)
     accumulate(device)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -80,4 +80,10 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
+// Frames of a row that are real, in a shape whose `lengths` may be null: then all are.
+template <typename Shape>
+int64_t n_real(const Shape& shape, int64_t row) {
+    return shape.lengths ? shape.lengths[row] : shape.n_frames;
+}
+
 }  // namespace gmm_jepa

@@ -1,11 +1,11 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
@@ -229,19 +229,15 @@ class BackwardHead : public Head {
         grad_rows_, query_rows_, made_, grad_keys_, grad_values_;
 };
 
-// work(head, row, number) for every (row, head) pair, each thread with a head of its own.
+// work(head, number) for every (row, head) pair, each thread with a head of its own.
 template <typename OneHead, typename Work>
 void over_heads(const AttentionShape& shape, const AttentionInputs& inputs, const Dropout& dropout,
                 const Kernels& kernels, int n_threads, const Work& work) {
-    const int64_t pairs = shape.n_rows * shape.n_heads;
-    if (!pairs) return;
-    std::atomic<int64_t> next{0};
-    parallel(static_cast<int>(std::clamp<int64_t>(n_threads, 1, pairs)), [&](int) {
-        OneHead head(shape, inputs, dropout, kernels);
-        for (int64_t pair = next++; pair < pairs; pair = next++) {
-            head.select(pair / shape.n_heads, pair % shape.n_heads);
-            work(head, pair);
-        }
+    const auto make = [&] { return OneHead(shape, inputs, dropout, kernels); };
+    over_blocks(shape.n_rows * shape.n_heads, 1, n_threads, make,
+                [&](int64_t pair, int64_t, int, OneHead& head) {
+        head.select(pair / shape.n_heads, pair % shape.n_heads);
+        work(head, pair);
     });
 }
 

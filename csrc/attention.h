@@ -1,7 +1,6 @@
 // Self-attention with a gated relative position bias, one block of queries at a time.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {

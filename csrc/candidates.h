@@ -42,8 +42,8 @@ class Candidates {
         p.run(words_.data(), padded(n), scores_.data(), best_.data());
     }
 
-    // Finds the components of frame i of the group; returns how many, at least one. NaN and
-    // infinities in the frame or the mixture leave NaN among their log-densities.
+    // Finds the components of frame i of the group; returns how many, at least one. NaN in
+    // the frame or the mixture leaves NaN among their log-densities, an infinity minus infinity.
     template <typename T>
     int find(const T* frames, int i) {
         const T* x = frames + size_t(i) * mixture_.n_dims_padded;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "depthwise.h"
 #include "linear_maps.h"
@@ -178,7 +177,7 @@ class Module {
         const int64_t T = shape_.n_frames, stop = first + n;
         for (int64_t at = first; at < stop;) {
             const int64_t row = at / T, end = std::min(stop, (row + 1) * T);
-            const int64_t real = std::clamp<int64_t>(row * T + n_real(row) - at, 0, end - at);
+            const int64_t real = std::clamp<int64_t>(row * T + n_real(shape_, row) - at, 0, end - at);
             run(row, at, static_cast<int>(end - at), static_cast<int>(real));
             at = end;
         }
@@ -198,9 +197,6 @@ class Module {
         });
     }
 
-    int64_t n_real(int64_t row) const {
-        return shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
-    }
 
     template <typename Run>
     void each_row(const Run& run) const {
@@ -212,7 +208,7 @@ class Module {
     void take_statistics(const float* frames, int place) const {
         each_row([&](int64_t row) {
             const float* values = frames + row * shape_.n_frames * D_;
-            const int64_t n = n_real(row) * D_, count = std::max<int64_t>(n, 1);
+            const int64_t n = n_real(shape_, row) * D_, count = std::max<int64_t>(n, 1);
             const double mean = kernels_.sum_of_values(values, n) / count;
             const double squares = kernels_.squares_about(values, n, mean);
             statistics_[4 * row + place] = static_cast<float>(mean);
@@ -235,7 +231,7 @@ class Module {
     // Gradients of normalised frames become those of the frames, plus `added` where there is some.
     void through_norms(int place, const float* frames, const float* added, float* grads) const {
         each_row([&](int64_t row) {
-            const int64_t at = row * shape_.n_frames * D_, n = n_real(row) * D_;
+            const int64_t at = row * shape_.n_frames * D_, n = n_real(shape_, row) * D_;
             const int64_t stop = shape_.n_frames * D_;
             kernels_.norm_gradient(norm_at(row, place, nullptr, nullptr), frames + at,
                                    added ? added + at : nullptr, n, grads + at);

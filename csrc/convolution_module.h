@@ -2,7 +2,6 @@
 // depthwise, group norm, SiLU, pointwise; and the gradients.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {

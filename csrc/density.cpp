@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 
 namespace gmm_jepa {
@@ -28,7 +29,7 @@ class Pieces {
     Piece at(int64_t i) const {
         const int64_t row = i / groups_ / kDensityChunks;
         const int chunk = static_cast<int>(i / groups_ % kDensityChunks);
-        const int64_t n = length(row), size = n / kDensityChunks;
+        const int64_t n = n_real(shape_, row), size = n / kDensityChunks;
         return {row, chunk, chunk * size, chunk + 1 < kDensityChunks ? (chunk + 1) * size : n,
                 static_cast<int>(i % groups_) * lanes_};
     }
@@ -38,12 +39,12 @@ class Pieces {
         return (piece.row * shape_.n_frames + piece.start) * shape_.n_channels + piece.channel;
     }
 
-    bool is_whole(int64_t row) const { return length(row) >= kLeastFrames; }
+    bool is_whole(int64_t row) const { return n_real(shape_, row) >= kLeastFrames; }
 
     // What no piece covers: padding, and short rows.
     void copy_rest(const float* from, float* to) const {
         for (int64_t row = 0; row < shape_.n_rows; ++row) {
-            const int64_t first = row * shape_.n_frames + (is_whole(row) ? length(row) : 0);
+            const int64_t first = row * shape_.n_frames + (is_whole(row) ? n_real(shape_, row) : 0);
             const int64_t stop = (row + 1) * shape_.n_frames;
             std::copy(from + first * shape_.n_channels, from + stop * shape_.n_channels,
                       to + first * shape_.n_channels);
@@ -53,22 +54,14 @@ class Pieces {
     // work(piece, scratch, i) for all pieces of rows that are long enough.
     template <typename Work>
     void run(int n_threads, const Work& work) const {
-        n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(1, count())));
-        parallel(n_threads, [&](int thread) {
-            std::vector<float> scratch((shape_.n_frames + 1) * lanes_);
-            const Share share(count(), thread, n_threads);
-            for (int64_t i = share.first; i < share.last; ++i) {
-                const Piece piece = at(i);
-                if (is_whole(piece.row)) work(piece, scratch.data(), i);
-            }
+        const auto make = [&] { return std::vector<float>((shape_.n_frames + 1) * lanes_); };
+        over_shares(count(), count(), n_threads, make, [&](int64_t i, std::vector<float>& scratch) {
+            const Piece piece = at(i);
+            if (is_whole(piece.row)) work(piece, scratch.data(), i);
         });
     }
 
   private:
-    int64_t length(int64_t row) const {
-        return shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
-    }
-
     const FramesShape& shape_;
     int lanes_, groups_;
 };

@@ -24,13 +24,8 @@ void lay_out(const float* weight, int n_taps, int lanes, bool turned, float* tap
 template <typename Run>
 void over_vectors(int64_t n_rows, const DepthwiseShape& shape, int lanes, int n_threads,
                   const Run& run) {
-    const int64_t vectors = shape.n_channels / lanes;
-    const int64_t most = std::max<int64_t>(1, n_rows * vectors);
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, most));
-    parallel(n_threads, [&](int thread) {
-        const Share share(n_rows * vectors, thread, n_threads);
-        for (int64_t i = share.first; i < share.last; ++i) run(i % n_rows, i / n_rows * lanes);
-    });
+    const int64_t n = n_rows * (shape.n_channels / lanes);
+    over_shares(n, n, n_threads, [&](int64_t i) { run(i % n_rows, i / n_rows * lanes); });
 }
 
 void convolve(const DepthwiseShape& shape, const float* x, const float* weight, const float* bias,

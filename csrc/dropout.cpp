@@ -10,14 +10,10 @@ void dropout(const float* x, int64_t n, const Dropout& dropping, float* out, con
              int n_threads) {
     constexpr int64_t kRow = 4096, kRowsOfThread = 16;
     const int64_t rows = (n + kRow - 1) / kRow;
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + rows / kRowsOfThread));
-    parallel(n_threads, [&](int thread) {
-        const Share share(rows, thread, n_threads);
-        for (int64_t row = share.first; row < share.last; ++row) {
-            const int64_t at = row * kRow;
-            const int count = static_cast<int>(std::min(kRow, n - at));
-            kernels.dropout(x + at, count, dropping, static_cast<uint64_t>(row), out + at);
-        }
+    over_shares(rows, 1 + rows / kRowsOfThread, n_threads, [&](int64_t row) {
+        const int64_t at = row * kRow;
+        const int count = static_cast<int>(std::min(kRow, n - at));
+        kernels.dropout(x + at, count, dropping, static_cast<uint64_t>(row), out + at);
     });
 }
 

@@ -15,7 +15,7 @@ struct Statistics {
 };
 
 // T is float or double. The same bits for any number of threads; NaN throughout where a frame is
-// not finite. Throws std::bad_alloc only.
+// not finite. Throws std::bad_alloc, and what `parallel` does.
 template <typename T>
 void em_statistics(const Matrix<T>& frames, const ScreenedMixture& mixture, const Statistics& out,
                    int n_threads);

@@ -2,7 +2,6 @@
 // without a norm of each frame, and its gradients.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {

@@ -35,16 +35,21 @@ void check_waveform(const WaveformShape& shape, const Kernels&) {
     }
 }
 
+constexpr int64_t kMostDilation = int64_t(1) << 31;  // sums of some are far from overflow
+
 void check_unit(const ResidualShape& shape, const Kernels&) {
-    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 || shape.dilation < 1) {
-        throw std::invalid_argument("shape: expected sizes, and a dilation of at least 1");
+    if (shape.n_rows < 0 || shape.n_frames < 0 || shape.n_channels < 1 || shape.dilation < 1 ||
+        shape.dilation > kMostDilation) {
+        throw std::invalid_argument("shape: expected sizes, and a dilation of 1 to 2^31");
     }
     check_lengths(shape.lengths, shape.n_rows, shape.n_frames);
 }
 
 void check_units(const ResidualBlockShape& shape, const Kernels&) {
     for (int64_t dilation : shape.dilations) {
-        if (dilation < 1) throw std::invalid_argument("dilations: expected at least 1 each");
+        if (dilation < 1 || dilation > kMostDilation) {
+            throw std::invalid_argument("dilations: expected 1 to 2^31 each");
+        }
     }
     if (shape.n_rows < 0 || shape.n_frames < 0 || !takes_together(shape.n_channels) ||
         shape.dilations.empty()) {

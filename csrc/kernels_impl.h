@@ -54,13 +54,13 @@ int at_least(const float* scores, int n, float threshold, int32_t* indices) {
         _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(mask, index));
         count += __builtin_popcount(mask);
     }
-    return count;
-#endif
+#else
     for (int i = 0; i < n; i += kLanes) {
         for (uint32_t mask = mask_at_least(scores + i, threshold); mask; mask &= mask - 1) {
             indices[count++] = i + __builtin_ctz(mask);
         }
     }
+#endif
     return count;
 }
 

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -22,21 +21,6 @@ constexpr int kMapMultiple = 32;
 template <typename Word>
 int64_t map_block(const Kernels& kernels) {
     return kValues<Word> == 2 ? 32 : 4 * kernels.product_rows;
-}
-
-// Calls run(block, first frame, frames) for blocks of n frames, each thread with a scratch of its own
-// from make(). Threads take the next block when they are done: results must not depend on whose.
-template <typename Make, typename Run>
-void over_blocks(int64_t n, int64_t block, int n_threads, const Make& make, const Run& run) {
-    const int64_t n_blocks = (n + block - 1) / block;
-    std::atomic<int64_t> next{0};
-    const int64_t most = std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(1, n_blocks));
-    parallel(static_cast<int>(most), [&](int) {
-        auto scratch = make();
-        for (int64_t i = next++; i < n_blocks; i = next++) {
-            run(i, i * block, static_cast<int>(std::min(block, n - i * block)), scratch);
-        }
-    });
 }
 
 // A row of n values, or two of pairs (the second may be null, for zeros) as pairs of values at equal

@@ -28,11 +28,7 @@ std::vector<Piece> pieces_of(const std::vector<int64_t>& sizes) {
 template <typename Run>
 void over(const std::vector<Piece>& pieces, int n_threads, const Run& run) {
     const int64_t n = static_cast<int64_t>(pieces.size());
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(1, n)));
-    parallel(n_threads, [&](int thread) {
-        const Share share(n, thread, n_threads);
-        for (int64_t i = share.first; i < share.last; ++i) run(i);
-    });
+    over_shares(n, n, n_threads, run);
 }
 
 }  // namespace

@@ -135,19 +135,15 @@ void log_mel(const Matrix<T>& waveform, const int64_t* lengths, const LogMelSett
     const int64_t n_frames = waveform.n_columns / settings.hop + 1;
     const int64_t row_groups = (n_frames + kernels.lanes - 1) / kernels.lanes;
     const int64_t n_groups = row_groups * waveform.n_rows;
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(1, n_groups)));
-    parallel(n_threads, [&](int thread) {
-        const Share share(n_groups, thread, n_threads);
-        Groups<T> groups(waveform, settings, plan, kernels);
-        for (int64_t group = share.first; group < share.last; ++group) {
-            const int64_t row = group / row_groups, first = group % row_groups * kernels.lanes;
-            const int64_t last = std::min(first + kernels.lanes, n_frames);
-            const int64_t valid = lengths[row] > 0 ? lengths[row] / settings.hop + 1 : 0;
-            float* to = out + row * n_frames * settings.n_mels;
-            const int64_t stop = std::clamp(valid, first, last);
-            if (stop > first) groups.run(row, lengths[row], first, int(stop - first), to);
-            std::fill(to + stop * settings.n_mels, to + last * settings.n_mels, 0.0f);
-        }
+    const auto make = [&] { return Groups<T>(waveform, settings, plan, kernels); };
+    over_shares(n_groups, n_groups, n_threads, make, [&](int64_t group, Groups<T>& groups) {
+        const int64_t row = group / row_groups, first = group % row_groups * kernels.lanes;
+        const int64_t last = std::min(first + kernels.lanes, n_frames);
+        const int64_t valid = lengths[row] > 0 ? lengths[row] / settings.hop + 1 : 0;
+        float* to = out + row * n_frames * settings.n_mels;
+        const int64_t stop = std::clamp(valid, first, last);
+        if (stop > first) groups.run(row, lengths[row], first, int(stop - first), to);
+        std::fill(to + stop * settings.n_mels, to + last * settings.n_mels, 0.0f);
     });
 }
 

@@ -15,19 +15,13 @@ constexpr int64_t kValuesOfThread = 1 << 15;  // at least, or threads cost more 
 template <typename Work>
 void over_rows(const WeightedRows& rows, RowLoss* losses, int n_threads, const Work& work) {
     const int64_t values = rows.n_rows * rows.n_columns;
-    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + values / kValuesOfThread));
-    parallel(n_threads, [&](int thread) {
-        std::vector<float> scratch(rows.n_columns);
-        const Share share(rows.n_rows, thread, n_threads);
-        for (int64_t i = share.first; i < share.last; ++i) {
-            float* gradient = rows.gradient ? rows.gradient + i * rows.n_columns : nullptr;
-            if (rows.weights[i] != 0.0f) {
-                work(i, gradient, scratch.data());
-                continue;
-            }
-            losses[i] = {0.0f, 0.0f, 0.0f};
-            if (gradient) std::fill_n(gradient, rows.n_columns, 0.0f);
-        }
+    const auto make = [&] { return std::vector<float>(rows.n_columns); };
+    over_shares(rows.n_rows, 1 + values / kValuesOfThread, n_threads, make,
+                [&](int64_t i, std::vector<float>& scratch) {
+        float* gradient = rows.gradient ? rows.gradient + i * rows.n_columns : nullptr;
+        if (rows.weights[i] != 0.0f) return work(i, gradient, scratch.data());
+        losses[i] = {0.0f, 0.0f, 0.0f};
+        if (gradient) std::fill_n(gradient, rows.n_columns, 0.0f);
     });
 }
 
@@ -55,11 +49,11 @@ void masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, Row
     });
 }
 
-void masked_mse(const WeightedRows& predictions, const float* targets, int64_t stride,
-                RowLoss* losses, const Kernels& kernels, int n_threads) {
+void masked_mse(const WeightedRows& predictions, const float* targets, RowLoss* losses,
+                const Kernels& kernels, int n_threads) {
     over_rows(predictions, losses, n_threads, [&](int64_t i, float* gradient, float*) {
         losses[i] = {kernels.squared_error_row(predictions.values + i * predictions.stride,
-                                               targets + i * stride, predictions.n_columns,
+                                               targets + i * predictions.n_columns, predictions.n_columns,
                                                predictions.weights[i], gradient),
                      0.0f, 0.0f};
     });

@@ -1,7 +1,6 @@
 // Masked losses of rows, with the gradient in the same pass.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {
@@ -25,8 +24,8 @@ void masked_kl(const WeightedRows& logits, const float* targets, const int64_t* 
 void masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, RowLoss* losses,
                           const Kernels& kernels, int n_threads);
 
-// targets (n, K), rows `stride` apart; mean over the columns.
-void masked_mse(const WeightedRows& predictions, const float* targets, int64_t stride,
-                RowLoss* losses, const Kernels& kernels, int n_threads);
+// targets (n, K), contiguous; mean over the columns.
+void masked_mse(const WeightedRows& predictions, const float* targets, RowLoss* losses,
+                const Kernels& kernels, int n_threads);
 
 }  // namespace gmm_jepa

@@ -4,6 +4,7 @@
 // is loaded beside torch's.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -74,8 +75,9 @@ struct OpenMP {
 // For all calls from now on.
 void use_openmp(const OpenMP& runtime);
 
-// Calls work(data, thread) for thread 0 .. n_threads - 1, all at once; `work` must not throw. Throws
-// std::system_error, and calls nothing, where a thread cannot be made.
+// Calls work(data, thread) for thread 0 .. n_threads - 1, all at once; `work` must not throw. Where a
+// new thread cannot be made it throws std::system_error and calls nothing; where the OpenMP runtime
+// cannot make one, GNU's ends the process.
 void run_together(int n_threads, void (*work)(const void*, int), const void* data);
 
 // Runs work(thread) for thread 0 .. n_threads - 1, all at once, one of them on the caller's thread.
@@ -108,5 +110,49 @@ struct Share {
         : first(n * thread / n_threads), last(n * (thread + 1) / n_threads) {}
     int64_t first, last;
 };
+
+// Calls run(i, scratch) for n items, on `most_threads` at most: each thread takes a share of them, in
+// order, with a scratch of its own from make().
+template <typename Make, typename Run>
+void over_shares(int64_t n, int64_t most_threads, int n_threads, const Make& make, const Run& run) {
+    const int64_t most = std::max<int64_t>(1, most_threads);
+    n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, most));
+    parallel(n_threads, [&](int thread) {
+        auto scratch = make();
+        const Share share(n, thread, n_threads);
+        for (int64_t i = share.first; i < share.last; ++i) run(i, scratch);
+    });
+}
+template <typename Run>
+void over_shares(int64_t n, int64_t most_threads, int n_threads, const Run& run) {
+    over_shares(n, most_threads, n_threads, [] { return 0; }, [&](int64_t i, int) { run(i); });
+}
+
+// Calls run(block, first, n, scratch) for blocks of items, each thread with a scratch of its own from
+// make(). Threads take the next block when they are done: results must not depend on whose.
+template <typename Make, typename Run>
+void over_blocks(int64_t n, int64_t block, int n_threads, const Make& make, const Run& run) {
+    const int64_t n_blocks = (n + block - 1) / block;
+    std::atomic<int64_t> next{0};
+    const int64_t most = std::clamp<int64_t>(n_threads, 1, std::max<int64_t>(1, n_blocks));
+    parallel(static_cast<int>(most), [&](int) {
+        auto scratch = make();
+        for (int64_t i = next++; i < n_blocks; i = next++) {
+            run(i, i * block, static_cast<int>(std::min(block, n - i * block)), scratch);
+        }
+    });
+}
+
+// Blocks of the frames of one row each, numbered over all rows: run(block, row, first, n, scratch).
+template <typename Make, typename Run>
+void over_row_blocks(int64_t n_rows, int64_t n_frames, int64_t block, int n_threads,
+                     const Make& make, const Run& run) {
+    const int64_t in_row = (n_frames + block - 1) / block;
+    over_blocks(n_rows * in_row, 1, n_threads, make,
+                [&](int64_t i, int64_t, int, auto& scratch) {
+        const int64_t row = i / in_row, first = i % in_row * block;
+        run(i, row, first, static_cast<int>(std::min(block, n_frames - first)), scratch);
+    });
+}
 
 }  // namespace gmm_jepa

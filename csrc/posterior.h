@@ -26,7 +26,7 @@ void topk(const Matrix<T>& frames, const ScreenedMixture& mixture, int k, double
 
 // The component with the largest log p(x, k), the first one of equals, and the squared Euclidean
 // distance to its mean: nearest centroids, for a mixture of equal weights and one variance. 0 and
-// NaN for a frame that is not finite.
+// NaN or infinity for a frame that is not finite.
 template <typename T>
 void nearest(const Matrix<T>& frames, const ScreenedMixture& mixture, int64_t* labels,
              float* squared_distances, int n_threads);

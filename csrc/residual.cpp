@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "arrays.h"
 #include "convolution_sums.h"
 #include "convolution_windows.h"
 #include "parallel.h"
@@ -37,9 +38,6 @@ class Residual {
         return {i / blocks_a_row_, start, static_cast<int>(n)};
     }
 
-    int64_t length(int64_t row) const {
-        return shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
-    }
 
   protected:
     Window<Word> window(int64_t dilation) const {
@@ -106,7 +104,7 @@ class Forward : Residual<Word> {
     void unit(const Block& block, const float* x, float* hidden, float* out, Window<Word>& window,
               Window<Word>& between, float* made) const {
         const int C = shape_.n_channels, width = panels_.width();
-        const int64_t T = shape_.n_frames, stop = this->length(block.row);
+        const int64_t T = shape_.n_frames, stop = n_real(shape_, block.row);
         const int64_t at = (block.row * T + block.start) * C;
         window.fill(block.start - 1, block.n + 2, T, this->frames(x, block.row), true);
         this->convolve(window, weights1_, bias1_, block.n + 2, made);
@@ -186,7 +184,7 @@ class Backward : Residual<Word> {
                Window<Word>& grads, Window<Word>& inputs, WeightSums<Word>& sums,
                float* made) const {
         const int C = shape_.n_channels;
-        const int64_t stop = this->length(block.row);
+        const int64_t stop = n_real(shape_, block.row);
         const int64_t at = (block.row * shape_.n_frames + block.start) * C;
         grads.fill(block.start, block.n, stop, this->frames(grad, block.row), false);
         this->convolve(grads, weights2_, zero_, block.n, made);

@@ -1,7 +1,6 @@
 // One unit of a residual block, x + conv(lrelu(conv(lrelu(x)))), and its gradients.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {

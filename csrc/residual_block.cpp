@@ -56,9 +56,6 @@ class Units {
     }
 
     // Real frames of a row.
-    int64_t length(int64_t row) const {
-        return shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
-    }
     // Of an extent, how many come before `stop`.
     static int64_t before(const Extent& e, int64_t stop) {
         return std::clamp<int64_t>(stop - e.start, 0, e.stop - e.start);
@@ -117,7 +114,7 @@ class Units {
                                      out);
     }
 
-    const ResidualBlockShape& shape() const { return shape_; }
+    int64_t length(int64_t row) const { return n_real(shape_, row); }
     const Kernels& kernels() const { return kernels_; }
     const Panels& panels() const { return panels_; }
 

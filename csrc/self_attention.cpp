@@ -43,7 +43,7 @@ class SelfAttention {
             for (int i = 0; i < n; ++i) {
                 kernels_.gate_row(gate_of(&s.made[int64_t(i) * 3 * D_]), gates.data());
                 for (int h = 0; h < shape_.n_heads; ++h) {
-                    kept_.gate[place(first + i, h)] = gates[h];
+                    kept_.gate[index(first + i, h)] = gates[h];
                 }
             }
         });
@@ -101,7 +101,7 @@ class SelfAttention {
                 std::copy_n(of_q + at, D_, row);
                 std::copy_n(of_k + at, D_, row + D_);
                 std::copy_n(of_v + at, D_, row + 2 * D_);
-                for (int h = 0; h < shape_.n_heads; ++h) gates[h] = of_gate[place(first + j, h)];
+                for (int h = 0; h < shape_.n_heads; ++h) gates[h] = of_gate[index(first + j, h)];
                 kernels_.gate_row_backward(gate_of(kept_.qkv + at * 3), gates.data(), row,
                                            of_u.part(i), of_r.part(i), of_scale.part(i));
             }
@@ -136,7 +136,7 @@ class SelfAttention {
     }
 
     // Of a frame among all and a head, in (B, H, T).
-    int64_t place(int64_t frame, int head) const {
+    int64_t index(int64_t frame, int head) const {
         const int64_t T = shape_.n_frames;
         return (frame / T * shape_.n_heads + head) * T + frame % T;
     }

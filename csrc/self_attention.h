@@ -2,7 +2,6 @@
 // the attention is attention.h's and its gates are made of the queries; and the gradients.
 #pragma once
 
-#include "arrays.h"
 #include "kernels.h"
 
 namespace gmm_jepa {

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
-#include "parallel.h"
+#include "linear_maps.h"
 
 namespace gmm_jepa {
 namespace {
@@ -25,16 +24,11 @@ class Blocks {
     // Calls run(block, first value, real frames, frames) for all blocks, on threads.
     template <typename Run>
     void over(int n_threads, const Run& run) const {
-        n_threads = static_cast<int>(std::clamp<int64_t>(n_threads, 1, 1 + count() / kThreadBlocks));
-        parallel(n_threads, [&](int thread) {
-            const Share share(count(), thread, n_threads);
-            for (int64_t i = share.first; i < share.last; ++i) {
-                const int64_t row = i / a_row_, start = i % a_row_ * frames_;
-                const int64_t n = std::min(frames_, shape_.n_frames - start);
-                const int64_t stop = shape_.lengths ? shape_.lengths[row] : shape_.n_frames;
-                run(i, (row * shape_.n_frames + start) * shape_.n_channels,
-                    std::clamp<int64_t>(stop - start, 0, n), n);
-            }
+        over_shares(count(), 1 + count() / kThreadBlocks, n_threads, [&](int64_t i) {
+            const int64_t row = i / a_row_, start = i % a_row_ * frames_;
+            const int64_t n = std::min(frames_, shape_.n_frames - start);
+            run(i, (row * shape_.n_frames + start) * shape_.n_channels,
+                std::clamp<int64_t>(n_real(shape_, row) - start, 0, n), n);
         });
     }
 
@@ -65,10 +59,10 @@ void snake_backward(const FramesShape& shape, const T* x, const float* a, const 
                     T* grad_x, float* grad_a, const Kernels& kernels, int n_threads) {
     const int C = shape.n_channels;
     const Blocks blocks(shape);
-    std::vector<float> parts(blocks.count() * C);
+    ColumnSums sums(kernels, blocks.count(), C);
     blocks.over(n_threads, [&](int64_t block, int64_t at, int64_t n_real, int64_t n) {
         const int rows = static_cast<int>(n_real);
-        float* part = &parts[block * C];
+        float* part = sums.part(block);
         if constexpr (std::is_same_v<T, float>) {
             kernels.snake_backward_float(x + at, a, grad + at, rows, C, grad_x + at, part);
         } else {
@@ -76,9 +70,7 @@ void snake_backward(const FramesShape& shape, const T* x, const float* a, const 
         }
         std::fill(grad_x + at + n_real * C, grad_x + at + n * C, T{});
     });
-    std::vector<double> sums(C);
-    for (size_t i = 0; i < parts.size(); ++i) sums[i % C] += parts[i];
-    std::copy(sums.begin(), sums.end(), grad_a);
+    sums.add_up(grad_a);
 }
 
 template void snake(const FramesShape&, const float*, const float*, float*, const Kernels&, int);

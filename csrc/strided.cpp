@@ -69,17 +69,13 @@ class Strided {
     // Calls run(block, row, first, n, scratch) for blocks of n_frames frames of every row.
     template <typename Run>
     void each_block(int64_t n_frames, const Run& run) const {
-        const int64_t in_row = blocks_of(n_frames), most = block_ + 1 + kMostRows;
+        const int64_t most = block_ + 1 + kMostRows;
         const auto make = [&] {
             return Scratch{Buffer<Word>((most + 2) * step()),
                            Buffer<Word>(most * shape_.n_out / kValues<Word>),
                            Buffer<float>(most * std::max(shape_.n_out, reach_))};
         };
-        over_blocks(shape_.n_rows * in_row, 1, n_threads_, make,
-                    [&](int64_t i, int64_t, int, Scratch& s) {
-            const int64_t row = i / in_row, first = i % in_row * block_;
-            run(i, row, first, static_cast<int>(std::min(block_, n_frames - first)), s);
-        });
+        over_row_blocks(shape_.n_rows, n_frames, block_, n_threads_, make, run);
     }
 
     // What n frames from `first` on see, zero where the row has none.

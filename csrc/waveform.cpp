@@ -11,17 +11,6 @@ namespace {
 
 constexpr int64_t kBlockFrames = 512;
 
-// Blocks of frames of one row, numbered over all rows.
-template <typename Make, typename Run>
-void each_block(const WaveformShape& shape, int n_threads, const Make& make, const Run& run) {
-    const int64_t T = shape.n_frames, in_row = (T + kBlockFrames - 1) / kBlockFrames;
-    over_blocks(shape.n_rows * in_row, 1, n_threads, make,
-                [&](int64_t i, int64_t, int, auto& scratch) {
-        const int64_t row = i / in_row, first = i % in_row * kBlockFrames;
-        run(i, row, first, static_cast<int>(std::min(kBlockFrames, T - first)), scratch);
-    });
-}
-
 int64_t n_blocks(const WaveformShape& shape) {
     return shape.n_rows * ((shape.n_frames + kBlockFrames - 1) / kBlockFrames);
 }
@@ -44,7 +33,7 @@ void waveform_conv(const WaveformShape& shape, const float* x, const float* taps
     const auto make = [&] {
         return Scratch{std::vector<float>(most * shape.stride + K), Buffer<float>(most * width)};
     };
-    each_block(shape, n_threads, make, [&](int64_t, int64_t row, int64_t first, int n, Scratch& s) {
+    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make, [&](int64_t, int64_t row, int64_t first, int n, Scratch& s) {
         std::copy_n(x + row * shape.n_samples + first * shape.stride, (n - 1) * shape.stride + K,
                     s.samples.begin());
         multiply(kernels, Products{s.samples.data(), shape.stride, 1, 0, packed.data(),
@@ -73,7 +62,7 @@ void waveform_conv_backward(const WaveformShape& shape, const float* x, const fl
         return Scratch{std::vector<float>(kBlockFrames * shape.stride + K + kMostRows),
                        Buffer<float>(kBlockFrames * width)};
     };
-    each_block(shape, n_threads, make, [&](int64_t i, int64_t row, int64_t first, int n,
+    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make, [&](int64_t i, int64_t row, int64_t first, int n,
                                            Scratch& s) {
         std::copy_n(x + row * shape.n_samples + first * shape.stride, (n - 1) * shape.stride + K,
                     s.samples.begin());

@@ -26,16 +26,16 @@ from gmm_jepa.errors import InputError
 from gmm_jepa.gmm import GaussianMixture
 from gmm_jepa.gmm.em import EMResult, expectation_maximisation
 from gmm_jepa.gmm.partial import PartialFit
-from gmm_jepa.gmm.seeding import start_from
+from gmm_jepa.gmm.seeding import generators, start_from
 from gmm_jepa.gmm.stepwise import stepwise_em, stepwise_start
 from gmm_jepa.gmm.stream import FrameStream
 from gmm_jepa.ops import EMStatistics, Mixture, gmm_log_likelihood
 from gmm_jepa.progress import Bar
 
 SEED_FRAMES = 65_536
-"""Frames, drawn uniformly from all, from which the means of a mixture are seeded."""
+"""Frames, drawn uniformly from all, from which mixtures and centroids of log-mel are seeded."""
 SEED_S = 1200.0
-"""Audio seconds from which centroids are seeded: 60,000 frames."""
+"""Audio seconds from which clusters of a layer are seeded: 60,000 frames."""
 HELDOUT_S = 300.0
 """Audio seconds at most on which the likelihood is followed beside the fit."""
 STEPS_BETWEEN_REPORTS = 8
@@ -176,6 +176,19 @@ def total_frames(stream: WindowStream, recipe: Recipe, peers: Processes) -> int:
     return n_frames
 
 
+def common_sample(frames: LogMelStream, peers: Processes) -> Tensor:
+    """`SEED_FRAMES` frames (n, D) of all processes, uniformly drawn; the same in every one.
+
+    Raises:
+        InputError: none of the audio can be read.
+    """
+    rows, found = frames.sample(SEED_FRAMES)
+    sample = peers.add(rows)[peers.add(found.float()) > 0]
+    if not len(sample):
+        raise InputError("audio: none of it can be read")
+    return sample
+
+
 class _Fit:
     """One fit: its frames, its start, its two methods."""
 
@@ -211,12 +224,8 @@ class _Fit:
 
     def start(self) -> Mixture:
         """The same in every process, however many there are."""
-        rows, found = self.frames.sample(SEED_FRAMES)
-        sample = self.peers.add(rows)[self.peers.add(found.float()) > 0]
-        if not len(sample):
-            raise InputError("audio: none of it can be read")
-        config, seeds = self.recipe.mixture, np.random.SeedSequence(self.recipe.seed).spawn(2)
-        choosing = np.random.default_rng(seeds[1])
+        sample, config = common_sample(self.frames, self.peers), self.recipe.mixture
+        _, choosing = generators(self.recipe.seed)
         return start_from(sample, config.n_components, config.variance_floor, choosing)
 
     def em(self, resumed: tuple[EMResult, EMStatistics | None] | None, watch: _Watch) -> EMResult:
@@ -315,11 +324,14 @@ class _Watch:
 def describe(mixture: GaussianMixture) -> str:
     """One line on how the fit of a mixture ended."""
     ending = "converged" if mixture.converged_ else "stopped"
+    ending += f" after {mixture.n_iter_} iterations"
+    if mixture.one_pass_:
+        ending = f"one pass of {mixture.n_iter_} mini-batches, the last"
     weights = np.asarray(mixture.weights_, dtype=np.float64)
     used = math.exp(entr(torch.from_numpy(weights)).sum())
     return (
-        f"mixture: {ending} after {mixture.n_iter_} iterations at {mixture.lower_bound_:.3f} nats "
-        f"a frame, {used:.0f} of {mixture.n_components} components in effective use, "
+        f"mixture: {ending} at {mixture.lower_bound_:.3f} nats a frame, "
+        f"{used:.0f} of {mixture.n_components} components in effective use, "
         f"{mixture.n_reseeded_} re-seeded"
     )
 

@@ -31,6 +31,7 @@ from gmm_jepa.fitting import (
     PREFLIGHT_S,
     SEED_S,
     blank_mixture,
+    common_sample,
     fit_mixture,
     refuse_degenerate,
     total_frames,
@@ -184,11 +185,16 @@ class Labeller:
 
     def _centroids(self, corpus: Corpus) -> KMeans:
         """k-means on log-mel frames."""
-        spec, max_s = self.recipe.front_end, self.recipe.mixture.max_fit_s
-        options = {"seed": self.recipe.seed, "rejects": self.rejects}
-        frames = LogMelStream(corpus, spec, max_s=max_s, **options, **self.peers.share)
-        start = LogMelStream(corpus, spec, max_s=SEED_S, **options)
-        return self._fit(self._kmeans(), frames, start)
+        recipe = self.recipe
+        frames = LogMelStream(
+            corpus,
+            recipe.front_end,
+            rejects=self.rejects,
+            max_s=recipe.mixture.max_fit_s,
+            seed=recipe.seed,
+            **self.peers.share,
+        )
+        return self._fit(self._kmeans(), frames, common_sample(frames, self.peers))
 
     def _of_layer(self, corpus: Corpus, iteration: Iteration) -> Labels:
         """Clusters of a layer of the encoder that the iteration before has trained."""
@@ -205,7 +211,7 @@ class Labeller:
                     self._layer_stream(corpus, encoder, whole=w) for w in (True, False)
                 )
                 estimator = self._kmeans() if kmeans else blank_mixture(self.recipe)
-                fitted = self._fit(estimator, frames, start)
+                fitted = self._fit(estimator, frames, _all_frames(start))
             self._share_rejects()
             if self.peers.is_main:
                 with written_aside(folder) as aside:
@@ -237,12 +243,11 @@ class Labeller:
         )
 
     def _fit(
-        self, estimator: Fitted, frames: WindowStream, start: WindowStream | None = None
+        self, estimator: Fitted, frames: WindowStream, start_frames: Tensor | None = None
     ) -> Fitted:
         """Fit on the frames of all processes, every one from the same start frames."""
         config, peers = self.recipe.mixture, self.peers
         total_frames(frames, self.recipe, peers)
-        start_frames = None if start is None else _all_frames(start)
         with (
             Bar("clustering the frames", "iteration", shown=peers.is_main) as bar,
             warnings.catch_warnings(),

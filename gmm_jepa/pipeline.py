@@ -46,13 +46,13 @@ MOST_COMPARED = 100_000
 """Utterances up to which held-out ones are looked for among those to train on: a second or two."""
 
 
-def n_in_both(train: Corpus, heldout: Corpus) -> int:
+def n_in_both(train: Corpus, heldout: Corpus) -> int | None:
     """Held-out utterances that are the same part of the same file as one to train on.
 
-    0 of corpora that have more utterances than `MOST_COMPARED`.
+    None, not known, of corpora that have more utterances than `MOST_COMPARED`.
     """
     if len(train) + len(heldout) > MOST_COMPARED:
-        return 0
+        return None
 
     def part(corpus: Corpus, i: int) -> tuple[object, ...]:
         entry = corpus.entry(i)
@@ -110,14 +110,7 @@ class Run:
             paths = ", ".join((*self.sources.audio, *self.sources.heldout_audio))
             print(f"the same audio as before, by its names and lengths, is read from {paths}")
         if heldout_part is None:
-            config = self.recipe.data
-            kept, heldout = hold_out(
-                train_part,
-                fraction=config.heldout_fraction,
-                by=config.heldout_by,
-                seed=self.recipe.seed,
-            )
-            audio = Audio(train=train_part.select(kept), heldout=train_part.select(heldout))
+            audio = _with_a_part_held_out(train_part, self.recipe)
         else:
             audio = Audio(train=train_part, heldout=heldout_part)
         if self.peers.is_main and (n_heard := n_in_both(audio.train, audio.heldout)):
@@ -159,11 +152,10 @@ class Run:
                 f"{len(corpus):,} of {corpus.total_s:,.1f} s: start a new run in another folder"
             )
         self.rejects.extend(Reject(*fields) for fields in seen["rejects"])
-        good = np.ones(len(corpus), dtype=bool)
-        good[seen["unreadable"]] = False
-        if not good.any():
+        readable = _readable(corpus, seen["unreadable"])
+        if not len(readable):
             raise InputError(f"{name}: no usable audio; {self.rejects.summary()}")
-        return corpus.select(good)
+        return readable
 
     def _is_unread(self, name: str, corpus: Corpus) -> bool:
         """Whether nothing is known of the audio; what was, goes where it changed before it told."""
@@ -277,6 +269,39 @@ class Run:
     def _steps_done(self) -> int:
         done = checkpoint.steps(self.folder.checkpoints)
         return done[-1][0] if done else 0
+
+
+def _readable(corpus: Corpus, unreadable: list[int]) -> Corpus:
+    good = np.ones(len(corpus), dtype=bool)
+    good[unreadable] = False
+    return corpus.select(good)
+
+
+def _with_a_part_held_out(corpus: Corpus, recipe: Recipe) -> Audio:
+    config = recipe.data
+    kept, heldout = hold_out(
+        corpus, fraction=config.heldout_fraction, by=config.heldout_by, seed=recipe.seed
+    )
+    return Audio(train=corpus.select(kept), heldout=corpus.select(heldout))
+
+
+def n_heard(folder: RunFolder, corpus: Corpus) -> int | None:
+    """Utterances of a corpus that a run trained on; None where that cannot be told, or no run is."""
+    remembered = folder.root / "audio.json"
+    if not remembered.exists():
+        return None
+    sources, recipe = folder.read()
+    try:
+        own = open_corpus(sources.audio, rejects=RejectLog(None))
+    except InputError:  # it lies elsewhere now
+        return None
+    seen = read_json(remembered)
+    if seen["fingerprint"] != own.fingerprint:
+        return None
+    own = _readable(own, seen["unreadable"])
+    if not sources.heldout_audio:
+        own = _with_a_part_held_out(own, recipe).train
+    return n_in_both(own, corpus)
 
 
 def open_run(

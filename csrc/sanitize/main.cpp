@@ -360,7 +360,7 @@ void loss_round(const Kernels& kernels) {
     masked_kl(rows, targets.data(), of_row.data(), losses.data(), kernels, threads);
     demand_finite(gradient, "gradient of a KL", kernels);
     masked_cross_entropy(rows, labels.data(), losses.data(), kernels, threads);
-    masked_mse(rows, values.data(), stride, losses.data(), kernels, threads);
+    masked_mse(rows, targets.data(), losses.data(), kernels, threads);
     demand_finite(gradient, "gradient of a loss", kernels);
 }
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from gmm_jepa.cli.parse import parse
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
-from gmm_jepa.data.manifest import bad_phones
 from gmm_jepa.data.pack import pack_corpus
 from gmm_jepa.data.packed import PackedCorpus, is_pack
+from gmm_jepa.data.phone_labels import bad_phones
 from gmm_jepa.data.rejects import OPTION, RejectLog, check_fraction
 from gmm_jepa.data.synthesis import Content, synthesize
 from gmm_jepa.progress import Bar

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from gmm_jepa.cli.parse import last_value, parse
@@ -15,7 +16,7 @@ from gmm_jepa.cli.table import format_table
 from gmm_jepa.distributed import processes, refuse_torchrun
 from gmm_jepa.downstream import data, sweep
 from gmm_jepa.downstream.folders import KINDS, write_manifests
-from gmm_jepa.downstream.report import summary_rows, write_report
+from gmm_jepa.downstream.report import heard_lines, summary_rows, write_report
 from gmm_jepa.downstream.settings import (
     TASKS,
     ProbeSettings,
@@ -26,6 +27,8 @@ from gmm_jepa.downstream.settings import (
 from gmm_jepa.downstream.tasks import task_for
 from gmm_jepa.downstream.upstreams import LogMel, Upstream, open_upstream
 from gmm_jepa.errors import InputError, require
+from gmm_jepa.pipeline import n_heard
+from gmm_jepa.train.folder import RunFolder
 
 _HELP = """usage: gmm-jepa probe asr|er|sf|manifest [OPTIONS]
 
@@ -118,8 +121,13 @@ def _probe(name: TaskName, options: Any) -> int:
     settings: ProbeSettings = options.settings
     with processes() as peers:
         sweep.open_folder(options.out, name, settings, labelled)
-        numbers = sweep.run(options.out, upstreams, labelled, task, settings, peers.device)
+        heard = _heard(options.upstream, upstreams, labelled)
+        numbers = sweep.run(
+            options.out, upstreams, labelled, task, settings, peers.device, heard=heard
+        )
     print(format_table(summary_rows(numbers)))
+    for line in heard_lines(numbers):
+        print(line)
     print(f"report: {write_report(options.out, numbers)}")
     return 0
 
@@ -160,6 +168,20 @@ def _upstreams(options: Any) -> list[Upstream]:
     if not options.controls:
         return list(trained)
     return sweep.with_controls(trained) if trained else [LogMel()]
+
+
+def _heard(
+    sources: Sequence[str], upstreams: Sequence[Upstream], labelled: data.Labelled
+) -> dict[str, int]:
+    """Test utterances that runs were pretrained on, by the names of their rows."""
+    tested = np.unique(np.concatenate([fold.test for fold in labelled.folds]))
+    trained = [upstream.name for upstream in upstreams if upstream.kind == "trained"]
+    found = {}
+    for source, name in zip(sources, trained, strict=True):
+        n = n_heard(RunFolder(source), labelled.corpus.select(tested))
+        if n is not None:
+            found[name] = n
+    return found
 
 
 def _manifest(options: ManifestOptions) -> int:

@@ -25,7 +25,7 @@ LOUDEST = 2.0**31
 # differ from the whole by 6e-7 at most from there on); four times that for rates not measured.
 _CONTEXT_SAMPLES = 1_024
 _UNKNOWN_FRAMES = 1 << 40  # libsndfile reports 2^63 - 1 for a FLAC stream of unknown length
-_COUNT_BLOCK_FRAMES = 1 << 20
+_BLOCK_FRAMES = 1 << 20
 # Decoders that carry state from block to block start from the beginning: a seek into them is
 # close, but not the same samples.
 _SEQUENTIAL_FORMATS = ("OGG", "MP3", "MPEG")
@@ -55,11 +55,6 @@ class AudioInfo(NamedTuple):
     rate_hz: int
     channels: int
     format: str
-
-    @property
-    def duration_s(self) -> float:
-        """Duration in seconds."""
-        return self.n_samples / SAMPLE_RATE_HZ
 
 
 def probe_audio(path: str | os.PathLike[str]) -> AudioInfo:
@@ -208,15 +203,13 @@ def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> n
             file.seek(start)
         except RuntimeError as error:  # libsndfile's errors are RuntimeErrors
             raise AudioError(path, f"unreadable: seek failed, {_describe(error)}") from None
-    frames = _decode(path, file, stop - start)
-    decoded += len(frames)
+    mono = _decode_mono(path, file, stop - start)
+    decoded += len(mono)
     if decoded < stop:
         raise AudioError(
             path,
             f"truncated: {stop} samples promised, {decoded} decoded (at {file.samplerate} Hz)",
         )
-    with np.errstate(invalid="ignore", over="ignore"):  # said below
-        mono = frames.mean(axis=1, dtype=np.float32) if frames.ndim == 2 else frames
     if mono.size and not -LOUDEST <= mono.min() <= mono.max() <= LOUDEST:  # nor NaN
         finite = np.isfinite(mono)
         first = start + int(np.argmin(finite & (np.abs(mono) <= LOUDEST)))
@@ -224,14 +217,30 @@ def _read_frames(path: str | os.PathLike[str], file, start: int, stop: int) -> n
         if finite.all():
             raise AudioError(path, f"too loud: {mono[first - start]:.3g} {where}, past 2^31")
         raise AudioError(path, f"not finite: NaN or infinity {where}")
-    return np.ascontiguousarray(mono)
+    return mono
+
+
+def _decode_mono(path: str | os.PathLike[str], file, n_frames: int) -> np.ndarray:
+    """The next frames, fewer at the end; of all channels a block at a time is held."""
+    mono = np.empty(n_frames, np.float32)
+    decoded = 0
+    while decoded < n_frames:
+        wanted = min(_BLOCK_FRAMES, n_frames - decoded)
+        block = _decode(path, file, wanted)
+        with np.errstate(invalid="ignore", over="ignore"):  # looked for when all are here
+            mean = block.mean(axis=1, dtype=np.float32) if block.ndim == 2 else block
+        mono[decoded : decoded + len(block)] = mean
+        decoded += len(block)
+        if len(block) < wanted:
+            break
+    return mono[:decoded]
 
 
 def _skip(path: str | os.PathLike[str], file, n_frames: int) -> int:
     """Decode frames and forget them, a block at a time; how many there were, at most `n_frames`."""
     skipped = 0
     while skipped < n_frames:
-        block = min(_COUNT_BLOCK_FRAMES, n_frames - skipped)
+        block = min(_BLOCK_FRAMES, n_frames - skipped)
         skipped += (n := len(_decode(path, file, block)))
         if n < block:
             break

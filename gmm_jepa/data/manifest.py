@@ -8,13 +8,12 @@ import math
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gmm_jepa.data.audio import SAMPLE_RATE_HZ, AudioError, read_samples
 from gmm_jepa.data.base import Corpus
@@ -221,39 +220,6 @@ class ManifestCorpus(Corpus):
             else:
                 lengths.append((info.n_samples - line.offset_samples, None))
         return lengths
-
-
-def phone_segments(
-    entry: dict[str, Any],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]] | None:
-    """Starts, ends (s) and symbols of an entry's ``phones``; None where absent or malformed."""
-    phones = entry.get("phones")
-    if not phones:
-        return None
-    try:
-        ordered = sorted(map(_phone, phones))
-    except (TypeError, ValueError, OverflowError):
-        return None
-    starts, ends, symbols = zip(*ordered)
-    return np.array(starts), np.array(ends), list(symbols)
-
-
-def bad_phones(entries: Iterable[dict[str, Any]]) -> str | None:
-    """In how many entries ``phones`` are malformed, as a line for the user; None: in none."""
-    n_bad = sum(bool(e.get("phones")) and phone_segments(e) is None for e in entries)
-    if not n_bad:
-        return None
-    utterances = "utterance" if n_bad == 1 else "utterances"
-    return f"phones of {n_bad} {utterances} are not [start_s, end_s, symbol]: left out"
-
-
-def _phone(phone: Any) -> tuple[float, float, str]:
-    start, end, symbol = phone
-    start_s, end_s = float(start), float(end)
-    is_symbol = isinstance(symbol, (str, int)) and symbol != ""
-    if isinstance(phone, str) or not -math.inf < start_s <= end_s < math.inf or not is_symbol:
-        raise ValueError("not a segment")
-    return start_s, end_s, str(symbol)
 
 
 def is_manifest(path: Path) -> bool:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -165,8 +165,9 @@ def _write_shards(
     with closing(decoded):
         for number in range(len(records), len(starts)):
             members = range(int(starts[number]), ends[number])
-            shard, record = _fill_shard(members, decoded, len(corpus), progress)
-            record["file"] = _write(folder / shard_name(number), _npy(shard))
+            pieces, record = _fill_shard(members, decoded, len(corpus), progress)
+            record["file"] = _write(folder / shard_name(number), _npy(pieces))
+            del pieces  # before the next shard's are decoded
             _write(_record_path(folder, number), _json(record))
             records.append(record)
     return records
@@ -177,7 +178,8 @@ def _fill_shard(
     decoded: Iterator[tuple[torch.Tensor | None, int, Reject | None]],
     n_utterances: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[np.ndarray, dict]:
+) -> tuple[list[np.ndarray], dict]:
+    """The samples of a shard's utterances, and its record."""
     record: dict = {"utterances": [], "samples": [], "rejects": [], "clipped": [0, 0]}
     pieces = [np.zeros(0, np.int16)]
     for i, (waveform, n_clipped, reject) in zip(members, decoded):
@@ -191,7 +193,7 @@ def _fill_shard(
             record["rejects"].append(reject._asdict())
         if progress is not None:
             progress(i + 1, n_utterances)
-    return np.concatenate(pieces), record
+    return pieces, record
 
 
 def _done(folder: Path, n_shards: int) -> list[dict]:
@@ -251,7 +253,7 @@ def _finish(corpus: Corpus, folder: Path, plan: dict, records: list[dict]) -> No
     shards = [file["sha256"] for file in files]
     fingerprint = hash_parts("pack", *shards, np.ascontiguousarray(index[:, :3]).tobytes())
     files.append(_write(folder / ENTRIES, entries()))
-    files.append(_write(folder / INDEX, _npy(index)))
+    files.append(_write(folder / INDEX, _npy([index])))
     lines = (json.dumps(reject).encode() + b"\n" for reject in rejected)
     files.append(_write(folder / REJECTS, lines))
     summary = {
@@ -279,13 +281,16 @@ def _index(records: list[dict]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _npy(values: np.ndarray) -> Iterator[bytes | memoryview]:
+def _npy(pieces: Sequence[np.ndarray]) -> Iterator[bytes | memoryview]:
+    """A file of arrays joined along the first axis, which are never copied together."""
     header = io.BytesIO()
-    fields = np.lib.format.header_data_from_array_1_0(values)
+    fields = np.lib.format.header_data_from_array_1_0(pieces[0])
+    fields["shape"] = (sum(map(len, pieces)), *pieces[0].shape[1:])
     np.lib.format.write_array_header_1_0(header, fields)
     yield header.getvalue()
-    if values.size:
-        yield np.ascontiguousarray(values).view(np.uint8).data
+    for values in pieces:
+        if values.size:
+            yield np.ascontiguousarray(values).view(np.uint8).data
 
 
 def _json(value: dict) -> Iterator[bytes]:

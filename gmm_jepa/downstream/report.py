@@ -48,6 +48,16 @@ def summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def heard_lines(numbers: Mapping[str, Any]) -> list[str]:
+    """How much of what is tested an encoder was pretrained on, as far as that is known."""
+    data = numbers["data"]
+    tested = data["utterances"] if len(data["folds"]) > 1 else data["folds"][0]["test"]
+    return [
+        f"{name} was pretrained on {n or 'none'} of the {tested} test utterances, without labels"
+        for name, n in data.get("heard", {}).items()
+    ]
+
+
 def write_report(out: Path, numbers: Mapping[str, Any]) -> Path:
     """Write page and pictures; returns the page.
 
@@ -98,7 +108,8 @@ def _subtitle(numbers: Mapping[str, Any]) -> str:
 def _parts(numbers: Mapping[str, Any], pictures: Pictures) -> list[tuple[str, str]]:
     head, *rows = summary_rows(numbers)
     rates = ", ".join(f"{rate:g}" for rate in numbers["settings"]["learning_rates"])
-    result = table(head, rows, f"Learning rates tried: {rates}.")
+    heard = "".join(f" {line}." for line in heard_lines(numbers))
+    result = table(head, rows, f"Learning rates tried: {rates}.{heard}")
     caption = "At each row's learning rate; with folds, the first one."
     return [
         ("Result", lead(_LEAD) + result),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def run(
     task: Task,
     settings: ProbeSettings,
     device: torch.device,
+    *,
+    heard: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Do what is not done yet, and gather everything in ``probe.json``.
 
@@ -91,6 +93,8 @@ def run(
         upstreams: rows of the table, with their controls.
         data, task, settings: what and how.
         device: where everything is computed.
+        heard: utterances of the test part that an upstream was pretrained on, by its name, as far
+            as that is known.
 
     Returns:
         The content of ``probe.json``.
@@ -119,6 +123,7 @@ def run(
                 {"name": f.name, "train": len(f.train), "dev": len(f.dev), "test": len(f.test)}
                 for f in data.folds
             ],
+            "heard": dict(heard or {}),
         },
         "rows": rows,
     }

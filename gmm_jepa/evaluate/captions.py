@@ -31,8 +31,9 @@ CAPTIONS = {
     ),
     "mixture_fit": (
         "<b>Normal:</b> it flattens within some tens of iterations and never falls, but where an "
-        "unused component is seeded again. Held-out frames may lie below, far below for voices "
-        "unlike those it was fitted on."
+        "unused component is seeded again. Of a fit in one pass every point is another mini-batch, "
+        "and they scatter. Held-out frames may lie below, far below for voices unlike those it was "
+        "fitted on."
     ),
     "cluster_usage": (
         "<b>Normal:</b> the head follows its targets. Clusters that belong to voices which are "

@@ -247,6 +247,7 @@ def _mixture_numbers(mixture: GaussianMixture, frames: Tensor) -> dict[str, Any]
         "log_likelihood": float(likelihood.double().mean()),
         "train_curve": [] if curve is None else np.asarray(curve, np.float64).tolist(),
         "n_iter": int(getattr(mixture, "n_iter_", 0) or 0),
+        "one_pass": bool(getattr(mixture, "one_pass_", False)),
         "converged": bool(getattr(mixture, "converged_", False)),
         "n_reseeded": int(getattr(mixture, "n_reseeded_", 0) or 0),
     }

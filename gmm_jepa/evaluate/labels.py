@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gmm_jepa.data.manifest import bad_phones, phone_segments
+from gmm_jepa.data.phone_labels import bad_phones, phone_segments
 from gmm_jepa.evaluate.embed import FrameTable, Utterance
 
 MOST_TEXTS = 50

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gmm_jepa.data.phone_labels import phone_segments
 from gmm_jepa.evaluate.clusters import top_transitions
 from gmm_jepa.evaluate.embed import SAMPLE_RATE_HZ, FrameTable, Utterance
-from gmm_jepa.evaluate.labels import frame_phones, phone_segments
+from gmm_jepa.evaluate.labels import frame_phones
 from gmm_jepa.evaluate.tracks import Tracks
 
 Arrays = dict[str, NDArray[Any]]

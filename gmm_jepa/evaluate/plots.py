@@ -27,7 +27,7 @@ _AT_THE_RIGHT: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "r
 
 
 def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
-    """EM's mean log-likelihood per frame over its iterations, and the held-out value."""
+    """EM's mean log-likelihood per frame at each of its steps, and the held-out value."""
     values = np.asarray(numbers.get("mixture", {}).get("train_curve", []), dtype=np.float64)
     values = values[np.isfinite(values)]
     if len(values) < 2:
@@ -42,7 +42,8 @@ def mixture_fit(theme: Theme, numbers: Mapping[str, Any]) -> Figure | None:
         axes.axhline(heldout, color=theme.gold, linewidth=1.2, linestyle=DASHED)
         note(axes, f"held-out {heldout:.2f}", (1, heldout), (0, 4), theme.gold, **_AT_THE_RIGHT)
     axes.set_title("Mean log-likelihood of a frame, nats")
-    axes.set_xlabel("iteration of EM")
+    one_pass = numbers["mixture"].get("one_pass", False)
+    axes.set_xlabel("mini-batch" if one_pass else "iteration of EM")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.15)
     return figure

@@ -38,6 +38,8 @@ class EMResult:
     """float64, on the CPU"""
     lower_bounds: list[float] = field(default_factory=list)
     """mean log-likelihood per frame before each M-step, nats"""
+    one_pass: bool = False
+    """whether there was an M-step after every mini-batch, not after every pass"""
     converged: bool = False
     n_reseeded: int = 0
     n_frames: int = 0

@@ -56,8 +56,9 @@ class GaussianMixture(SklearnProtocol):
         weights_, means_, covariances_: (K,), (K, D), (K, D) float64 arrays.
         precisions_, precisions_cholesky_: (K, D) 1 / variance and its root.
         converged_: whether `tol` was met.
-        n_iter_: passes made.
-        lower_bound_, lower_bounds_: mean log-likelihood per frame, last and at every pass.
+        n_iter_: passes made, or mini-batches if `one_pass_`.
+        lower_bound_, lower_bounds_: mean log-likelihood per frame, last and at each of these.
+        one_pass_: whether it was fitted in one pass (`gmm-jepa fit-gmm --method stepwise`).
         n_reseeded_: components that were given a new place.
         n_features_in_: D.
         n_frames_: frames of the fit, over all processes.
@@ -267,6 +268,7 @@ class GaussianMixture(SklearnProtocol):
         self.lower_bounds_ = list(result.lower_bounds)
         self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else -math.inf
         self.n_iter_ = len(self.lower_bounds_)
+        self.one_pass_ = result.one_pass
         self.converged_ = result.converged
         self.n_reseeded_ = result.n_reseeded
         self.n_frames_ = result.n_frames

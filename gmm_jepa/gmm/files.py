@@ -71,6 +71,7 @@ def save_mixture(
         "n_reseeded": gm.n_reseeded_,
         "n_frames": gm.n_frames_,
         "lower_bounds": gm.lower_bounds_,
+        "one_pass": gm.one_pass_,
     }
     arrays = {name: getattr(gm, f"{name}_") for name in MIXTURE.tensors}
     _save(path, MIXTURE, arrays, description, front_end)
@@ -98,6 +99,7 @@ def load_mixture(
         EMResult(
             gm.mixture(dtype=torch.float64),
             lower_bounds=description["lower_bounds"],
+            one_pass=description.get("one_pass", False),  # files of before do not say
             converged=description["converged"],
             n_reseeded=description["n_reseeded"],
             n_frames=description["n_frames"],

@@ -37,6 +37,7 @@ class PartialFit:
             tensors[f"averages.{name}"] = average
         course = {
             "lower_bounds": result.lower_bounds,
+            "one_pass": result.one_pass,
             "converged": result.converged,
             "n_reseeded": result.n_reseeded,
             "n_frames": result.n_frames,

@@ -86,7 +86,7 @@ def stepwise_em(
 def stepwise_start(mixture: Mixture) -> tuple[EMResult, EMStatistics]:
     """Where the first mini-batch finds a mixture: nothing seen, the averages its own moments."""
     reseeds = torch.zeros(mixture.means.shape[0], dtype=torch.int64, device="cpu")
-    return EMResult(mixture, reseeds=reseeds), statistics_of(mixture)
+    return EMResult(mixture, reseeds=reseeds, one_pass=True), statistics_of(mixture)
 
 
 def statistics_of(mixture: Mixture) -> EMStatistics:

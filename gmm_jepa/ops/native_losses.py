@@ -132,7 +132,7 @@ def masked_mse(
     rows, target = _Rows(prediction, row_weights, with_gradient), target.float().contiguous()
     check("target", (target,), (prediction.shape,))
     arguments, losses_at = rows.arguments(slice(None)), rows.losses.data_ptr()
-    call("masked_mse", arguments, target.data_ptr(), target.stride(0), losses_at)
+    call("masked_mse", arguments, target.data_ptr(), losses_at)
     loss, _, _, gradient = rows.outputs()
     return loss, gradient
 

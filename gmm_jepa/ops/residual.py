@@ -19,6 +19,8 @@ from gmm_jepa.ops.lengths import check_lengths, real_frames
 from gmm_jepa.ops.operator import Operator
 
 SLOPE = 0.1
+MOST_DILATION = 2**31
+"""Sums of some are far from what 64 bits hold."""
 """Of the leaky ReLU."""
 
 
@@ -58,8 +60,8 @@ def residual_unit(
     C = x.shape[2]
     names = ("weight1", "bias1", "weight2", "bias2")
     check_shapes(x, names, parameters, ((C, C, 3), (C,)) * 2)
-    if dilation < 1:
-        raise InputError(f"dilation: expected at least 1, got {dilation}")
+    if not 1 <= dilation <= MOST_DILATION:
+        raise InputError(f"dilation: expected 1 to 2^31, got {dilation}")
     check_lengths(lengths_frames, x)
     narrow = takes_float32(x) and torch.is_autocast_enabled("cpu")
     wanted = any(tensor.requires_grad for tensor in (x, *parameters))

@@ -17,6 +17,7 @@ from gmm_jepa.ops.fused import allows_narrow, takes_float32
 from gmm_jepa.ops.lengths import check_lengths
 from gmm_jepa.ops.operator import Operator
 from gmm_jepa.ops.residual import (
+    MOST_DILATION,
     residual_unit_backward_reference,
     residual_unit_reference,
 )
@@ -57,7 +58,7 @@ def residual_block(
         bias1: (U, C)
         weight2: (U, C, C, 3), of the plain ones.
         bias2: (U, C)
-        dilations: of the U units, each at least 1.
+        dilations: of the U units, 1 to 2^31 each.
         lengths_frames: (B,) int64, real frames of each row; None: all.
 
     Returns:
@@ -71,8 +72,8 @@ def residual_block(
     weights = (weight1, bias1, weight2, bias2)
     names = ("weight1", "bias1", "weight2", "bias2")
     check_shapes(x, names, weights, ((U, C, C, 3), (U, C)) * 2)
-    if not U or min(dilations) < 1:
-        raise InputError(f"dilations: expected some, of at least 1 each, got {list(dilations)}")
+    if not U or not 1 <= min(dilations) <= max(dilations) <= MOST_DILATION:
+        raise InputError(f"dilations: expected some, 1 to 2^31 each, got {list(dilations)}")
     check_lengths(lengths_frames, x)
     narrow = allows_narrow(x)
     return _block(x, *weights, lengths_frames, list(dilations), narrow)

@@ -8,6 +8,7 @@ import pytest
 import soundfile as sf
 
 from gmm_jepa.data import audio as audio_module
+from gmm_jepa.data import containers
 from gmm_jepa.data.audio import AudioError, probe_audio, read_audio, read_samples
 from gmm_jepa.errors import InputError
 
@@ -91,7 +92,7 @@ def test_what_lies_before_a_window_is_decoded_in_blocks(write_audio, monkeypatch
         return decode(path, file, n_frames)
 
     monkeypatch.setattr(audio_module, "_decode", noting)
-    monkeypatch.setattr(audio_module, "_COUNT_BLOCK_FRAMES", 5_000)
+    monkeypatch.setattr(audio_module, "_BLOCK_FRAMES", 5_000)
     window = read_audio(path, offset_s=3.0, duration_s=0.1)
     np.testing.assert_allclose(window, whole[48_000:49_600], atol=1e-6)
     assert len(sizes) > 4
@@ -116,6 +117,35 @@ def test_wav_and_ogg_cuts_show_in_the_header_check(write_audio):
     wav = write_audio("b.wav", seconds=1.0)
     wav.write_bytes(wav.read_bytes()[:-2000])
     assert "promises 16000 samples, the file holds 15000" in reason_of(wav)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("NIST", 1), ("NIST", 2), ("RF64", 2)])
+def test_cuts_of_other_wav_files_show_in_the_header_check(tmp_path, kind, channels):
+    path = tmp_path / "a.wav"
+    samples = 0.1 * np.ones((16_000, channels))
+    sf.write(path, samples, 16_000, format=kind, subtype="PCM_16")
+    assert probe_audio(path).n_samples == 16_000
+    path.write_bytes(path.read_bytes()[: -2000 * channels])
+    assert "promises 16000 samples, the file holds 15000" in reason_of(path)
+
+
+def test_a_compressed_sphere_file_is_left_to_the_decoder(tmp_path):
+    path = tmp_path / "a.wav"
+    fields = (
+        "sample_coding -s26 pcm,embedded-shorten-v2.00\nsample_count -i 9\nsample_n_bytes -i 2\n"
+    )
+    path.write_bytes(f"NIST_1A\n   1024\n{fields}end_head\n".ljust(1024).encode())
+    assert containers.missing_data(str(path), 1024) is None
+
+
+def test_many_channels_are_held_a_block_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.wav"
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (1_000, 3))
+    sf.write(path, samples, 16_000, subtype="FLOAT")
+    whole = read_audio(path)
+    monkeypatch.setattr(audio_module, "_BLOCK_FRAMES", 128)
+    assert np.array_equal(read_audio(path), whole)
+    np.testing.assert_allclose(whole, samples.mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"])

@@ -9,7 +9,8 @@ import pytest
 
 from gmm_jepa.data.audio import AudioError, read_audio
 from gmm_jepa.data.corpus import open_corpus, validate_corpus
-from gmm_jepa.data.manifest import ManifestCorpus, bad_phones, phone_segments
+from gmm_jepa.data.manifest import ManifestCorpus
+from gmm_jepa.data.phone_labels import bad_phones, phone_segments
 from gmm_jepa.data.rejects import RejectLog
 from gmm_jepa.errors import InputError
 
@@ -42,7 +43,10 @@ def test_folder_is_recursive_sorted_and_mixed(write_audio, tmp_path):
     assert corpus.total_s == pytest.approx(corpus.durations_samples.sum() / 16_000)
 
 
-def test_bad_files_in_a_folder_are_all_named(write_audio, tmp_path):
+@pytest.mark.parametrize("window", [None, 700])
+def test_bad_files_in_a_folder_are_all_named(window, write_audio, tmp_path, monkeypatch):
+    if window is not None:
+        monkeypatch.setattr("gmm_jepa.data.corpus._CHECKED_SAMPLES", window)
     write_audio("data/good.wav")
     write_audio("data/empty.flac").write_bytes(b"")
     write_audio("data/text.wav").write_text("text " * 1000)

@@ -257,3 +257,25 @@ def test_a_missing_package_is_told_of_before_anything_is_done(
     assert main(words("asr", out, "--data", manifest_of("asr"))) == 1
     assert f"{module} is needed here: pip install" in error_of(capsys)
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("without_report")
+def test_what_a_run_was_pretrained_on_is_told(manifest_of, tmp_path, capsys):
+    """By the files themselves; where they lie elsewhere now nothing is said."""
+    run, data, audio = tmp_path / "run", manifest_of("er"), manifest_of("er", name="pretraining")
+    more = ["--mixture.n-components", "4", "--train.steps", "2", "--train.no-tensorboard"]
+    more += ["--data.heldout-fraction", "0.5", "--data.heldout-by", "utterance"]
+    train = ["train", "--audio", str(audio), "--out", str(run), "--preset", "smoke", *more]
+    assert main(train) == 0
+    given = ["--upstream", run, "--data", data, "--learning-rates", "0.01", "--no-controls"]
+    split = ["--split-by", "utterance", "--test-share", "0.4", "--split-seed", "1"]
+    assert main(words("er", tmp_path / "out", *given, *split)) == 0
+    numbers = json.loads((tmp_path / "out" / "probe.json").read_text())
+    (heard,) = numbers["data"]["heard"].values()
+    tested = numbers["data"]["folds"][0]["test"]
+    assert 0 < heard < tested
+    line = f"run was pretrained on {heard} of the {tested} test utterances, without labels"
+    assert line in capsys.readouterr().out
+    audio.unlink()
+    assert main(words("er", tmp_path / "again", *given, *split)) == 0
+    assert "was pretrained on" not in capsys.readouterr().out

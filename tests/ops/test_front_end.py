@@ -256,6 +256,7 @@ def test_lengths_beyond_the_frames_are_refused(length):
         ({"weight1": torch.zeros(16, 16, 5)}, "weight1: expected"),
         ({"bias2": torch.zeros(8)}, "bias2: expected"),
         ({"dilation": 0}, "dilation: expected"),
+        ({"dilation": 2**62}, "dilation: expected"),
         ({"lengths_frames": torch.tensor([7, 7])}, "lengths_frames: expected"),
         ({"lengths_frames": torch.tensor([7.0])}, "lengths_frames: expected"),
     ],

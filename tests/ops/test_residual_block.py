@@ -346,6 +346,7 @@ def test_what_is_taken(shape, dilations, expected):
         ({"bias2": torch.zeros(2, 8)}, "bias2: expected"),
         ({"dilations": (1,)}, "weight1: expected"),
         ({"dilations": (1, 0)}, "dilations: expected"),
+        ({"dilations": (2**62, 2**62)}, "dilations: expected"),
         ({"lengths_frames": torch.tensor([7, 7])}, "lengths_frames: expected"),
         ({"lengths_frames": torch.tensor([7.0])}, "lengths_frames: expected"),
     ],
