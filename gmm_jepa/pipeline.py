@@ -286,7 +286,7 @@ def _with_a_part_held_out(corpus: Corpus, recipe: Recipe) -> Audio:
 
 
 def n_heard(folder: RunFolder, corpus: Corpus) -> int | None:
-    """Utterances of a corpus that a run trained on; None where that cannot be told, or no run is."""
+    """Utterances of a corpus that a run trained on; None where it cannot be told, or no run is."""
     remembered = folder.root / "audio.json"
     if not remembered.exists():
         return None
