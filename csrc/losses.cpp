@@ -51,9 +51,10 @@ void masked_cross_entropy(const WeightedRows& logits, const int64_t* labels, Row
 
 void masked_mse(const WeightedRows& predictions, const float* targets, RowLoss* losses,
                 const Kernels& kernels, int n_threads) {
+    const int K = predictions.n_columns;
     over_rows(predictions, losses, n_threads, [&](int64_t i, float* gradient, float*) {
         losses[i] = {kernels.squared_error_row(predictions.values + i * predictions.stride,
-                                               targets + i * predictions.n_columns, predictions.n_columns,
+                                               targets + i * K, K,
                                                predictions.weights[i], gradient),
                      0.0f, 0.0f};
     });

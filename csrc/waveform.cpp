@@ -33,7 +33,8 @@ void waveform_conv(const WaveformShape& shape, const float* x, const float* taps
     const auto make = [&] {
         return Scratch{std::vector<float>(most * shape.stride + K), Buffer<float>(most * width)};
     };
-    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make, [&](int64_t, int64_t row, int64_t first, int n, Scratch& s) {
+    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make,
+                    [&](int64_t, int64_t row, int64_t first, int n, Scratch& s) {
         std::copy_n(x + row * shape.n_samples + first * shape.stride, (n - 1) * shape.stride + K,
                     s.samples.begin());
         multiply(kernels, Products{s.samples.data(), shape.stride, 1, 0, packed.data(),
@@ -62,8 +63,8 @@ void waveform_conv_backward(const WaveformShape& shape, const float* x, const fl
         return Scratch{std::vector<float>(kBlockFrames * shape.stride + K + kMostRows),
                        Buffer<float>(kBlockFrames * width)};
     };
-    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make, [&](int64_t i, int64_t row, int64_t first, int n,
-                                           Scratch& s) {
+    over_row_blocks(shape.n_rows, shape.n_frames, kBlockFrames, n_threads, make,
+                    [&](int64_t i, int64_t row, int64_t first, int n, Scratch& s) {
         std::copy_n(x + row * shape.n_samples + first * shape.stride, (n - 1) * shape.stride + K,
                     s.samples.begin());
         const float* g = grad + (row * shape.n_frames + first) * C;

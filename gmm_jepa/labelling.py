@@ -37,7 +37,7 @@ from gmm_jepa.fitting import (
     total_frames,
 )
 from gmm_jepa.gmm import ConvergenceWarning, GaussianMixture, KMeans
-from gmm_jepa.gmm.partial import seconds_in
+from gmm_jepa.gmm.partial import partial_of, seconds_in
 from gmm_jepa.models import Encoder
 from gmm_jepa.objectives.build import Labels, initial_model
 from gmm_jepa.objectives.targets import layer_frames
@@ -128,7 +128,7 @@ class Labeller:
             self._share_rejects()
             if self.peers.is_main:
                 given.save(self.folder.mixture, front_end=self.recipe.front_end)
-                _partial(self.folder.mixture).unlink(missing_ok=True)
+                partial_of(self.folder.mixture).unlink(missing_ok=True)
         self.peers.wait()
 
     def _made(
@@ -136,12 +136,12 @@ class Labeller:
     ) -> Fitted:
         """What is in a file of labels on log-mel frames; fitted first if there is none."""
         if self.peers.of_main(lambda: not path.exists()):
-            with self._timed(path.name, before=seconds_in(_partial(path))):
+            with self._timed(path.name, before=seconds_in(partial_of(path))):
                 fitted = fit()
             self._share_rejects()
             if self.peers.is_main:
                 fitted.save(path, front_end=self.recipe.front_end)
-                _partial(path).unlink(missing_ok=True)
+                partial_of(path).unlink(missing_ok=True)
             self.peers.wait()
         return self._load(path, kind)
 
@@ -167,7 +167,7 @@ class Labeller:
         recipe, peers = self.recipe, self.peers
         if number == 0:
             return fit_mixture(
-                corpus, recipe, self.rejects, peers, partial=_partial(self.folder.mixture)
+                corpus, recipe, self.rejects, peers, partial=partial_of(self.folder.mixture)
             )
         first = self._load(self.folder.mixture)
         other = blank_mixture(self.recipe)
@@ -298,11 +298,6 @@ class LayerStream(WindowStream):
     def frame_counts(self, n_samples: np.ndarray, is_cut: np.ndarray) -> np.ndarray:
         """All that the encoder makes."""
         return self.encoder.n_frames(torch.as_tensor(n_samples)).numpy()
-
-
-def _partial(path: Path) -> Path:
-    """Where a fit is kept that is to end in `path`, so that it goes on after it was killed."""
-    return path.with_name(path.name + ".partial")
 
 
 def _all_frames(stream: WindowStream) -> Tensor:

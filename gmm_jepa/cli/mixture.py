@@ -17,6 +17,7 @@ from gmm_jepa.distributed import processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import refuse_existing
 from gmm_jepa.fitting import FitSettings, fit_mixture
+from gmm_jepa.gmm.partial import partial_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
     refuse_existing(options.out)
     with processes() as peers:
         path = options.rejects or options.out.with_name(options.out.name + ".rejects.jsonl")
-        partial = options.out.with_name(options.out.name + ".partial")
+        partial = partial_of(options.out)
         is_new = not partial.exists()  # else the fit goes on, and so does its list
         rejects = RejectLog(path if peers.is_main else None, anew=is_new)
         corpus = open_corpus(options.audio, rejects=rejects)

@@ -10,10 +10,10 @@ from typing import Any
 from gmm_jepa.compare.plan import Planned, read_seconds
 from gmm_jepa.config import Recipe, to_dict
 from gmm_jepa.files import read_json
+from gmm_jepa.objectives.build import initial_model
 from gmm_jepa.report.words import dotted
 from gmm_jepa.train.alarm import read_alarms
 from gmm_jepa.train.metrics import read_metrics
-from gmm_jepa.train.state import initial_model
 
 FORMAT = 1
 

@@ -14,6 +14,12 @@ from gmm_jepa.ops import EMStatistics, Mixture
 from gmm_jepa.tensor_files import read_tensors, save_tensors
 
 FORMAT = "gmm-jepa-partial-fit"
+SUFFIX = ".partial"
+
+
+def partial_of(path: Path) -> Path:
+    """Where a fit is kept that is to end in `path`, so that it goes on after it was killed."""
+    return path.with_name(path.name + SUFFIX)
 
 
 class PartialFit:

@@ -12,6 +12,7 @@ from gmm_jepa.config import Recipe, Sources, from_dict, to_dict
 from gmm_jepa.distributed import Processes
 from gmm_jepa.errors import InputError
 from gmm_jepa.files import read_json, write_json
+from gmm_jepa.gmm.partial import SUFFIX
 from gmm_jepa.train.checkpoint import steps
 
 _FREE = (
@@ -98,7 +99,7 @@ class RunFolder:
 
     def partial_fits(self) -> list[Path]:
         """States of fits that have not ended."""
-        return list(self.root.glob("*.partial"))
+        return list(self.root.glob(f"*{SUFFIX}"))
 
     def _has_lists_of(self, sources: Sources) -> bool:
         """Whether there are as many sources as before, and lists to compare their audio with."""

@@ -18,7 +18,7 @@ from gmm_jepa.ops.lists import total_norm
 from gmm_jepa.train import checkpoint
 from gmm_jepa.train.compile import compile_networks
 from gmm_jepa.train.copies import Copies
-from gmm_jepa.train.metrics import Meters
+from gmm_jepa.train.meters import Meters
 from gmm_jepa.train.sharding import Shards
 
 
