@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import floors
-from bench.cases import Case
+from bench.cases import Case, worst
 from bench.shapes import Shape
 from gmm_jepa import flops
 from gmm_jepa.models import ConformerConfig
@@ -91,7 +91,7 @@ def _part(
 
     def error() -> float:
         pairs = ((a.detach().float(), b.detach().float()) for a, b in zip(run(), composed()))
-        return max(float((a - b).norm() / b.norm()) for a, b in pairs) / TOLERANCE
+        return worst((a - b).norm() / b.norm() for a, b in pairs) / TOLERANCE
 
     least_bytes = 4.0 * sum(leaf.numel() for leaf in leaves)
     work = floors.Work(n_flops, least_bytes)

@@ -6,7 +6,7 @@ Every case draws its own inputs, so that memory is that of one case at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,11 @@ def largest_share(found: Tensor, expected: Tensor) -> float:
     """The largest error, of the largest value; NaN if there is one."""
     found, expected = (t.detach().double().cpu() for t in (found, expected))
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def worst(errors: Iterable[float | Tensor]) -> float:
+    """The largest of some; NaN if one is, which Python's `max` may pass over."""
+    return float(torch.tensor([float(error) for error in errors], dtype=torch.float64).max())
 
 
 def oracle_log_joint(frames: Tensor, mixture: ops.Mixture) -> Tensor:
@@ -211,7 +216,7 @@ def gmm_argmax(shape: Shape, device: str) -> Case:
         best = expected.amax(1, keepdim=True)
         found, index = (t[:CHECKED_ROWS].cpu() for t in run())
         of_index = expected.gather(1, index)  # of equal ones either will do
-        return float(torch.stack([(p - best).abs().max() for p in (found, of_index)]).max()) / 1e-5
+        return worst((p - best).abs().max() for p in (found, of_index)) / 1e-5
 
     on_cuda = device == "cuda"  # the direct form
     count = floors.gmm_posterior_direct if on_cuda else floors.gmm_posterior
@@ -255,7 +260,7 @@ def em_statistics(shape: Shape, device: str) -> Case:
         r = torch.softmax(joint, dim=1)
         expected = (r.sum(0), r.T @ x, r.T @ x.square(), joint.logsumexp(1).sum())
         pairs = zip(ops.em_statistics(some, mixture), expected, strict=True)
-        return max(largest_share(found, e) for found, e in pairs) / 1e-6
+        return worst(largest_share(found, e) for found, e in pairs) / 1e-6
 
     peers: dict[str, Run] = {"torch": plain}
     if device == "cpu":

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.cases import largest_share, worst
 from bench.mixtures import frames_of, overlapping
 from bench.peers.chunked_torch import ChunkedMixture
 from bench.records import RESULTS, append, need_device, surroundings, take_turns
@@ -38,9 +39,7 @@ CHUNK = 1 << 16
 
 def error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The largest difference, relative to each field's own size."""
-    return max(
-        float((g.cpu() - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True)
-    )
+    return worst(largest_share(g, e) for g, e in zip(got, expected, strict=True))
 
 
 def kernels_ns_per_frame(call: Callable[[], object], n_frames: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ depthwise convolution (512 channels, 31 taps).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import floors
-from bench.cases import Case, Run, short_name
+from bench.cases import Case, Run, short_name, worst
 from bench.shapes import Shape
 from gmm_jepa import ops
 from gmm_jepa.models.attention import attention_with_bias
@@ -51,18 +51,13 @@ def _through(function: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Ten
 def _error(run: Run, peer: Run, allowed: float) -> float:
     """Largest difference of two sides' gradients, of the largest value, over what is allowed."""
     pairs = zip(run(), peer(), strict=True)
-    return _largest((a - b).abs().max() / b.abs().max() for a, b in pairs) / allowed
+    return worst((a - b).abs().max() / b.abs().max() for a, b in pairs) / allowed
 
 
 def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest distance of two sides' gradients, relative to the norm of the expected one."""
     pairs = zip(found, expected, strict=True)
-    return _largest((a - b).norm() / b.norm() for a, b in pairs)
-
-
-def _largest(values: Iterable[Tensor]) -> float:
-    """NaN if one is."""
-    return float(torch.stack(list(values)).max())
+    return worst((a - b).norm() / b.norm() for a, b in pairs)
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -94,9 +89,11 @@ def residual_unit(shape: Shape, device: str) -> Case:
         # Gradients of the weights and biases. A value within rounding of the kink may fall on
         # either side of it, and among 61 million some do: their frames' shares of a gradient were
         # 2e-3 of its largest value, which the norm hardly sees.
-        lambda: max(
-            _distance(run()[1:], by_torch()[1:]) / 1e-3,
-            _error(lambda: run()[1:], lambda: by_torch()[1:], 1e-2),
+        lambda: worst(
+            (
+                _distance(run()[1:], by_torch()[1:]) / 1e-3,
+                _error(lambda: run()[1:], lambda: by_torch()[1:], 1e-2),
+            )
         ),
         floors.residual_unit(B * T, C),
         "float32",
@@ -304,7 +301,7 @@ def gated_bias_attention(
 
     def check() -> float:
         exact = _error(side(ours, 0.0), side(peer, 0.0), allowed)
-        return max(exact, _dropout_error(leaves, dropout_p)) if dropout_p else exact
+        return worst((exact, _dropout_error(leaves, dropout_p))) if dropout_p else exact
 
     products = "bfloat16"
     if dtype == torch.float32:
@@ -381,7 +378,7 @@ def dropout(shape: Shape, device: str) -> Case:
         share = abs(dropped - DROPOUT) / (5 * (DROPOUT * (1 - DROPOUT) / x.numel()) ** 0.5)
         kept, scaled = y != 0, x.detach() / (1 - DROPOUT)
         off = [gradient[gradient != 0] * (1 - DROPOUT) - 1, (y - scaled)[kept]]
-        return max(share, *(float(o.abs().max()) / 1e-5 for o in off))
+        return worst((share, *(o.abs().max() / 1e-5 for o in off)))
 
     return Case(
         "dropout + gradient",

@@ -197,7 +197,6 @@ class Module {
         });
     }
 
-
     template <typename Run>
     void each_row(const Run& run) const {
         over_blocks(shape_.n_rows, 1, n_threads_, [] { return 0; },

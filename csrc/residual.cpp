@@ -38,7 +38,6 @@ class Residual {
         return {i / blocks_a_row_, start, static_cast<int>(n)};
     }
 
-
   protected:
     Window<Word> window(int64_t dilation) const {
         return {kernels_, shape_.n_channels, block_, dilation};

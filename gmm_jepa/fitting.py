@@ -323,10 +323,11 @@ class _Watch:
 
 def describe(mixture: GaussianMixture) -> str:
     """One line on how the fit of a mixture ended."""
-    ending = "converged" if mixture.converged_ else "stopped"
-    ending += f" after {mixture.n_iter_} iterations"
     if mixture.one_pass_:
         ending = f"one pass of {mixture.n_iter_} mini-batches, the last"
+    else:
+        ending = "converged" if mixture.converged_ else "stopped"
+        ending += f" after {mixture.n_iter_} iterations"
     weights = np.asarray(mixture.weights_, dtype=np.float64)
     used = math.exp(entr(torch.from_numpy(weights)).sum())
     return (

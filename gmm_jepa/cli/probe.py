@@ -175,10 +175,11 @@ def _heard(
 ) -> dict[str, int]:
     """Test utterances that runs were pretrained on, by the names of their rows."""
     tested = np.unique(np.concatenate([fold.test for fold in labelled.folds]))
+    corpus = labelled.corpus.select(tested)
     trained = [upstream.name for upstream in upstreams if upstream.kind == "trained"]
     found = {}
     for source, name in zip(sources, trained, strict=True):
-        n = n_heard(RunFolder(source), labelled.corpus.select(tested))
+        n = n_heard(RunFolder(source), corpus)
         if n is not None:
             found[name] = n
     return found
